@@ -1,0 +1,3 @@
+//! LLaMA forward and backward, LoRA, generation, import and export. Sees token ids, never strings.
+mod error;
+pub use error::{Error, Result};

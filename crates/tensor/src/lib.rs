@@ -1,0 +1,1 @@
+//! Buffers, fused operations and CPU kernels.

@@ -1,0 +1,3 @@
+//! The training loop, optimizer, schedules, checkpoints and evaluation.
+mod error;
+pub use error::{Error, Result};
