@@ -1,1 +1,14 @@
-//! Buffers, fused operations and CPU kernels.
+//! Buffers, fused operations and CPU kernels of tunesmith: the only crate with `unsafe` code.
+//!
+//! [`ops`] holds one module an operation with its contract (formula, shapes, checks), its forward and its backward;
+//! the kernels behind them are in `cpu`. Gradients are added to (`d_x += ...`) or written (`d_x = ...`) as each
+//! function says.
+
+mod cpu;
+mod mapped;
+pub mod ops;
+pub mod quant;
+pub mod rng;
+mod tensor;
+pub use mapped::MappedFile;
+pub use tensor::Tensor;

@@ -1,0 +1,20 @@
+//! CPU kernels: one file an op, called by `ops/<op>.rs` after it has checked the shapes.
+//!
+//! Loops are written so that the compiler vectorises them, and compiled for several instruction sets by
+//! `simd::multiversion`; which one runs is decided once, at run time. Results do not depend on how work is cut among
+//! threads: every output element is computed by one thread in a fixed order.
+
+pub(crate) mod adamw;
+pub(crate) mod attention;
+pub(crate) mod cross_entropy;
+pub(crate) mod dropout;
+pub(crate) mod matmul;
+pub(crate) mod rmsnorm;
+pub(crate) mod rope;
+pub(crate) mod simd;
+pub(crate) mod swiglu;
+
+/// Rows of a block that one thread takes at a time, so that a block of `cols` columns is about 16 KiB and stays in L1.
+pub(crate) fn rows_per_task(cols: usize) -> usize {
+    (4096 / cols.max(1)).max(1)
+}

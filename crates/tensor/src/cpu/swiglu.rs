@@ -1,0 +1,43 @@
+//! SwiGLU kernels; contract in `ops/swiglu.rs`.
+
+use crate::cpu::simd::{exp, multiversion};
+use rayon::prelude::*;
+
+const CHUNK: usize = 4096;
+
+pub(crate) fn forward(gate: &[f32], up: &[f32], y: &mut [f32]) {
+    (y.par_chunks_mut(CHUNK), gate.par_chunks(CHUNK), up.par_chunks(CHUNK))
+        .into_par_iter()
+        .for_each(|(y, gate, up)| forward_chunk(gate, up, y));
+}
+
+multiversion! {
+    fn forward_chunk(gate: &[f32], up: &[f32], y: &mut [f32]) {
+        for ((y, g), u) in y.iter_mut().zip(gate).zip(up) {
+            *y = g / (1.0 + exp(-g)) * u;
+        }
+    }
+}
+
+pub(crate) fn backward(gate: &[f32], up: &[f32], d_y: &[f32], d_gate: &mut [f32], d_up: &mut [f32]) {
+    (
+        d_gate.par_chunks_mut(CHUNK),
+        d_up.par_chunks_mut(CHUNK),
+        gate.par_chunks(CHUNK),
+        up.par_chunks(CHUNK),
+        d_y.par_chunks(CHUNK),
+    )
+        .into_par_iter()
+        .for_each(|(d_gate, d_up, gate, up, d_y)| backward_chunk(gate, up, d_y, d_gate, d_up));
+}
+
+multiversion! {
+    fn backward_chunk(gate: &[f32], up: &[f32], d_y: &[f32], d_gate: &mut [f32], d_up: &mut [f32]) {
+        for i in 0..d_y.len() {
+            let (g, u, d) = (gate[i], up[i], d_y[i]);
+            let sigmoid = 1.0 / (1.0 + exp(-g));
+            d_up[i] = d * g * sigmoid;
+            d_gate[i] = d * u * sigmoid * (1.0 + g * (1.0 - sigmoid));
+        }
+    }
+}

@@ -1,0 +1,70 @@
+//! AdamW (Loshchilov and Hutter, "Decoupled weight decay regularization", 2019), in the order of operations of PyTorch.
+
+use crate::{Tensor, cpu};
+
+/// The numbers of one update.
+#[derive(Clone, Copy, Debug)]
+pub struct Step {
+    /// Number of this update, counted from 1 (bias correction).
+    pub number: u64,
+    /// Learning rate after the schedule.
+    pub learning_rate: f64,
+    /// Decay of the first moment.
+    pub beta1: f64,
+    /// Decay of the second moment.
+    pub beta2: f64,
+    /// Added to the root of the second moment.
+    pub epsilon: f64,
+    /// Decoupled weight decay for this tensor.
+    pub weight_decay: f64,
+    /// Factor on the gradient (1, or the clipping coefficient).
+    pub grad_scale: f64,
+}
+
+/// Updates `value`, first moment `m` and second moment `v` (all of one shape) with `grad`.
+pub fn update(value: &mut Tensor, grad: &Tensor, m: &mut Tensor, v: &mut Tensor, step: &Step) {
+    assert!(value.len() == grad.len() && value.len() == m.len() && value.len() == v.len());
+    assert!(step.number > 0, "updates count from 1");
+    cpu::adamw::update(value.data_mut(), grad.data(), m.data_mut(), v.data_mut(), step);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::rng::Rng;
+
+    #[test]
+    fn matches_f64_over_steps() {
+        let mut rng = Rng::new(11, 0);
+        let n = 1000;
+        let mut value = Tensor::from_slice(&[n], &rng.normals(n, 1.0));
+        let (mut m, mut v) = (Tensor::zeros(&[n]), Tensor::zeros(&[n]));
+        let mut p: Vec<f64> = value.data().iter().map(|x| *x as f64).collect();
+        let (mut m64, mut v64) = (vec![0.0f64; n], vec![0.0f64; n]);
+        for number in 1..=20 {
+            let grad = rng.normals(n, 0.1);
+            let step = Step {
+                number,
+                learning_rate: 0.01,
+                beta1: 0.9,
+                beta2: 0.999,
+                epsilon: 1e-8,
+                weight_decay: 0.1,
+                grad_scale: 0.5,
+            };
+            update(&mut value, &Tensor::from_slice(&[n], &grad), &mut m, &mut v, &step);
+            for i in 0..n {
+                let g = grad[i] as f64 * 0.5;
+                p[i] *= 1.0 - 0.01 * 0.1;
+                m64[i] = 0.9 * m64[i] + 0.1 * g;
+                v64[i] = 0.999 * v64[i] + 0.001 * g * g;
+                let (mh, vh) =
+                    (m64[i] / (1.0 - 0.9f64.powi(number as i32)), v64[i] / (1.0 - 0.999f64.powi(number as i32)));
+                p[i] -= 0.01 * mh / (vh.sqrt() + 1e-8);
+            }
+        }
+        for (a, b) in value.data().iter().zip(&p) {
+            assert!((*a as f64 - b).abs() < 2e-6, "{a} {b}");
+        }
+    }
+}

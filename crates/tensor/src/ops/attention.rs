@@ -1,0 +1,262 @@
+//! Causal scaled dot-product attention with grouped heads over independent segments:
+//! o = softmax(q kᵀ / √D, causal) v, for each segment and query head; query head h reads key/value head h / (H / K).
+
+use crate::{Tensor, cpu};
+use std::ops::Range;
+
+/// Numbers of heads and their size.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Heads {
+    /// Query heads, H.
+    pub num_heads: usize,
+    /// Key/value heads, K; divides H.
+    pub num_kv_heads: usize,
+    /// Size of a head, D.
+    pub head_dim: usize,
+}
+
+impl Heads {
+    /// Query heads that share one key/value head.
+    pub fn group(&self) -> usize {
+        self.num_heads / self.num_kv_heads
+    }
+
+    /// Columns of q and o: H · D.
+    pub fn q_cols(&self) -> usize {
+        self.num_heads * self.head_dim
+    }
+
+    /// Columns of k and v: K · D.
+    pub fn kv_cols(&self) -> usize {
+        self.num_kv_heads * self.head_dim
+    }
+
+    pub(crate) fn scale(&self) -> f32 {
+        1.0 / (self.head_dim as f32).sqrt()
+    }
+}
+
+/// One document (or one cached sequence): the rows of q that are its queries and the rows of k and v that they may see.
+/// The last query sees all keys, the one before all but the last, and so on; there are at least as many keys as queries.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Segment {
+    /// Rows of q.
+    pub queries: Range<usize>,
+    /// Rows of k and v.
+    pub keys: Range<usize>,
+}
+
+impl Segment {
+    /// The segments of documents with these `lengths`, one behind the other in a packed micro-batch.
+    pub fn documents(lengths: &[usize]) -> Vec<Self> {
+        let mut start = 0;
+        lengths
+            .iter()
+            .map(|length| {
+                let rows = start..start + length;
+                start += length;
+                Self { queries: rows.clone(), keys: rows }
+            })
+            .collect()
+    }
+}
+
+fn check(q: &Tensor, k: &Tensor, v: &Tensor, segments: &[Segment], heads: Heads) {
+    assert!(heads.num_kv_heads > 0 && heads.num_heads.is_multiple_of(heads.num_kv_heads), "{heads:?}");
+    assert_eq!(q.cols(), heads.q_cols());
+    assert!(k.cols() == heads.kv_cols() && v.cols() == heads.kv_cols());
+    let mut next = 0;
+    for s in segments {
+        assert!(s.queries.start == next && s.queries.end <= q.rows(), "queries of segments follow each other: {s:?}");
+        assert!(s.keys.end <= k.rows().min(v.rows()) && s.queries.len() <= s.keys.len(), "{s:?}");
+        next = s.queries.end;
+    }
+    assert_eq!(next, q.rows(), "segments cover all queries");
+}
+
+/// `o` [T, H·D] from `q` [T, H·D] and `k`, `v` [S, K·D]; `lse` [T, H] (log of the sum of exponentials of each row of
+/// scores) is kept for the backward pass.
+pub fn forward(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    segments: &[Segment],
+    heads: Heads,
+    o: &mut Tensor,
+    lse: &mut Tensor,
+) {
+    check(q, k, v, segments, heads);
+    o.resize(q.shape());
+    lse.resize(&[q.rows(), heads.num_heads]);
+    cpu::attention::forward(q.data(), k.data(), v.data(), segments, heads, o.data_mut(), lse.data_mut());
+}
+
+/// `d_q` [T, H·D], `d_k`, `d_v` [T, K·D] = gradients for `d_o` [T, H·D]. Segments must have as many queries as keys and
+/// cover all rows (training has no cache).
+pub fn backward(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    o: &Tensor,
+    lse: &Tensor,
+    d_o: &Tensor,
+    segments: &[Segment],
+    heads: Heads,
+    d_q: &mut Tensor,
+    d_k: &mut Tensor,
+    d_v: &mut Tensor,
+) {
+    check(q, k, v, segments, heads);
+    assert!(segments.iter().all(|s| s.queries == s.keys) && k.rows() == q.rows(), "training has no cache");
+    d_q.resize(q.shape());
+    d_k.resize(k.shape());
+    d_v.resize(v.shape());
+    cpu::attention::backward(
+        q.data(),
+        k.data(),
+        v.data(),
+        o.data(),
+        lse.data(),
+        d_o.data(),
+        segments,
+        heads,
+        d_q.data_mut(),
+        d_k.data_mut(),
+        d_v.data_mut(),
+    );
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::finite_difference::{check as check_gradient, check_close, to_f64, weighted};
+    use crate::rng::Rng;
+    use proptest::prelude::*;
+
+    fn naive(q: &[f64], k: &[f64], v: &[f64], segments: &[Segment], heads: Heads) -> Vec<f64> {
+        let (qc, kc, hd) = (heads.q_cols(), heads.kv_cols(), heads.head_dim);
+        let mut o = vec![0.0; q.len()];
+        for s in segments {
+            for h in 0..heads.num_heads {
+                for (i, row) in s.queries.clone().enumerate() {
+                    let q = &q[row * qc + h * hd..][..hd];
+                    let head =
+                        |x: &[f64], j: usize| x[(s.keys.start + j) * kc + h / heads.group() * hd..][..hd].to_vec();
+                    let seen = s.keys.len() - s.queries.len() + i + 1;
+                    let scores: Vec<f64> = (0..seen)
+                        .map(|j| q.iter().zip(head(k, j)).map(|(a, b)| a * b).sum::<f64>() / (hd as f64).sqrt())
+                        .collect();
+                    let largest = scores.iter().fold(f64::NEG_INFINITY, |m, x| m.max(*x));
+                    let total: f64 = scores.iter().map(|x| (x - largest).exp()).sum();
+                    for (j, score) in scores.iter().enumerate() {
+                        let p = (score - largest).exp() / total;
+                        for (c, x) in head(v, j).iter().enumerate() {
+                            o[row * qc + h * hd + c] += p * x;
+                        }
+                    }
+                }
+            }
+        }
+        o
+    }
+
+    fn random(rng: &mut Rng, rows: usize, cols: usize) -> Tensor {
+        Tensor::from_slice(&[rows, cols], &rng.normals(rows * cols, 1.0))
+    }
+
+    #[test]
+    fn gradients_match_differences() {
+        let mut rng = Rng::new(12, 0);
+        let heads = Heads { num_heads: 4, num_kv_heads: 2, head_dim: 6 };
+        let segments = Segment::documents(&[3, 1, 7]);
+        let [q, d_o] = [(); 2].map(|_| random(&mut rng, 11, 24));
+        let [k, v] = [(); 2].map(|_| random(&mut rng, 11, 12));
+        let (mut o, mut lse) = (Tensor::default(), Tensor::default());
+        forward(&q, &k, &v, &segments, heads, &mut o, &mut lse);
+        let (mut d_q, mut d_k, mut d_v) = (Tensor::default(), Tensor::default(), Tensor::default());
+        backward(&q, &k, &v, &o, &lse, &d_o, &segments, heads, &mut d_q, &mut d_k, &mut d_v);
+        let [q64, k64, v64] = [&q, &k, &v].map(|t| to_f64(t.data()));
+        let loss = |q: &[f64], k: &[f64], v: &[f64]| weighted(&naive(q, k, v, &segments, heads), d_o.data());
+        check_gradient("d_q", q.data(), d_q.data(), 1e-5, |x| loss(x, &k64, &v64));
+        check_gradient("d_k", k.data(), d_k.data(), 1e-5, |x| loss(&q64, x, &v64));
+        check_gradient("d_v", v.data(), d_v.data(), 1e-5, |x| loss(&q64, &k64, x));
+    }
+
+    #[test]
+    fn several_tiles_and_a_cache_match_naive() {
+        let mut rng = Rng::new(13, 0);
+        let heads = Heads { num_heads: 2, num_kv_heads: 1, head_dim: 8 };
+        for (num_queries, num_keys) in [(300, 300), (1, 257), (70, 200), (64, 128)] {
+            let q = random(&mut rng, num_queries, 16);
+            let [k, v] = [(); 2].map(|_| random(&mut rng, num_keys + 3, 8));
+            let segments = [Segment { queries: 0..num_queries, keys: 2..num_keys + 2 }];
+            let (mut o, mut lse) = (Tensor::default(), Tensor::default());
+            forward(&q, &k, &v, &segments, heads, &mut o, &mut lse);
+            let want = naive(&to_f64(q.data()), &to_f64(k.data()), &to_f64(v.data()), &segments, heads);
+            check_close("o", o.data(), &want, 1e-5);
+        }
+    }
+
+    #[test]
+    fn backward_over_several_tiles_is_the_sum_of_rows() {
+        // Against a second, independent backward: one segment a query, with the other queries' d_o set to zero.
+        let mut rng = Rng::new(14, 0);
+        let heads = Heads { num_heads: 2, num_kv_heads: 1, head_dim: 4 };
+        let n = 290;
+        let q = random(&mut rng, n, 8);
+        let [k, v] = [(); 2].map(|_| random(&mut rng, n, 4));
+        let d_o = random(&mut rng, n, 8);
+        let segments = Segment::documents(&[n]);
+        let (mut o, mut lse) = (Tensor::default(), Tensor::default());
+        forward(&q, &k, &v, &segments, heads, &mut o, &mut lse);
+        let (mut d_q, mut d_k, mut d_v) = (Tensor::default(), Tensor::default(), Tensor::default());
+        backward(&q, &k, &v, &o, &lse, &d_o, &segments, heads, &mut d_q, &mut d_k, &mut d_v);
+        // Closed form in f64.
+        let (q64, k64, v64) = (to_f64(q.data()), to_f64(k.data()), to_f64(v.data()));
+        let (mut wq, mut wk, mut wv) = (vec![0.0; n * 8], vec![0.0; n * 4], vec![0.0; n * 4]);
+        for h in 0..2 {
+            for i in 0..n {
+                let s: Vec<f64> = (0..=i)
+                    .map(|j| (0..4).map(|c| q64[i * 8 + h * 4 + c] * k64[j * 4 + c]).sum::<f64>() / 2.0)
+                    .collect();
+                let total: f64 = s.iter().map(|s| s.exp()).sum();
+                let p: Vec<f64> = s.iter().map(|s| s.exp() / total).collect();
+                let g = |c: usize| d_o.data()[i * 8 + h * 4 + c] as f64;
+                let d_p: Vec<f64> = (0..=i).map(|j| (0..4).map(|c| g(c) * v64[j * 4 + c]).sum()).collect();
+                let mean: f64 = p.iter().zip(&d_p).map(|(p, d)| p * d).sum();
+                for j in 0..=i {
+                    let d_s = p[j] * (d_p[j] - mean) / 2.0;
+                    for c in 0..4 {
+                        wv[j * 4 + c] += p[j] * g(c);
+                        wq[i * 8 + h * 4 + c] += d_s * k64[j * 4 + c];
+                        wk[j * 4 + c] += d_s * q64[i * 8 + h * 4 + c];
+                    }
+                }
+            }
+        }
+        check_close("d_q", d_q.data(), &wq, 1e-5);
+        check_close("d_k", d_k.data(), &wk, 1e-5);
+        check_close("d_v", d_v.data(), &wv, 1e-5);
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(24))]
+        #[test]
+        fn packing_changes_nothing(lengths in proptest::collection::vec(1usize..90, 1..5), seed in 0u64..1000) {
+            let heads = Heads { num_heads: 2, num_kv_heads: 2, head_dim: 4 };
+            let total: usize = lengths.iter().sum();
+            let mut rng = Rng::new(seed, 0);
+            let [q, k, v] = [(); 3].map(|_| random(&mut rng, total, 8));
+            let (mut o, mut lse) = (Tensor::default(), Tensor::default());
+            forward(&q, &k, &v, &Segment::documents(&lengths), heads, &mut o, &mut lse);
+            let mut start = 0;
+            for n in lengths {
+                let cut = |t: &Tensor| Tensor::from_slice(&[n, 8], &t.data()[start * 8..(start + n) * 8]);
+                let (mut alone, mut l) = (Tensor::default(), Tensor::default());
+                forward(&cut(&q), &cut(&k), &cut(&v), &Segment::documents(&[n]), heads, &mut alone, &mut l);
+                prop_assert_eq!(alone.data(), &o.data()[start * 8..(start + n) * 8]);
+                start += n;
+            }
+        }
+    }
+}

@@ -1,0 +1,47 @@
+//! Token embedding: x[t] = table[ids[t]].
+
+use crate::Tensor;
+
+/// `x` [T, d] = rows `ids` [T] of `table` [V, d].
+///
+/// # Panics
+/// When an id is not below V.
+pub fn forward(table: &Tensor, ids: &[u32], x: &mut Tensor) {
+    x.resize(&[ids.len(), table.cols()]);
+    for (t, id) in ids.iter().enumerate() {
+        x.row_mut(t).copy_from_slice(table.row(*id as usize));
+    }
+}
+
+/// `d_table` [V, d] += `d_x` [T, d] at rows `ids` [T].
+pub fn backward(d_x: &Tensor, ids: &[u32], d_table: &mut Tensor) {
+    assert_eq!((d_x.rows(), d_x.cols()), (ids.len(), d_table.cols()));
+    // In token order on one thread: rows that occur twice are summed in one order, and this is a sliver of the step.
+    for (t, id) in ids.iter().enumerate() {
+        for (sum, g) in d_table.row_mut(*id as usize).iter_mut().zip(d_x.row(t)) {
+            *sum += g;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::finite_difference::{check, check_close, weighted};
+    use crate::rng::Rng;
+
+    #[test]
+    fn matches_naive_and_differences() {
+        let mut rng = Rng::new(1, 0);
+        let ids = [3u32, 0, 3, 4];
+        let table = Tensor::from_slice(&[5, 3], &rng.normals(15, 1.0));
+        let naive = |t: &[f64]| ids.iter().flat_map(|i| t[*i as usize * 3..][..3].to_vec()).collect::<Vec<f64>>();
+        let mut x = Tensor::default();
+        forward(&table, &ids, &mut x);
+        check_close("x", x.data(), &naive(&table.data().iter().map(|x| *x as f64).collect::<Vec<_>>()), 1e-9);
+        let d_x = Tensor::from_slice(&[4, 3], &rng.normals(12, 1.0));
+        let mut d_table = Tensor::zeros(&[5, 3]);
+        backward(&d_x, &ids, &mut d_table);
+        check("d_table", table.data(), d_table.data(), 1e-6, |t| weighted(&naive(t), d_x.data()));
+    }
+}

@@ -1,0 +1,141 @@
+//! Linear layer with an optional bias and an optional LoRA pair:
+//! y = x Wᵀ + bias + s · (dropout(x) Aᵀ) Bᵀ (Hu et al., "LoRA", 2021). Weights are stored [out, in], A [r, in], B [out, r].
+
+use crate::cpu::matmul::{View, gemm, matmul_nt, threads};
+use crate::{Tensor, cpu};
+use rayon::prelude::*;
+
+/// What a product does to its destination.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Into {
+    /// The destination takes the product's shape and is overwritten.
+    Overwrite,
+    /// The product is added to what is there.
+    Accumulate,
+}
+
+/// `y` [T, out] = or += `alpha` · `x` [T, in] · `w` [out, in]ᵀ.
+pub fn matmul(x: &Tensor, w: &Tensor, alpha: f32, y: &mut Tensor, into: Into) {
+    let (m, n, k) = (x.rows(), w.rows(), x.cols());
+    assert_eq!(k, w.cols(), "x {:?} against weight {:?}", x.shape(), w.shape());
+    prepare(y, m, n, into);
+    matmul_nt((m, n, k), y.data_mut(), into == Into::Accumulate, alpha, x.data(), w.data());
+}
+
+/// Gradient of the input: `d_x` [T, in] = or += `alpha` · `d_y` [T, out] · `w` [out, in].
+pub fn matmul_input_gradient(d_y: &Tensor, w: &Tensor, alpha: f32, d_x: &mut Tensor, into: Into) {
+    let (m, n, k) = (d_y.rows(), w.cols(), w.rows());
+    assert_eq!(k, d_y.cols(), "d_y {:?} against weight {:?}", d_y.shape(), w.shape());
+    prepare(d_x, m, n, into);
+    let (a, b) = (View::rows(d_y.data(), k), View::rows(w.data(), n));
+    gemm((m, n, k), d_x.data_mut(), n, into == Into::Accumulate, alpha, a, b, threads());
+}
+
+/// Gradient of the weight: `d_w` [out, in] **+=** `alpha` · `d_y` [T, out]ᵀ · `x` [T, in].
+pub fn matmul_weight_gradient(d_y: &Tensor, x: &Tensor, alpha: f32, d_w: &mut Tensor) {
+    let (m, n, k) = (d_y.cols(), x.cols(), x.rows());
+    assert!(d_y.rows() == k && d_w.rows() == m && d_w.cols() == n, "d_w {:?}", d_w.shape());
+    let (a, b) = (View::rows(d_y.data(), m).t(), View::rows(x.data(), n));
+    gemm((m, n, k), d_w.data_mut(), n, true, alpha, a, b, threads());
+}
+
+/// Adds `bias` [out] to each row of `y` [T, out].
+pub fn add_bias(bias: &Tensor, y: &mut Tensor) {
+    let n = bias.len();
+    assert_eq!(n, y.cols());
+    let rows = cpu::rows_per_task(n);
+    y.data_mut().par_chunks_mut(rows * n).for_each(|rows| {
+        for row in rows.chunks_exact_mut(n) {
+            row.iter_mut().zip(bias.data()).for_each(|(y, b)| *y += b);
+        }
+    });
+}
+
+/// `d_bias` [out] += the column sums of `d_y` [T, out].
+pub fn bias_gradient(d_y: &Tensor, d_bias: &mut Tensor) {
+    assert_eq!(d_y.cols(), d_bias.len());
+    for t in 0..d_y.rows() {
+        d_bias.data_mut().iter_mut().zip(d_y.row(t)).for_each(|(sum, g)| *sum += g);
+    }
+}
+
+fn prepare(y: &mut Tensor, m: usize, n: usize, into: Into) {
+    match into {
+        Into::Overwrite => y.resize(&[m, n]),
+        Into::Accumulate => assert!(y.rows() == m && y.cols() == n, "cannot add [{m}, {n}] to {:?}", y.shape()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::finite_difference::{check, check_close, to_f64, weighted};
+    use crate::rng::Rng;
+
+    /// y[m, n] = x[m, k] w[n, k]ᵀ + bias[n]
+    fn naive(x: &[f64], w: &[f64], bias: &[f64], k: usize) -> Vec<f64> {
+        x.chunks(k)
+            .flat_map(|x| {
+                w.chunks(k)
+                    .zip(bias)
+                    .map(|(w, b)| b + x.iter().zip(w).map(|(x, w)| x * w).sum::<f64>())
+                    .collect::<Vec<_>>()
+            })
+            .collect()
+    }
+
+    #[test]
+    fn matches_naive_and_differences() {
+        let mut rng = Rng::new(3, 0);
+        for (t, n, k) in [(1, 70, 9), (6, 7, 5), (9, 33, 20)] {
+            let x = Tensor::from_slice(&[t, k], &rng.normals(t * k, 1.0));
+            let w = Tensor::from_slice(&[n, k], &rng.normals(n * k, 1.0));
+            let b = Tensor::from_slice(&[n], &rng.normals(n, 1.0));
+            let d_y = Tensor::from_slice(&[t, n], &rng.normals(t * n, 1.0));
+            let (xs, ws, bs) = (to_f64(x.data()), to_f64(w.data()), to_f64(b.data()));
+            let mut y = Tensor::default();
+            matmul(&x, &w, 1.0, &mut y, Into::Overwrite);
+            add_bias(&b, &mut y);
+            check_close("y", y.data(), &naive(&xs, &ws, &bs, k), 1e-5);
+            let (mut d_x, mut d_w, mut d_b) = (Tensor::default(), Tensor::zeros(&[n, k]), Tensor::zeros(&[n]));
+            matmul_input_gradient(&d_y, &w, 1.0, &mut d_x, Into::Overwrite);
+            matmul_weight_gradient(&d_y, &x, 1.0, &mut d_w);
+            bias_gradient(&d_y, &mut d_b);
+            check("d_x", x.data(), d_x.data(), 1e-5, |x| weighted(&naive(x, &ws, &bs, k), d_y.data()));
+            check("d_w", w.data(), d_w.data(), 1e-5, |w| weighted(&naive(&xs, w, &bs, k), d_y.data()));
+            check("d_b", b.data(), d_b.data(), 1e-5, |b| weighted(&naive(&xs, &ws, b, k), d_y.data()));
+            let once = d_x.data().to_vec();
+            matmul_input_gradient(&d_y, &w, 2.0, &mut d_x, Into::Accumulate);
+            check_close("3 d_x", d_x.data(), &once.iter().map(|x| 3.0 * *x as f64).collect::<Vec<_>>(), 1e-5);
+        }
+    }
+
+    #[test]
+    fn lora_pair_matches_differences() {
+        // y = s (x Aᵀ) Bᵀ, the way the model composes it of three products each way.
+        let (t, k, r, n, s) = (5, 6, 2, 7, 1.5f32);
+        let mut rng = Rng::new(4, 0);
+        let x = Tensor::from_slice(&[t, k], &rng.normals(t * k, 1.0));
+        let a = Tensor::from_slice(&[r, k], &rng.normals(r * k, 1.0));
+        let b = Tensor::from_slice(&[n, r], &rng.normals(n * r, 1.0));
+        let d_y = Tensor::from_slice(&[t, n], &rng.normals(t * n, 1.0));
+        let full = |x: &[f64], a: &[f64], b: &[f64]| {
+            let xa = naive(x, a, &vec![0.0; r], k);
+            naive(&xa, b, &vec![0.0; n], r).iter().map(|y| y * s as f64).collect::<Vec<_>>()
+        };
+        let (mut xa, mut y) = (Tensor::default(), Tensor::default());
+        matmul(&x, &a, 1.0, &mut xa, Into::Overwrite);
+        matmul(&xa, &b, s, &mut y, Into::Overwrite);
+        let (xs, a64, b64) = (to_f64(x.data()), to_f64(a.data()), to_f64(b.data()));
+        check_close("y", y.data(), &full(&xs, &a64, &b64), 1e-5);
+        let (mut d_xa, mut d_x) = (Tensor::default(), Tensor::default());
+        let (mut d_a, mut d_b) = (Tensor::zeros(&[r, k]), Tensor::zeros(&[n, r]));
+        matmul_input_gradient(&d_y, &b, s, &mut d_xa, Into::Overwrite);
+        matmul_weight_gradient(&d_y, &xa, s, &mut d_b);
+        matmul_weight_gradient(&d_xa, &x, 1.0, &mut d_a);
+        matmul_input_gradient(&d_xa, &a, 1.0, &mut d_x, Into::Overwrite);
+        check("d_x", x.data(), d_x.data(), 1e-5, |x| weighted(&full(x, &a64, &b64), d_y.data()));
+        check("d_a", a.data(), d_a.data(), 1e-5, |a| weighted(&full(&xs, a, &b64), d_y.data()));
+        check("d_b", b.data(), d_b.data(), 1e-5, |b| weighted(&full(&xs, &a64, b), d_y.data()));
+    }
+}

@@ -1,0 +1,143 @@
+//! Output head and cross-entropy in one op, chunk by chunk, so that the logits [N, V] never exist as a whole:
+//! loss_n = (1 − ε) · (logsumexp(z_n) − z_n[target]) + ε · (logsumexp(z_n) − mean(z_n)) with z = h Wᵀ and label smoothing ε.
+
+use crate::ops::linear::{Into, matmul, matmul_input_gradient, matmul_weight_gradient};
+use crate::{Tensor, cpu};
+
+/// Rows of logits that exist at a time. More rows make the products a little faster and the buffer larger
+/// (rows x V x 4 bytes).
+const CHUNK_ROWS: usize = 256;
+
+/// Buffers of this op, reused from call to call.
+#[derive(Debug, Default)]
+pub struct Scratch {
+    logits: Tensor,
+    h: Tensor,
+    d_h: Tensor,
+}
+
+/// `loss` [N] = loss (nats) of each row of `h` [N, d] under head `w` [V, d] and `targets` [N], nothing else kept.
+pub fn forward(h: &Tensor, w: &Tensor, targets: &[u32], smoothing: f32, scratch: &mut Scratch, loss: &mut Vec<f32>) {
+    run(h, w, targets, smoothing, scratch, loss, None);
+}
+
+/// What the backward half of [`forward_backward`] writes.
+pub struct Gradients<'a> {
+    /// Factor on every gradient: 1 / trained tokens of the whole step.
+    pub scale: f32,
+    /// `d_h` [N, d], overwritten.
+    pub d_h: &'a mut Tensor,
+    /// `d_w` [V, d], added to; `None` when the head is frozen.
+    pub d_w: Option<&'a mut Tensor>,
+}
+
+/// As [`forward`], and the gradients of `scale` · Σ loss in the same pass over the chunks.
+pub fn forward_backward(
+    h: &Tensor,
+    w: &Tensor,
+    targets: &[u32],
+    smoothing: f32,
+    scratch: &mut Scratch,
+    loss: &mut Vec<f32>,
+    gradients: Gradients<'_>,
+) {
+    run(h, w, targets, smoothing, scratch, loss, Some(gradients));
+}
+
+fn run(
+    h: &Tensor,
+    w: &Tensor,
+    targets: &[u32],
+    smoothing: f32,
+    scratch: &mut Scratch,
+    loss: &mut Vec<f32>,
+    mut gradients: Option<Gradients<'_>>,
+) {
+    let (n, d, vocab) = (targets.len(), h.cols(), w.rows());
+    assert!(h.rows() == n && w.cols() == d, "h {:?}, w {:?}, {n} targets", h.shape(), w.shape());
+    assert!(targets.iter().all(|t| (*t as usize) < vocab), "a target lies outside the vocabulary of {vocab}");
+    loss.resize(n, 0.0);
+    if let Some(g) = &mut gradients {
+        g.d_h.resize(&[n, d]);
+    }
+    for start in (0..n).step_by(CHUNK_ROWS) {
+        let rows = CHUNK_ROWS.min(n - start);
+        let part = start * d..(start + rows) * d;
+        scratch.h.resize(&[rows, d]);
+        scratch.h.data_mut().copy_from_slice(&h.data()[part.clone()]);
+        matmul(&scratch.h, w, 1.0, &mut scratch.logits, Into::Overwrite);
+        let chunk_loss = &mut loss[start..start + rows];
+        let targets = &targets[start..start + rows];
+        let scale = gradients.as_ref().map(|g| g.scale);
+        cpu::cross_entropy::rows(scratch.logits.data_mut(), vocab, targets, smoothing, scale, chunk_loss);
+        if let Some(g) = &mut gradients {
+            matmul_input_gradient(&scratch.logits, w, 1.0, &mut scratch.d_h, Into::Overwrite);
+            g.d_h.data_mut()[part].copy_from_slice(scratch.d_h.data());
+            if let Some(d_w) = g.d_w.as_deref_mut() {
+                matmul_weight_gradient(&scratch.logits, &scratch.h, 1.0, d_w);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::finite_difference::{check, check_close, to_f64};
+    use crate::rng::Rng;
+
+    fn naive(h: &[f64], w: &[f64], targets: &[u32], eps: f64, d: usize) -> Vec<f64> {
+        h.chunks(d)
+            .zip(targets)
+            .map(|(h, t)| {
+                let z: Vec<f64> = w.chunks(d).map(|w| h.iter().zip(w).map(|(a, b)| a * b).sum()).collect();
+                let largest = z.iter().fold(f64::NEG_INFINITY, |m, x| m.max(*x));
+                let lse = z.iter().map(|x| (x - largest).exp()).sum::<f64>().ln() + largest;
+                let mean = z.iter().sum::<f64>() / z.len() as f64;
+                (1.0 - eps) * (lse - z[*t as usize]) + eps * (lse - mean)
+            })
+            .collect()
+    }
+
+    #[test]
+    fn matches_naive_and_differences() {
+        let mut rng = Rng::new(15, 0);
+        for (n, d, vocab, eps) in [(3, 5, 11, 0.0f32), (4, 3, 70, 0.1)] {
+            let h = Tensor::from_slice(&[n, d], &rng.normals(n * d, 2.0));
+            let w = Tensor::from_slice(&[vocab, d], &rng.normals(vocab * d, 1.0));
+            let targets: Vec<u32> = (0..n).map(|_| rng.below(vocab as u32)).collect();
+            let (mut scratch, mut loss) = (Scratch::default(), Vec::new());
+            let (mut d_h, mut d_w) = (Tensor::default(), Tensor::zeros(&[vocab, d]));
+            let gradients = Gradients { scale: 0.25, d_h: &mut d_h, d_w: Some(&mut d_w) };
+            forward_backward(&h, &w, &targets, eps, &mut scratch, &mut loss, gradients);
+            let (h64, w64) = (to_f64(h.data()), to_f64(w.data()));
+            let total = |h: &[f64], w: &[f64]| naive(h, w, &targets, eps as f64, d).iter().sum::<f64>() * 0.25;
+            check_close("loss", &loss, &naive(&h64, &w64, &targets, eps as f64, d), 1e-6);
+            check("d_h", h.data(), d_h.data(), 1e-5, |h| total(h, &w64));
+            check("d_w", w.data(), d_w.data(), 1e-5, |w| total(&h64, w));
+            let mut only = Vec::new();
+            forward(&h, &w, &targets, eps, &mut scratch, &mut only);
+            assert_eq!(only, loss);
+        }
+    }
+
+    #[test]
+    fn chunks_join_without_a_seam() {
+        let mut rng = Rng::new(16, 0);
+        let (n, d, vocab) = (2 * CHUNK_ROWS + 13, 4, 9);
+        let h = Tensor::from_slice(&[n, d], &rng.normals(n * d, 1.0));
+        let w = Tensor::from_slice(&[vocab, d], &rng.normals(vocab * d, 1.0));
+        let targets: Vec<u32> = (0..n).map(|_| rng.below(vocab as u32)).collect();
+        let (mut scratch, mut loss, mut d_h) = (Scratch::default(), Vec::new(), Tensor::default());
+        let gradients = Gradients { scale: 1.0, d_h: &mut d_h, d_w: None };
+        forward_backward(&h, &w, &targets, 0.0, &mut scratch, &mut loss, gradients);
+        check_close("loss", &loss, &naive(&to_f64(h.data()), &to_f64(w.data()), &targets, 0.0, d), 1e-6);
+        assert_eq!(d_h.shape(), [n, d]);
+        let last = d_h.row(n - 1).to_vec();
+        let h_last = Tensor::from_slice(&[1, d], h.row(n - 1));
+        let mut d_last = Tensor::default();
+        let gradients = Gradients { scale: 1.0, d_h: &mut d_last, d_w: None };
+        forward_backward(&h_last, &w, &targets[n - 1..], 0.0, &mut scratch, &mut loss, gradients);
+        check_close("last row", &last, &to_f64(d_last.data()), 1e-5);
+    }
+}

@@ -1,0 +1,137 @@
+//! Row-major, contiguous f32 tensors in cache-line-aligned memory.
+
+use bytemuck::{Pod, Zeroable};
+
+/// One cache line: the unit of allocation, so that every buffer starts on a 64-byte boundary.
+#[derive(Clone, Copy, Pod, Zeroable)]
+#[repr(C, align(64))]
+struct Line([f32; 16]);
+
+const LINE: usize = 16;
+
+/// A dense f32 tensor: a shape and row-major elements.
+///
+/// Memory is kept when a tensor is resized to something smaller, so that a buffer can be reused for micro-batches of
+/// different lengths without going back to the operating system (fresh pages have to be zeroed, which costs more than
+/// most of the ops).
+#[derive(Clone, Default)]
+pub struct Tensor {
+    shape: Vec<usize>,
+    len: usize,
+    lines: Vec<Line>,
+}
+
+impl Tensor {
+    /// A tensor of `shape` filled with zeros.
+    pub fn zeros(shape: &[usize]) -> Self {
+        let mut tensor = Self::default();
+        tensor.resize(shape);
+        tensor
+    }
+
+    /// A tensor of `shape` that holds `values` in row-major order.
+    ///
+    /// # Panics
+    /// When `values` does not have as many elements as `shape`.
+    pub fn from_slice(shape: &[usize], values: &[f32]) -> Self {
+        let mut tensor = Self::zeros(shape);
+        assert_eq!(tensor.len, values.len(), "a tensor of shape {shape:?} cannot hold {} values", values.len());
+        tensor.data_mut().copy_from_slice(values);
+        tensor
+    }
+
+    /// Gives the tensor another shape. Memory grows when it must and is never given back; what the elements hold
+    /// afterwards is unspecified (new memory is zero), so whoever resizes a tensor must write all of it.
+    pub fn resize(&mut self, shape: &[usize]) {
+        let len = shape.iter().product::<usize>();
+        let lines = len.div_ceil(LINE);
+        if lines > self.lines.len() {
+            self.lines.resize(lines, Line([0.0; LINE]));
+        }
+        self.len = len;
+        self.shape.clear();
+        self.shape.extend_from_slice(shape);
+    }
+
+    /// The extents, outermost first.
+    pub fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+
+    /// Number of elements.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// True when there is no element.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Number of rows of a matrix (all extents but the last, multiplied).
+    pub fn rows(&self) -> usize {
+        self.shape.iter().rev().skip(1).product()
+    }
+
+    /// Number of columns of a matrix (the last extent).
+    pub fn cols(&self) -> usize {
+        self.shape.last().copied().unwrap_or(1)
+    }
+
+    /// The elements in row-major order.
+    pub fn data(&self) -> &[f32] {
+        &bytemuck::cast_slice::<Line, f32>(&self.lines)[..self.len]
+    }
+
+    /// The elements in row-major order, to be changed.
+    pub fn data_mut(&mut self) -> &mut [f32] {
+        &mut bytemuck::cast_slice_mut::<Line, f32>(&mut self.lines)[..self.len]
+    }
+
+    /// Row `i` of a matrix.
+    pub fn row(&self, i: usize) -> &[f32] {
+        let cols = self.cols();
+        &self.data()[i * cols..(i + 1) * cols]
+    }
+
+    /// Row `i` of a matrix, to be changed.
+    pub fn row_mut(&mut self, i: usize) -> &mut [f32] {
+        let cols = self.cols();
+        &mut self.data_mut()[i * cols..(i + 1) * cols]
+    }
+
+    /// Bytes of memory held (at least 4 times [`Tensor::len`]).
+    pub fn capacity_bytes(&self) -> usize {
+        self.lines.capacity() * size_of::<Line>()
+    }
+}
+
+impl std::fmt::Debug for Tensor {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Tensor{:?}{:?}", self.shape, &self.data()[..self.len.min(8)])
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shape_and_alignment() {
+        let t = Tensor::from_slice(&[2, 3], &[1.0, 2.0, 3.0, 4.0, 5.0, 6.0]);
+        assert_eq!((t.rows(), t.cols(), t.len()), (2, 3, 6));
+        assert_eq!(t.row(1), &[4.0, 5.0, 6.0]);
+        assert_eq!(t.data().as_ptr() as usize % 64, 0);
+        assert!(!t.is_empty() && Tensor::zeros(&[0, 4]).is_empty());
+    }
+
+    #[test]
+    fn shrinking_keeps_memory() {
+        let mut t = Tensor::zeros(&[100, 16]);
+        let before = t.capacity_bytes();
+        t.resize(&[3, 5]);
+        assert_eq!(t.len(), 15);
+        t.resize(&[100, 16]);
+        assert_eq!(t.capacity_bytes(), before);
+    }
+}
