@@ -1,3 +1,24 @@
 //! LLaMA forward and backward, LoRA, generation, import and export. Sees token ids, never strings.
+//!
+//! Read [`llama`] first: the model is an explicit list of fused ops with the backward pass beside the forward pass.
+
+mod adapter;
+mod batch;
+mod cache;
+mod config;
 mod error;
+mod export;
+mod generate;
+mod import;
+pub mod llama;
+mod lora;
+
+pub use adapter::{AdapterConfig, AdapterFile, Modules, save_adapter};
+pub use batch::Batch;
+pub use cache::KvCache;
+pub use config::{Config, Rope, RopeScaling};
 pub use error::{Error, Result};
+pub use export::{Dtype, SaveOptions, save_model};
+pub use generate::{FinishReason, Sampler, Sampling, argmax, generate};
+pub use import::{Checkpoint, GgufMetadata};
+pub use llama::{Gradients, LINEAR_NAMES, Llama, LossOptions, Parameter, Workspace};

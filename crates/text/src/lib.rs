@@ -1,3 +1,39 @@
 //! Records, chat templates, tokens, loss masks, splits and packing: text in, token shards out. Knows no tensors.
+//!
+//! In the order of the data's way: [`row`] reads files into rows, [`split`] sends each row to train, validation or
+//! test, [`template`] renders conversations, [`tokenizer`] makes token ids, [`sample`] decides which of them are
+//! trained, [`pack`] lays documents into blocks, [`shard`] stores them, and [`prepare`](mod@prepare) drives it all.
+mod atomic;
 mod error;
+pub mod gguf;
+pub mod options;
+pub mod pack;
+pub mod prepare;
+pub mod preview;
+pub mod row;
+pub mod sample;
+pub mod shard;
+pub mod source;
+pub mod split;
+pub mod stream;
+pub mod template;
+pub mod tokenizer;
+
+#[cfg(test)]
+mod fixture;
+#[cfg(test)]
+mod scratch;
+
 pub use error::{Error, Result};
+pub use gguf::GgufVocabulary;
+pub use options::{Overlong, PrepareOptions, TextRows, TrainOn};
+pub use pack::Block;
+pub use prepare::{PrepareProgress, Report, SplitReport, prepare};
+pub use preview::{PreviewToken, preview};
+pub use row::{Row, RowFormat, RowKind};
+pub use sample::{Sample, Source};
+pub use shard::PreparedSplit;
+pub use split::Split;
+pub use stream::StreamDecoder;
+pub use template::{ChatTemplate, Conversation, Message};
+pub use tokenizer::{Encoded, SpecialTokens, Tokenizer};

@@ -34,3 +34,14 @@ impl Error {
         }
     }
 }
+
+impl From<tunesmith_model::Error> for Error {
+    fn from(error: tunesmith_model::Error) -> Self {
+        use tunesmith_model::Error as Model;
+        match error {
+            Model::Input(message) => Self::Input(message),
+            Model::Io { what, source } => Self::Io { what, source },
+            Model::Failure(message) => Self::Failure(message),
+        }
+    }
+}

@@ -1,3 +1,18 @@
 //! The training loop, optimizer, schedules, checkpoints and evaluation.
+//!
+//! Read [`train`] first: one loop for every method.
+
+pub mod checkpoint;
+pub mod config;
 mod error;
+pub mod evaluate;
+pub mod metrics;
+pub mod optimizer;
+pub mod report;
+pub mod schedule;
+pub mod statistics;
+pub mod train;
+pub mod trainer_state;
+pub mod verify;
+
 pub use error::{Error, Result};

@@ -31,7 +31,7 @@ multiversion! {
 
 /// Σ x² in f64 over chunks of fixed size, added up in order.
 pub(crate) fn sum_of_squares(x: &[f32]) -> f64 {
-    let parts: Vec<f64> = x.par_chunks(CHUNK).map(|c| chunk_sum_of_squares(c)).collect();
+    let parts: Vec<f64> = x.par_chunks(CHUNK).map(chunk_sum_of_squares).collect();
     parts.iter().sum()
 }
 

@@ -1,0 +1,595 @@
+//! The LLaMA model: parameters, forward and explicit backward.
+//!
+//! Shape suffixes: t tokens of the micro-batch, d hidden size, f intermediate size, h query heads · head size, k key/value
+//! heads · head size, r LoRA rank, n positions that carry loss.
+
+use crate::{Checkpoint, Config, Result, batch::Batch, cache::KvCache};
+use tunesmith_tensor::Tensor;
+use tunesmith_tensor::ops::{attention, dropout, embedding, linear, linear_cross_entropy, rmsnorm, rope, swiglu};
+
+/// A named tensor of the model, under its Hugging Face (or PEFT) name.
+#[derive(Debug)]
+pub struct Parameter {
+    /// Such as `model.layers.0.self_attn.q_proj.weight` or `base_model.model.….lora_A.weight`.
+    pub name: String,
+    /// The weights.
+    pub value: Tensor,
+    /// Whether training changes it (only then does it get a gradient buffer).
+    pub trained: bool,
+}
+
+/// One linear layer: indices into [`Llama::parameters`].
+#[derive(Debug)]
+pub(crate) struct Linear {
+    /// Path without `.weight`, as PEFT names modules.
+    pub(crate) module: String,
+    pub(crate) weight: usize,
+    pub(crate) bias: Option<usize>,
+    pub(crate) lora: Option<Lora>,
+}
+
+/// The adapter of one linear layer: A [r, in] and B [out, r] as indices into the parameters.
+#[derive(Debug)]
+pub(crate) struct Lora {
+    pub(crate) a: usize,
+    pub(crate) b: usize,
+    pub(crate) scale: f32,
+    pub(crate) dropout: f32,
+}
+
+/// Positions of the seven linear layers in [`Layer::linears`].
+pub(crate) const Q: usize = 0;
+const K: usize = 1;
+const V: usize = 2;
+const O: usize = 3;
+const GATE: usize = 4;
+const UP: usize = 5;
+const DOWN: usize = 6;
+
+/// Names of the seven linear layers of a block, in the order of the constants above.
+pub const LINEAR_NAMES: [&str; 7] = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"];
+
+#[derive(Debug)]
+pub(crate) struct Layer {
+    input_norm: usize,
+    post_norm: usize,
+    pub(crate) linears: [Linear; 7],
+}
+
+/// A LLaMA model in memory.
+#[derive(Debug)]
+pub struct Llama {
+    /// Its sizes and constants.
+    pub config: Config,
+    /// All tensors; adapter tensors come last.
+    pub parameters: Vec<Parameter>,
+    pub(crate) layers: Vec<Layer>,
+    embed: usize,
+    norm: usize,
+    /// The same index as `embed` when the head is tied: one tensor, one gradient, one update.
+    head: usize,
+    frequencies: Vec<f32>,
+    pub(crate) adapter: Option<crate::AdapterConfig>,
+    adapter_enabled: bool,
+}
+
+/// Gradient buffers: one for each trained parameter, in the order of [`Llama::parameters`].
+#[derive(Debug, Default)]
+pub struct Gradients {
+    /// `None` where the parameter is frozen.
+    pub tensors: Vec<Option<Tensor>>,
+}
+
+impl Gradients {
+    /// Zeroed buffers for what trains in `model`.
+    pub fn new(model: &Llama) -> Self {
+        let buffer = |p: &Parameter| p.trained.then(|| Tensor::zeros(p.value.shape()));
+        Self { tensors: model.parameters.iter().map(buffer).collect() }
+    }
+
+    /// Sets every gradient to zero.
+    pub fn clear(&mut self) {
+        for tensor in self.tensors.iter_mut().flatten() {
+            tensor.data_mut().fill(0.0);
+        }
+    }
+}
+
+/// How one training pass computes its loss.
+#[derive(Clone, Copy, Debug)]
+pub struct LossOptions {
+    /// Factor on the summed loss before the backward pass: 1 / trained tokens of the whole optimizer step.
+    pub scale: f32,
+    /// Label smoothing ε.
+    pub label_smoothing: f32,
+    /// Seed of dropout masks; `None` turns dropout off.
+    pub dropout_seed: Option<u64>,
+    /// Number of this micro-batch in the run, so that no two passes share a mask.
+    pub pass: u64,
+}
+
+/// What a layer keeps for its backward pass.
+#[derive(Debug, Default)]
+struct LayerActivations {
+    x_td: Tensor,
+    rstd1_t: Tensor,
+    n1_td: Tensor,
+    q_th: Tensor,
+    k_tk: Tensor,
+    v_tk: Tensor,
+    o_th: Tensor,
+    lse: Tensor,
+    x2_td: Tensor,
+    rstd2_t: Tensor,
+    n2_td: Tensor,
+    gate_tf: Tensor,
+    up_tf: Tensor,
+    act_tf: Tensor,
+    /// x Aᵀ of each adapted linear layer.
+    xa_tr: [Tensor; 7],
+}
+
+/// Every buffer of a pass, kept from step to step: memory is asked for once.
+#[derive(Debug, Default)]
+pub struct Workspace {
+    layers: Vec<LayerActivations>,
+    stream_td: Tensor,
+    angles: rope::Angles,
+    h_nd: Tensor,
+    rstd_n: Tensor,
+    normed_nd: Tensor,
+    logits: Tensor,
+    losses: Vec<f32>,
+    head: linear_cross_entropy::Scratch,
+    back: BackwardBuffers,
+    dropped: Tensor,
+}
+
+#[derive(Debug, Default)]
+struct BackwardBuffers {
+    d_stream_td: Tensor,
+    d_normed_nd: Tensor,
+    d_h_nd: Tensor,
+    d_n_td: Tensor,
+    d_act_tf: Tensor,
+    d_gate_tf: Tensor,
+    d_up_tf: Tensor,
+    d_o_th: Tensor,
+    d_q_th: Tensor,
+    d_k_tk: Tensor,
+    d_v_tk: Tensor,
+    d_xa_tr: Tensor,
+    d_dropped: Tensor,
+}
+
+impl Workspace {
+    /// Loss (nats) of each position of the last batch that carries loss, in the order of [`Batch::loss_rows`].
+    pub fn losses(&self) -> &[f32] {
+        &self.losses
+    }
+}
+
+impl Llama {
+    /// Reads every tensor of `checkpoint` into f32. `progress` is called with (tensors read, tensors in all).
+    ///
+    /// # Errors
+    /// Whatever [`Checkpoint::read`] finds wrong with a tensor.
+    pub fn load(checkpoint: &Checkpoint, mut progress: impl FnMut(usize, usize)) -> Result<Self> {
+        let config = checkpoint.config().clone();
+        let names = config.expected_tensors();
+        let mut parameters = Vec::with_capacity(names.len());
+        for (i, (name, _)) in names.iter().enumerate() {
+            parameters.push(Parameter { name: name.clone(), value: checkpoint.read(name)?, trained: false });
+            progress(i + 1, names.len());
+        }
+        Ok(Self::assemble(config, parameters))
+    }
+
+    /// A model with random weights, as Hugging Face initialises one: normal with standard deviation
+    /// `initializer_range`, norms 1, biases 0.
+    pub fn random(config: Config, seed: u64) -> Self {
+        let std = config.initializer_range;
+        let parameters = config.expected_tensors().into_iter().enumerate().map(|(i, (name, shape))| {
+            let mut value = Tensor::zeros(&shape);
+            if name.ends_with("norm.weight") {
+                value.data_mut().fill(1.0);
+            } else if name.ends_with(".weight") {
+                let mut rng = tunesmith_tensor::rng::Rng::new(seed, i as u64);
+                value.data_mut().iter_mut().for_each(|x| *x = rng.normal() * std);
+            }
+            Parameter { name, value, trained: false }
+        });
+        let parameters = parameters.collect();
+        Self::assemble(config, parameters)
+    }
+
+    /// `parameters` in the order of [`Config::expected_tensors`].
+    fn assemble(config: Config, parameters: Vec<Parameter>) -> Self {
+        let index: std::collections::HashMap<&str, usize> =
+            parameters.iter().enumerate().map(|(i, p)| (p.name.as_str(), i)).collect();
+        let layers = (0..config.num_hidden_layers)
+            .map(|l| {
+                let linear = |block: &str, name: &str| {
+                    let module = format!("model.layers.{l}.{block}.{name}");
+                    let weight = index[format!("{module}.weight").as_str()];
+                    let bias = index.get(format!("{module}.bias").as_str()).copied();
+                    Linear { module, weight, bias, lora: None }
+                };
+                Layer {
+                    input_norm: index[format!("model.layers.{l}.input_layernorm.weight").as_str()],
+                    post_norm: index[format!("model.layers.{l}.post_attention_layernorm.weight").as_str()],
+                    linears: std::array::from_fn(|i| {
+                        linear(if i < GATE { "self_attn" } else { "mlp" }, LINEAR_NAMES[i])
+                    }),
+                }
+            })
+            .collect();
+        let embed = index["model.embed_tokens.weight"];
+        let head = if config.tie_word_embeddings { embed } else { index["lm_head.weight"] };
+        let norm = index["model.norm.weight"];
+        let frequencies = config.inverse_frequencies();
+        Self { config, layers, embed, norm, head, frequencies, adapter: None, adapter_enabled: true, parameters }
+    }
+
+    /// Makes every parameter of the base model train (full fine-tuning or pre-training).
+    pub fn train_all(&mut self) {
+        self.parameters.iter_mut().for_each(|p| p.trained = true);
+    }
+
+    /// Number of weights that train.
+    pub fn num_trained(&self) -> usize {
+        self.parameters.iter().filter(|p| p.trained).map(|p| p.value.len()).sum()
+    }
+
+    /// Number of weights of the base model (a tied head counts once).
+    pub fn num_params(&self) -> usize {
+        self.parameters.iter().filter(|p| !p.name.starts_with("base_model.")).map(|p| p.value.len()).sum()
+    }
+
+    /// The configuration of the attached adapter.
+    pub fn adapter(&self) -> Option<&crate::AdapterConfig> {
+        self.adapter.as_ref()
+    }
+
+    /// Turns the attached adapter off (the model is then the base model, to the bit) or on again.
+    pub fn enable_adapter(&mut self, enabled: bool) {
+        self.adapter_enabled = enabled;
+    }
+
+    fn heads(&self) -> attention::Heads {
+        attention::Heads {
+            num_heads: self.config.num_attention_heads,
+            num_kv_heads: self.config.num_key_value_heads,
+            head_dim: self.config.head_dim,
+        }
+    }
+
+    fn value(&self, index: usize) -> &Tensor {
+        &self.parameters[index].value
+    }
+
+    /// Forward pass without gradients: fills [`Workspace::losses`] and returns their sum in nats.
+    pub fn loss(&self, batch: &Batch, label_smoothing: f32, ws: &mut Workspace) -> f64 {
+        self.run_layers(batch, None, Pass::Discard, ws);
+        self.gather_and_norm(batch, ws);
+        let head = self.value(self.head);
+        linear_cross_entropy::forward(&ws.normed_nd, head, &batch.targets, label_smoothing, &mut ws.head, &mut ws.losses);
+        ws.losses.iter().map(|l| *l as f64).sum()
+    }
+
+    /// Logits [T, V] at every position of `batch`.
+    pub fn logits<'w>(&self, batch: &Batch, ws: &'w mut Workspace) -> &'w Tensor {
+        self.run_layers(batch, None, Pass::Discard, ws);
+        let eps = self.config.rms_norm_eps;
+        rmsnorm::forward(&ws.stream_td, self.value(self.norm), eps, &mut ws.normed_nd, &mut ws.rstd_n);
+        linear::matmul(&ws.normed_nd, self.value(self.head), 1.0, &mut ws.logits, linear::Into::Overwrite);
+        &ws.logits
+    }
+
+    /// Feeds `ids` behind what `cache` holds and returns the logits [V] that follow the last of them.
+    ///
+    /// # Panics
+    /// When `ids` is empty or the cache is too small for them.
+    pub fn decode<'w>(&self, ids: &[u32], cache: &mut KvCache, ws: &'w mut Workspace) -> &'w [f32] {
+        let batch = Batch::continuation(ids, cache.len());
+        self.run_layers(&batch, Some(cache), Pass::Discard, ws);
+        cache.advance(ids.len());
+        ws.h_nd.resize(&[1, self.config.hidden_size]);
+        ws.h_nd.data_mut().copy_from_slice(ws.stream_td.row(ids.len() - 1));
+        let eps = self.config.rms_norm_eps;
+        rmsnorm::forward(&ws.h_nd, self.value(self.norm), eps, &mut ws.normed_nd, &mut ws.rstd_n);
+        linear::matmul(&ws.normed_nd, self.value(self.head), 1.0, &mut ws.logits, linear::Into::Overwrite);
+        ws.logits.data()
+    }
+
+    /// One forward and backward pass: adds the gradients of `scale` · Σ loss to `gradients`, fills
+    /// [`Workspace::losses`] and returns their sum in nats (unscaled).
+    pub fn loss_and_gradients(
+        &self,
+        batch: &Batch,
+        options: LossOptions,
+        ws: &mut Workspace,
+        gradients: &mut Gradients,
+    ) -> f64 {
+        let masks = options.dropout_seed.map(|seed| Masks { seed, pass: options.pass });
+        self.run_layers(batch, None, Pass::Keep(masks), ws);
+        self.gather_and_norm(batch, ws);
+        let Workspace { layers, stream_td, angles, h_nd, rstd_n, normed_nd, losses, head, back, dropped, .. } = ws;
+        let targets = &batch.targets;
+        let sums = linear_cross_entropy::Gradients {
+            scale: options.scale,
+            d_h: &mut back.d_normed_nd,
+            d_w: gradients.tensors[self.head].as_mut(),
+        };
+        let smoothing = options.label_smoothing;
+        linear_cross_entropy::forward_backward(normed_nd, self.value(self.head), targets, smoothing, head, losses, sums);
+        back.d_h_nd.resize(h_nd.shape());
+        back.d_h_nd.data_mut().fill(0.0);
+        let norm = self.value(self.norm);
+        let d_norm = gradients.tensors[self.norm].as_mut();
+        rmsnorm::backward(h_nd, norm, rstd_n, &back.d_normed_nd, &mut back.d_h_nd, d_norm);
+        back.d_stream_td.resize(stream_td.shape());
+        back.d_stream_td.data_mut().fill(0.0);
+        for (i, row) in batch.loss_rows.iter().enumerate() {
+            back.d_stream_td.row_mut(*row as usize).copy_from_slice(back.d_h_nd.row(i));
+        }
+        let lowest = self.lowest_trained_layer();
+        for l in (lowest..self.layers.len()).rev() {
+            self.layer_backward(l, &layers[l], batch, angles, masks, back, dropped, gradients);
+        }
+        if let Some(d_table) = gradients.tensors[self.embed].as_mut() {
+            embedding::backward(&back.d_stream_td, &batch.ids, d_table);
+        }
+        losses.iter().map(|l| *l as f64).sum()
+    }
+
+    /// Nothing below this layer trains, so the backward pass may stop there.
+    fn lowest_trained_layer(&self) -> usize {
+        if self.parameters[self.embed].trained {
+            return 0;
+        }
+        let trains = |i: usize| self.parameters[i].trained;
+        let any = |layer: &Layer| {
+            let linear = |l: &Linear| {
+                trains(l.weight) || l.bias.is_some_and(trains) || l.lora.as_ref().is_some_and(|l| trains(l.a) || trains(l.b))
+            };
+            trains(layer.input_norm) || trains(layer.post_norm) || layer.linears.iter().any(linear)
+        };
+        self.layers.iter().position(any).unwrap_or(self.layers.len())
+    }
+
+    /// Final hidden states of the positions that carry loss, and their norm: the head sees nothing else.
+    fn gather_and_norm(&self, batch: &Batch, ws: &mut Workspace) {
+        ws.h_nd.resize(&[batch.loss_rows.len(), self.config.hidden_size]);
+        for (i, row) in batch.loss_rows.iter().enumerate() {
+            ws.h_nd.row_mut(i).copy_from_slice(ws.stream_td.row(*row as usize));
+        }
+        let eps = self.config.rms_norm_eps;
+        rmsnorm::forward(&ws.h_nd, self.value(self.norm), eps, &mut ws.normed_nd, &mut ws.rstd_n);
+    }
+
+    /// Embedding and all layers: leaves the residual stream [T, d] in `ws.stream_td`.
+    fn run_layers(&self, batch: &Batch, mut cache: Option<&mut KvCache>, pass: Pass, ws: &mut Workspace) {
+        let kept = if matches!(pass, Pass::Keep(_)) { self.layers.len() } else { 1 };
+        if ws.layers.len() < kept {
+            ws.layers.resize_with(kept, LayerActivations::default);
+        }
+        embedding::forward(self.value(self.embed), &batch.ids, &mut ws.stream_td);
+        ws.angles.fill(&batch.positions, &self.frequencies);
+        for l in 0..self.layers.len() {
+            let activations = &mut ws.layers[l.min(kept - 1)];
+            let cache = cache.as_deref_mut();
+            self.layer_forward(l, &mut ws.stream_td, activations, &ws.angles, batch, cache, pass, &mut ws.dropped);
+        }
+    }
+
+    fn layer_forward(
+        &self,
+        l: usize,
+        stream_td: &mut Tensor,
+        act: &mut LayerActivations,
+        angles: &rope::Angles,
+        batch: &Batch,
+        cache: Option<&mut KvCache>,
+        pass: Pass,
+        dropped: &mut Tensor,
+    ) {
+        let (layer, eps) = (&self.layers[l], self.config.rms_norm_eps);
+        let masks = if let Pass::Keep(masks) = pass { masks } else { None };
+        if matches!(pass, Pass::Keep(_)) {
+            copy(stream_td, &mut act.x_td);
+        }
+        rmsnorm::forward(stream_td, self.value(layer.input_norm), eps, &mut act.n1_td, &mut act.rstd1_t);
+        let mut apply = |i: usize, x: &Tensor, y: &mut Tensor, into, xa: &mut Tensor| {
+            self.linear_forward(&layer.linears[i], x, y, into, xa, Masks::of(masks, l, i), dropped);
+        };
+        use linear::Into::{Accumulate, Overwrite};
+        apply(Q, &act.n1_td, &mut act.q_th, Overwrite, &mut act.xa_tr[Q]);
+        apply(K, &act.n1_td, &mut act.k_tk, Overwrite, &mut act.xa_tr[K]);
+        apply(V, &act.n1_td, &mut act.v_tk, Overwrite, &mut act.xa_tr[V]);
+        rope::forward(&mut act.q_th, angles);
+        rope::forward(&mut act.k_tk, angles);
+        let (k, v) = match cache {
+            Some(cache) => cache.append(l, &act.k_tk, &act.v_tk),
+            None => (&act.k_tk, &act.v_tk),
+        };
+        attention::forward(&act.q_th, k, v, &batch.segments, self.heads(), &mut act.o_th, &mut act.lse);
+        apply(O, &act.o_th, stream_td, Accumulate, &mut act.xa_tr[O]);
+        if matches!(pass, Pass::Keep(_)) {
+            copy(stream_td, &mut act.x2_td);
+        }
+        rmsnorm::forward(stream_td, self.value(layer.post_norm), eps, &mut act.n2_td, &mut act.rstd2_t);
+        apply(GATE, &act.n2_td, &mut act.gate_tf, Overwrite, &mut act.xa_tr[GATE]);
+        apply(UP, &act.n2_td, &mut act.up_tf, Overwrite, &mut act.xa_tr[UP]);
+        swiglu::forward(&act.gate_tf, &act.up_tf, &mut act.act_tf);
+        apply(DOWN, &act.act_tf, stream_td, Accumulate, &mut act.xa_tr[DOWN]);
+    }
+
+    /// Takes the gradient of the layer's output in `back.d_stream_td` to that of its input, in place.
+    fn layer_backward(
+        &self,
+        l: usize,
+        act: &LayerActivations,
+        batch: &Batch,
+        angles: &rope::Angles,
+        masks: Option<Masks>,
+        back: &mut BackwardBuffers,
+        dropped: &mut Tensor,
+        gradients: &mut Gradients,
+    ) {
+        let layer = &self.layers[l];
+        let BackwardBuffers { d_stream_td, d_n_td, d_act_tf, d_gate_tf, d_up_tf, .. } = back;
+        let BackwardBuffers { d_o_th, d_q_th, d_k_tk, d_v_tk, d_xa_tr, d_dropped, .. } = back;
+        let mut apply = |i: usize, x: &Tensor, d_y: &Tensor, d_x: &mut Tensor, into, gradients: &mut Gradients| {
+            let buffers = LinearBuffers { xa: &act.xa_tr[i], d_xa: d_xa_tr, dropped, d_dropped };
+            self.linear_backward(&layer.linears[i], x, d_y, d_x, into, buffers, Masks::of(masks, l, i), gradients);
+        };
+        use linear::Into::{Accumulate, Overwrite};
+        apply(DOWN, &act.act_tf, d_stream_td, d_act_tf, Overwrite, gradients);
+        swiglu::backward(&act.gate_tf, &act.up_tf, d_act_tf, d_gate_tf, d_up_tf);
+        apply(GATE, &act.n2_td, d_gate_tf, d_n_td, Overwrite, gradients);
+        apply(UP, &act.n2_td, d_up_tf, d_n_td, Accumulate, gradients);
+        let d_norm = gradients.tensors[layer.post_norm].as_mut();
+        rmsnorm::backward(&act.x2_td, self.value(layer.post_norm), &act.rstd2_t, d_n_td, d_stream_td, d_norm);
+        apply(O, &act.o_th, d_stream_td, d_o_th, Overwrite, gradients);
+        attention::backward(
+            &act.q_th,
+            &act.k_tk,
+            &act.v_tk,
+            &act.o_th,
+            &act.lse,
+            d_o_th,
+            &batch.segments,
+            self.heads(),
+            d_q_th,
+            d_k_tk,
+            d_v_tk,
+        );
+        rope::backward(d_q_th, angles);
+        rope::backward(d_k_tk, angles);
+        apply(Q, &act.n1_td, d_q_th, d_n_td, Overwrite, gradients);
+        apply(K, &act.n1_td, d_k_tk, d_n_td, Accumulate, gradients);
+        apply(V, &act.n1_td, d_v_tk, d_n_td, Accumulate, gradients);
+        let d_norm = gradients.tensors[layer.input_norm].as_mut();
+        rmsnorm::backward(&act.x_td, self.value(layer.input_norm), &act.rstd1_t, d_n_td, d_stream_td, d_norm);
+    }
+
+    /// y = or += x Wᵀ + bias + s · dropout(x) Aᵀ Bᵀ; keeps dropout(x) Aᵀ in `xa_tr`.
+    fn linear_forward(
+        &self,
+        layer: &Linear,
+        x: &Tensor,
+        y: &mut Tensor,
+        into: linear::Into,
+        xa_tr: &mut Tensor,
+        mask: Option<MaskSource>,
+        dropped: &mut Tensor,
+    ) {
+        linear::matmul(x, self.value(layer.weight), 1.0, y, into);
+        if let Some(bias) = layer.bias {
+            linear::add_bias(self.value(bias), y);
+        }
+        if let Some(lora) = layer.lora.as_ref().filter(|_| self.adapter_enabled) {
+            let x = match mask.and_then(|m| m.for_rate(lora.dropout)) {
+                Some(mask) => {
+                    dropout::forward(x, mask, dropped);
+                    &*dropped
+                }
+                None => x,
+            };
+            linear::matmul(x, self.value(lora.a), 1.0, xa_tr, linear::Into::Overwrite);
+            linear::matmul(xa_tr, self.value(lora.b), lora.scale, y, linear::Into::Accumulate);
+        }
+    }
+
+    fn linear_backward(
+        &self,
+        layer: &Linear,
+        x: &Tensor,
+        d_y: &Tensor,
+        d_x: &mut Tensor,
+        into: linear::Into,
+        buffers: LinearBuffers<'_>,
+        mask: Option<MaskSource>,
+        gradients: &mut Gradients,
+    ) {
+        linear::matmul_input_gradient(d_y, self.value(layer.weight), 1.0, d_x, into);
+        if let Some(d_w) = gradients.tensors[layer.weight].as_mut() {
+            linear::matmul_weight_gradient(d_y, x, 1.0, d_w);
+        }
+        if let Some(d_bias) = layer.bias.and_then(|b| gradients.tensors[b].as_mut()) {
+            linear::bias_gradient(d_y, d_bias);
+        }
+        let Some(lora) = layer.lora.as_ref().filter(|_| self.adapter_enabled) else { return };
+        let LinearBuffers { xa, d_xa, dropped, d_dropped } = buffers;
+        let (a, b) = (self.value(lora.a), self.value(lora.b));
+        linear::matmul_input_gradient(d_y, b, lora.scale, d_xa, linear::Into::Overwrite);
+        if let Some(d_b) = gradients.tensors[lora.b].as_mut() {
+            linear::matmul_weight_gradient(d_y, xa, lora.scale, d_b);
+        }
+        let mask = mask.and_then(|m| m.for_rate(lora.dropout));
+        if let Some(d_a) = gradients.tensors[lora.a].as_mut() {
+            let x = match mask {
+                Some(mask) => {
+                    dropout::forward(x, mask, dropped);
+                    &*dropped
+                }
+                None => x,
+            };
+            linear::matmul_weight_gradient(d_xa, x, 1.0, d_a);
+        }
+        match mask {
+            Some(mask) => {
+                linear::matmul_input_gradient(d_xa, a, 1.0, d_dropped, linear::Into::Overwrite);
+                dropout::backward(d_dropped, mask, d_x);
+            }
+            None => linear::matmul_input_gradient(d_xa, a, 1.0, d_x, linear::Into::Accumulate),
+        }
+    }
+}
+
+/// Buffers that the adapter half of a linear layer's backward pass borrows.
+struct LinearBuffers<'a> {
+    xa: &'a Tensor,
+    d_xa: &'a mut Tensor,
+    dropped: &'a mut Tensor,
+    d_dropped: &'a mut Tensor,
+}
+
+/// Whether a pass keeps its activations for a backward pass, and which dropout it draws.
+#[derive(Clone, Copy)]
+enum Pass {
+    Keep(Option<Masks>),
+    Discard,
+}
+
+/// The dropout masks of one pass.
+#[derive(Clone, Copy)]
+struct Masks {
+    seed: u64,
+    pass: u64,
+}
+
+/// The dropout mask of one linear layer in one pass, whatever its rate.
+#[derive(Clone, Copy)]
+struct MaskSource {
+    seed: u64,
+    stream: u64,
+}
+
+impl Masks {
+    fn of(masks: Option<Self>, layer: usize, linear: usize) -> Option<MaskSource> {
+        masks.map(|m| MaskSource { seed: m.seed, stream: m.pass << 32 | (layer * 8 + linear) as u64 })
+    }
+}
+
+impl MaskSource {
+    fn for_rate(self, p: f32) -> Option<dropout::Mask> {
+        (p > 0.0).then_some(dropout::Mask { p, seed: self.seed, stream: self.stream })
+    }
+}
+
+fn copy(from: &Tensor, to: &mut Tensor) {
+    to.resize(from.shape());
+    to.data_mut().copy_from_slice(from.data());
+}

@@ -1,0 +1,355 @@
+//! A row as tokens, with a mark on each that is trained.
+//!
+//! Text is tokenised in one piece and the marks come from the place of each token in it, so that the tokens are exactly
+//! those that the model sees when it is used. In a conversation the assistant's turns are found by rendering it up to
+//! each turn; the token that ends the turn is trained (otherwise the model never learns to stop), the white space after
+//! it is not.
+use crate::{
+    ChatTemplate, Conversation, Encoded, Error, Overlong, Result, Row, RowKind, Tokenizer, TrainOn,
+    options::PrepareOptions,
+};
+use serde::{Deserialize, Serialize};
+use std::{ops::Range, sync::Arc};
+
+/// Where a document came from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Source {
+    /// The file, as it was named.
+    pub file: Arc<str>,
+    /// The line the row begins at, from 1.
+    pub line: usize,
+}
+
+/// One document as tokens.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Sample {
+    /// Token ids.
+    pub ids: Vec<u32>,
+    /// For each id whether it is a label: whether the loss of predicting it counts. The first cannot be predicted, so
+    /// it never is.
+    pub trained: Vec<bool>,
+    /// UTF-8 bytes of the text that the trained tokens stand for; special tokens count nothing. For bits per byte.
+    pub bytes: usize,
+    /// The row it came from.
+    pub source: Source,
+}
+
+impl Sample {
+    /// Number of trained tokens.
+    pub fn num_trained(&self) -> usize {
+        self.trained.iter().filter(|&&trained| trained).count()
+    }
+}
+
+/// What becomes of a row.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SampleOptions {
+    /// Which tokens are trained.
+    pub train_on: TrainOn,
+    /// Longest document, in tokens.
+    pub max_length: usize,
+    /// What becomes of longer rows.
+    pub overlong: Overlong,
+}
+
+impl From<&PrepareOptions> for SampleOptions {
+    fn from(options: &PrepareOptions) -> Self {
+        Self { train_on: options.train_on, max_length: options.max_length, overlong: options.overlong }
+    }
+}
+
+/// What happened to rows on their way to samples.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RowCounts {
+    /// Rows read.
+    pub rows: usize,
+    /// Tokens of the longest row, before it was shortened.
+    pub longest_row: usize,
+    /// Rows longer than `max_length`.
+    pub overlong_rows: usize,
+    /// Of these, rows split into several documents.
+    pub split_rows: usize,
+    /// Of these, rows whose end was cut off.
+    pub truncated_rows: usize,
+    /// Of these, rows left out, also because nothing trained was left of them.
+    pub dropped_rows: usize,
+    /// Tokens in what was cut off or left out.
+    pub tokens_lost: usize,
+    /// Trained tokens lost: in what was cut off or left out, and the first of each further part of a split row.
+    pub trained_tokens_lost: usize,
+    /// Assistant turns that the template ends without a special token: from these a model does not learn to stop.
+    pub turns_without_end: usize,
+}
+
+impl std::ops::AddAssign for RowCounts {
+    fn add_assign(&mut self, other: Self) {
+        self.rows += other.rows;
+        self.longest_row = self.longest_row.max(other.longest_row);
+        self.overlong_rows += other.overlong_rows;
+        self.split_rows += other.split_rows;
+        self.truncated_rows += other.truncated_rows;
+        self.dropped_rows += other.dropped_rows;
+        self.tokens_lost += other.tokens_lost;
+        self.trained_tokens_lost += other.trained_tokens_lost;
+        self.turns_without_end += other.turns_without_end;
+    }
+}
+
+/// The samples of one row: one, several when it is split, none when it is dropped.
+///
+/// # Errors
+/// Naming file and line: a conversation without a chat template, one that the template refuses or renders differently
+/// as it grows, a row in which nothing is trained, a row that begins with two BOS tokens.
+pub fn samples(
+    row: &Row,
+    tokenizer: &Tokenizer,
+    template: Option<&ChatTemplate>,
+    options: &SampleOptions,
+) -> Result<(Vec<Sample>, RowCounts)> {
+    let at = |error: Error| match error {
+        Error::Input(what) => Error::Input(format!("{}, line {}: {what}", row.file, row.line)),
+        other => other,
+    };
+    let mut counts = RowCounts { rows: 1, ..RowCounts::default() };
+    let marked = match &row.kind {
+        RowKind::Text(text) => Marked::of_text(text, 0..text.len(), tokenizer),
+        RowKind::PromptCompletion { prompt, completion } => {
+            let text = format!("{prompt}{completion}");
+            let trained = match options.train_on {
+                TrainOn::Completions => prompt.len()..text.len(),
+                TrainOn::All => 0..text.len(),
+            };
+            Marked::of_text(&text, trained, tokenizer)
+        }
+        RowKind::Messages { messages, trained_from, tools } => {
+            let conversation = Conversation { messages, tools: tools.as_ref(), ..Conversation::default() };
+            Marked::of_conversation(&conversation, *trained_from, tokenizer, template, options, &mut counts)
+        }
+    }
+    .and_then(|marked| marked.checked(tokenizer))
+    .map_err(at)?;
+    let is_text = matches!(row.kind, RowKind::Text(_));
+    let windows = shorten(&marked, is_text, options, &mut counts);
+    let source = Source { file: Arc::clone(&row.file), line: row.line };
+    Ok((windows.into_iter().map(|window| marked.sample(window, &source)).collect(), counts))
+}
+
+/// A whole row, before it is shortened. All three lists have one entry a token.
+struct Marked {
+    ids: Vec<u32>,
+    trained: Vec<bool>,
+    /// Bytes of text that each token adds to those before it.
+    bytes: Vec<usize>,
+}
+
+impl Marked {
+    fn new(encoded: &Encoded, spans: &[Range<usize>], tokenizer: &Tokenizer) -> Self {
+        let mut done = 0;
+        let mut bytes = Vec::with_capacity(encoded.ids.len());
+        for (&id, &(_, end)) in encoded.ids.iter().zip(&encoded.offsets) {
+            // From the end of the token before: offsets may leave out the blank that a token begins with, and several
+            // tokens may share one character.
+            bytes.push(if tokenizer.is_added(id) { 0 } else { end.saturating_sub(done) });
+            done = done.max(end);
+        }
+        let inside = |(start, end): (usize, usize)| spans.iter().any(|span| end > span.start && start < span.end);
+        let trained = encoded.offsets.iter().map(|&offsets| inside(offsets)).collect();
+        Self { ids: encoded.ids.clone(), trained, bytes }
+    }
+
+    /// A text of its own: BOS before it if the tokenizer adds one, EOS after it, which is trained.
+    fn of_text(text: &str, span: Range<usize>, tokenizer: &Tokenizer) -> Result<Self> {
+        let encoded = tokenizer.encode_with_offsets(text, false)?;
+        let mut marked = Self::new(&encoded, &[span], tokenizer);
+        if let Some(bos) = tokenizer.bos_id().filter(|_| tokenizer.adds_bos())
+            && marked.ids.first() != Some(&bos)
+        {
+            marked.ids.insert(0, bos);
+            marked.trained.insert(0, false);
+            marked.bytes.insert(0, 0);
+        }
+        let Some(eos) = tokenizer.eos_id() else {
+            return Err(Error::Input(
+                "the tokenizer names no eos_token, so that a model cannot learn where a text ends; add eos_token to \
+                 tokenizer_config.json"
+                    .into(),
+            ));
+        };
+        if marked.ids.last() != Some(&eos) {
+            marked.ids.push(eos);
+            marked.trained.push(true);
+            marked.bytes.push(0);
+        }
+        Ok(marked)
+    }
+
+    fn of_conversation(
+        conversation: &Conversation<'_>,
+        trained_from: usize,
+        tokenizer: &Tokenizer,
+        template: Option<&ChatTemplate>,
+        options: &SampleOptions,
+        counts: &mut RowCounts,
+    ) -> Result<Self> {
+        let Some(template) = template else {
+            return Err(Error::Input(
+                "this row is a conversation, but the model has no chat template; give one with chat_template = \
+                 \"file.jinja\""
+                    .into(),
+            ));
+        };
+        let text = template.render_conversation(conversation)?;
+        let encoded = tokenizer.encode_with_offsets(&text, false)?;
+        if options.train_on == TrainOn::All {
+            return Ok(Self::new(&encoded, std::slice::from_ref(&(0..text.len())), tokenizer));
+        }
+        let spans = assistant_spans(conversation, trained_from, template, &text)?;
+        let mut marked = Self::new(&encoded, &spans, tokenizer);
+        for span in &spans {
+            let inside = |&index: &usize| {
+                let (start, end) = encoded.offsets[index];
+                end > span.start && start < span.end
+            };
+            let is_blank = |&index: &usize| {
+                let (start, end) = encoded.offsets[index];
+                !tokenizer.is_added(encoded.ids[index]) && text[start..end].trim().is_empty()
+            };
+            let turn: Vec<usize> = (0..encoded.ids.len()).filter(inside).collect();
+            let blanks = turn.iter().rev().take_while(|index| is_blank(index)).count();
+            let (turn, blanks) = turn.split_at(turn.len() - blanks);
+            match turn.last() {
+                Some(&last) if tokenizer.is_added(encoded.ids[last]) => {
+                    blanks.iter().for_each(|&blank| marked.trained[blank] = false);
+                }
+                _ => counts.turns_without_end += 1,
+            }
+        }
+        Ok(marked)
+    }
+
+    fn checked(mut self, tokenizer: &Tokenizer) -> Result<Self> {
+        if let Some(first) = self.trained.first_mut() {
+            *first = false;
+        }
+        if let (Some(bos), [first, second, ..]) = (tokenizer.bos_id(), &self.ids[..])
+            && (*first, *second) == (bos, bos)
+        {
+            return Err(Error::Input(format!(
+                "the row begins with two BOS tokens ({:?}): take it out of the row, the program adds it",
+                tokenizer.special_tokens().bos.as_deref().unwrap_or_default()
+            )));
+        }
+        if !self.trained.contains(&true) {
+            return Err(Error::Input(
+                "nothing in this row is trained: it needs an assistant message, a completion or text that is not empty; \
+                 or set train_on = \"all\""
+                    .into(),
+            ));
+        }
+        Ok(self)
+    }
+
+    fn num_trained(&self, range: Range<usize>) -> usize {
+        self.trained[range].iter().filter(|&&trained| trained).count()
+    }
+
+    fn sample(&self, window: Range<usize>, source: &Source) -> Sample {
+        let mut trained = self.trained[window.clone()].to_vec();
+        if let Some(first) = trained.first_mut() {
+            *first = false;
+        }
+        let bytes = self.bytes[window.clone()].iter().zip(&trained).filter(|(_, trained)| **trained);
+        let bytes = bytes.map(|(bytes, _)| bytes).sum();
+        Sample { ids: self.ids[window].to_vec(), trained, bytes, source: source.clone() }
+    }
+}
+
+/// The byte range of each assistant turn in the rendered `text`, from after its header to the end of what the template
+/// writes for it.
+fn assistant_spans(
+    conversation: &Conversation<'_>,
+    trained_from: usize,
+    template: &ChatTemplate,
+    text: &str,
+) -> Result<Vec<Range<usize>>> {
+    let messages = conversation.messages;
+    let mut spans = Vec::new();
+    for index in trained_from..messages.len() {
+        if messages[index].role != "assistant" {
+            continue;
+        }
+        let end = match index + 1 == messages.len() {
+            true => text.len(),
+            false => prefix(conversation, index + 1, false, template, text)?,
+        };
+        let start = prefix(conversation, index, true, template, text)?;
+        if start > end {
+            return Err(unstable(index, text, start, "the header of the answer"));
+        }
+        spans.push(start..end);
+    }
+    Ok(spans)
+}
+
+/// Length of the first `count` messages rendered, which must be how `text` begins.
+fn prefix(
+    conversation: &Conversation<'_>,
+    count: usize,
+    add_generation_prompt: bool,
+    template: &ChatTemplate,
+    text: &str,
+) -> Result<usize> {
+    let messages = &conversation.messages[..count];
+    let part = template.render_conversation(&Conversation { messages, add_generation_prompt, ..*conversation })?;
+    if text.starts_with(&part) {
+        return Ok(part.len());
+    }
+    let same = part.bytes().zip(text.bytes()).take_while(|(a, b)| a == b).count();
+    let what = if add_generation_prompt { "the header of the answer" } else { "a turn" };
+    Err(unstable(count, text, same, what))
+}
+
+fn unstable(count: usize, text: &str, at: usize, what: &str) -> Error {
+    let at = text.floor_char_boundary(at.min(text.len()));
+    let before: String = text[..at].chars().rev().take(20).collect::<Vec<_>>().into_iter().rev().collect();
+    Error::Input(format!(
+        "the chat template writes {what} after the first {count} messages differently when the conversation goes on \
+         (after {before:?}), so that it cannot be told which tokens are the assistant's; use a template that only appends, \
+         or set train_on = \"all\""
+    ))
+}
+
+/// The parts of a row that become documents.
+fn shorten(marked: &Marked, is_text: bool, options: &SampleOptions, counts: &mut RowCounts) -> Vec<Range<usize>> {
+    let (length, max) = (marked.ids.len(), options.max_length);
+    counts.longest_row = length;
+    if length <= max {
+        return std::iter::once(0..length).collect();
+    }
+    counts.overlong_rows = 1;
+    let policy = match options.overlong {
+        Overlong::Auto if is_text => Overlong::Split,
+        Overlong::Auto => Overlong::Truncate,
+        chosen => chosen,
+    };
+    // The first token of a document is no label, so it does not keep a window alive.
+    let has_labels = |window: &Range<usize>| marked.num_trained(window.start + 1..window.end) > 0;
+    let windows: Vec<Range<usize>> = match policy {
+        Overlong::Split => (0..length).step_by(max).map(|start| start..length.min(start + max)).collect(),
+        Overlong::Truncate => std::iter::once(0..max).collect(),
+        Overlong::Auto | Overlong::Drop => Vec::new(),
+    };
+    let kept: Vec<_> = windows.into_iter().filter(has_labels).collect();
+    counts.tokens_lost = length - kept.iter().map(Range::len).sum::<usize>();
+    let labels_kept: usize = kept.iter().map(|window| marked.num_trained(window.start + 1..window.end)).sum();
+    counts.trained_tokens_lost = marked.num_trained(0..length) - labels_kept;
+    match policy {
+        _ if kept.is_empty() => counts.dropped_rows = 1,
+        Overlong::Split => counts.split_rows = 1,
+        _ => counts.truncated_rows = 1,
+    }
+    kept
+}
+
+#[cfg(test)]
+mod tests;

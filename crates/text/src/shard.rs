@@ -1,0 +1,355 @@
+//! The file that holds the blocks of one split, read block by block.
+//!
+//! All numbers are little endian. A header of 88 bytes (below); then for each block and once at the end the index of its
+//! first token and of its first document (u64, u64); for each document its length (u32), its file (u32), its line (u64)
+//! and its trained bytes (u64); for each token its id (u32, the highest bit says that it is trained); the names of the
+//! files as a JSON list.
+use crate::{Block, Error, Result, Sample, Source, Split, atomic, prepare};
+use std::{
+    fs::File,
+    io::{self, Read, Write},
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+/// Counted up whenever the same input would give another file.
+pub const FORMAT_VERSION: u32 = 1;
+
+const MAGIC: &[u8; 8] = b"TUNESHRD";
+const HEADER: usize = 88;
+const BLOCK: u64 = 16;
+const DOCUMENT: u64 = 24;
+const TRAINED: u32 = 1 << 31;
+
+/// Name of the file of `split` inside a prepared folder.
+pub fn file_name(split: Split) -> String {
+    format!("{split}.shard")
+}
+
+/// The blocks of one split on disk. Blocks are read when asked for, from any thread.
+#[derive(Debug)]
+pub struct PreparedSplit {
+    path: PathBuf,
+    file: File,
+    #[cfg(not(unix))]
+    lock: std::sync::Mutex<()>,
+    header: Header,
+    files: Vec<Arc<str>>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Header {
+    key: [u8; 32],
+    max_length: u64,
+    blocks: u64,
+    documents: u64,
+    tokens: u64,
+    names: u64,
+}
+
+impl Header {
+    fn write(&self, writer: &mut impl Write) -> io::Result<()> {
+        writer.write_all(MAGIC)?;
+        writer.write_all(&FORMAT_VERSION.to_le_bytes())?;
+        writer.write_all(&[0; 4])?;
+        writer.write_all(&self.key)?;
+        for number in [self.max_length, self.blocks, self.documents, self.tokens, self.names] {
+            writer.write_all(&number.to_le_bytes())?;
+        }
+        Ok(())
+    }
+
+    fn parse(bytes: &[u8; HEADER]) -> Result<Self, String> {
+        if &bytes[..8] != MAGIC {
+            return Err("this is no file of prepared data".into());
+        }
+        let version = number(&bytes[8..12]);
+        if version != u64::from(FORMAT_VERSION) {
+            return Err(format!("format version {version}, this program reads version {FORMAT_VERSION}"));
+        }
+        let mut key = [0; 32];
+        key.copy_from_slice(&bytes[16..48]);
+        let field = |index: usize| number(&bytes[48 + 8 * index..56 + 8 * index]);
+        Ok(Self { key, max_length: field(0), blocks: field(1), documents: field(2), tokens: field(3), names: field(4) })
+    }
+
+    /// Where documents, tokens and names begin, and the size of the file: `None` when no file could be as large.
+    fn layout(&self) -> Option<[u64; 4]> {
+        let documents = self.blocks.checked_add(1)?.checked_mul(BLOCK)?.checked_add(HEADER as u64)?;
+        let tokens = self.documents.checked_mul(DOCUMENT)?.checked_add(documents)?;
+        let names = self.tokens.checked_mul(4)?.checked_add(tokens)?;
+        Some([documents, tokens, names, names.checked_add(self.names)?])
+    }
+}
+
+/// A little-endian number of up to eight bytes.
+fn number(bytes: &[u8]) -> u64 {
+    bytes.iter().rev().fold(0, |number, &byte| number << 8 | u64::from(byte))
+}
+
+/// Writes the blocks of `samples` that `plan` lays out (indices into `samples`) to `path`, atomically.
+pub(crate) fn write(
+    path: &Path,
+    key: [u8; 32],
+    max_length: usize,
+    samples: &[Sample],
+    plan: &[Vec<usize>],
+) -> Result<()> {
+    let order = || plan.iter().flatten().map(|&index| &samples[index]);
+    let mut files: Vec<Arc<str>> = samples.iter().map(|sample| Arc::clone(&sample.source.file)).collect();
+    files.sort_unstable();
+    files.dedup();
+    let names = serde_json::to_vec(&files.iter().map(AsRef::as_ref).collect::<Vec<&str>>())
+        .map_err(|e| Error::Failure(format!("the names of the data files do not serialise: {e}")))?;
+    if let Some(id) = order().flat_map(|sample| &sample.ids).find(|&&id| id & TRAINED != 0) {
+        return Err(Error::Failure(format!("token id {id} is too large for prepared data")));
+    }
+    let header = Header {
+        key,
+        max_length: max_length as u64,
+        blocks: plan.len() as u64,
+        documents: order().count() as u64,
+        tokens: order().map(|sample| sample.ids.len() as u64).sum(),
+        names: names.len() as u64,
+    };
+    atomic::write_file(path, |writer| {
+        header.write(writer)?;
+        let (mut token, mut document) = (0_u64, 0_u64);
+        for block in plan {
+            writer.write_all(&token.to_le_bytes())?;
+            writer.write_all(&document.to_le_bytes())?;
+            token += block.iter().map(|&index| samples[index].ids.len() as u64).sum::<u64>();
+            document += block.len() as u64;
+        }
+        writer.write_all(&token.to_le_bytes())?;
+        writer.write_all(&document.to_le_bytes())?;
+        for sample in order() {
+            let file = files.partition_point(|file| file < &sample.source.file);
+            let length = u32::try_from(sample.ids.len()).map_err(io::Error::other)?;
+            writer.write_all(&length.to_le_bytes())?;
+            writer.write_all(&u32::try_from(file).map_err(io::Error::other)?.to_le_bytes())?;
+            writer.write_all(&(sample.source.line as u64).to_le_bytes())?;
+            writer.write_all(&(sample.bytes as u64).to_le_bytes())?;
+        }
+        for sample in order() {
+            for (id, trained) in sample.ids.iter().zip(&sample.trained) {
+                writer.write_all(&(id | if *trained { TRAINED } else { 0 }).to_le_bytes())?;
+            }
+        }
+        writer.write_all(&names)
+    })
+}
+
+impl PreparedSplit {
+    /// Opens one split of a folder that [`prepare`](crate::prepare()) wrote. What the header says is checked against
+    /// the size of the file before it is believed.
+    ///
+    /// # Errors
+    /// A missing, truncated or foreign file; one that was not written together with the rest of the folder.
+    pub fn open(folder: &Path, split: Split) -> Result<Self> {
+        let report = prepare::Report::read(folder)?;
+        let opened = Self::open_file(&folder.join(file_name(split)))?;
+        if crate::tokenizer::hex(&opened.header.key) != report.key {
+            return Err(opened.damaged("it belongs to other data than prepared.json beside it"));
+        }
+        Ok(opened)
+    }
+
+    pub(crate) fn open_file(path: &Path) -> Result<Self> {
+        let cannot = |error| Error::io("cannot read prepared data", path, error);
+        let damaged = |what: String| Error::Input(format!("{}: {what}; prepare the data again", path.display()));
+        let mut file = File::open(path).map_err(cannot)?;
+        let size = file.metadata().map_err(cannot)?.len();
+        if size < HEADER as u64 {
+            return Err(damaged(format!("the file is cut off: {size} bytes")));
+        }
+        let mut bytes = [0; HEADER];
+        file.read_exact(&mut bytes).map_err(cannot)?;
+        let header = Header::parse(&bytes).map_err(damaged)?;
+        let Some([_, _, names, _]) = header.layout().filter(|layout| layout[3] == size) else {
+            return Err(damaged(format!("the file has {size} bytes, which is not what its header says")));
+        };
+        let mut opened = Self {
+            path: path.to_owned(),
+            file,
+            #[cfg(not(unix))]
+            lock: std::sync::Mutex::new(()),
+            header,
+            files: Vec::new(),
+        };
+        let names = opened.read(names, header.names)?;
+        let names: Vec<String> = serde_json::from_slice(&names).map_err(|e| damaged(e.to_string()))?;
+        opened.files = names.into_iter().map(Arc::from).collect();
+        Ok(opened)
+    }
+
+    /// Number of blocks.
+    pub fn len(&self) -> usize {
+        self.header.blocks as usize
+    }
+
+    /// Whether there is no block.
+    pub fn is_empty(&self) -> bool {
+        self.header.blocks == 0
+    }
+
+    /// Longest block that the data was prepared for, in tokens.
+    pub fn max_length(&self) -> usize {
+        self.header.max_length as usize
+    }
+
+    /// Number of tokens in all blocks.
+    pub fn num_tokens(&self) -> u64 {
+        self.header.tokens
+    }
+
+    /// Reads block `index`, from 0.
+    ///
+    /// # Errors
+    /// No such block, a damaged file, or a failing disk.
+    pub fn block(&self, index: usize) -> Result<Block> {
+        let header = &self.header;
+        let Some([documents_at, tokens_at, ..]) = header.layout().filter(|_| (index as u64) < header.blocks) else {
+            let blocks = header.blocks;
+            return Err(Error::Failure(format!("{}: block {index} of {blocks} was asked for", self.path.display())));
+        };
+        let entry = self.read(HEADER as u64 + index as u64 * BLOCK, 2 * BLOCK)?;
+        let [token, document, token_end, document_end] =
+            [0, 1, 2, 3].map(|field| number(&entry[8 * field..8 * field + 8]));
+        let in_order = token <= token_end && token_end <= header.tokens;
+        if !in_order || document > document_end || document_end > header.documents {
+            return Err(self.damaged(&format!("the place of block {index} lies outside the file")));
+        }
+        let documents = self.read(documents_at + document * DOCUMENT, (document_end - document) * DOCUMENT)?;
+        let tokens = self.read(tokens_at + token * 4, (token_end - token) * 4)?;
+        let mut block = Block::default();
+        for token in tokens.chunks_exact(4) {
+            let token = number(token) as u32;
+            block.ids.push(token & !TRAINED);
+            block.trained.push(token & TRAINED != 0);
+        }
+        for document in documents.chunks_exact(DOCUMENT as usize) {
+            let file = number(&document[4..8]) as usize;
+            let Some(file) = self.files.get(file).map(Arc::clone) else {
+                return Err(self.damaged(&format!("block {index} names file {file}, which is not listed")));
+            };
+            block.lengths.push(number(&document[..4]) as usize);
+            block.sources.push(Source { file, line: number(&document[8..16]) as usize });
+            block.bytes.push(number(&document[16..24]) as usize);
+        }
+        if block.lengths.iter().sum::<usize>() != block.ids.len() || block.lengths.contains(&0) {
+            return Err(self.damaged(&format!("the documents of block {index} do not add up to its tokens")));
+        }
+        Ok(block)
+    }
+
+    fn damaged(&self, what: &str) -> Error {
+        Error::Input(format!("{}: {what}; prepare the data again", self.path.display()))
+    }
+
+    /// Reads `length` bytes at `offset`. Callers have checked both against the size of the file.
+    fn read(&self, offset: u64, length: u64) -> Result<Vec<u8>> {
+        let mut bytes = vec![0; length as usize];
+        self.read_at(&mut bytes, offset).map_err(|e| Error::io("cannot read prepared data", &self.path, e))?;
+        Ok(bytes)
+    }
+
+    #[cfg(unix)]
+    fn read_at(&self, bytes: &mut [u8], offset: u64) -> io::Result<()> {
+        std::os::unix::fs::FileExt::read_exact_at(&self.file, bytes, offset)
+    }
+
+    #[cfg(not(unix))]
+    fn read_at(&self, bytes: &mut [u8], offset: u64) -> io::Result<()> {
+        use std::io::{Seek, SeekFrom};
+        // The place in the file is shared by all threads.
+        let _guard = self.lock.lock().map_err(|_| io::Error::other("a reading thread failed"))?;
+        let mut file = &self.file;
+        file.seek(SeekFrom::Start(offset))?;
+        file.read_exact(bytes)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::pack;
+    use proptest::prelude::*;
+    use std::fs;
+
+    fn sample(seed: u32, length: usize) -> Sample {
+        Sample {
+            ids: (0..length as u32).map(|i| seed * 100 + i).collect(),
+            trained: (0..length).map(|i| i > 0 && !(i as u32 + seed).is_multiple_of(3)).collect(),
+            bytes: length * 3,
+            source: Source { file: format!("file{}.txt", seed % 3).into(), line: seed as usize + 1 },
+        }
+    }
+
+    fn written(samples: &[Sample], plan: &[Vec<usize>]) -> (tempfile::TempDir, PathBuf) {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("train.shard");
+        write(&path, [7; 32], 16, samples, plan).unwrap();
+        (folder, path)
+    }
+
+    proptest! {
+        #[test]
+        fn blocks_read_back_as_written(lengths in proptest::collection::vec(1_usize..16, 0..30)) {
+            let samples: Vec<_> = lengths.iter().enumerate().map(|(i, &length)| sample(i as u32, length)).collect();
+            let plan = pack::plan(&lengths, 16, true);
+            let (_folder, path) = written(&samples, &plan);
+            let shard = PreparedSplit::open_file(&path).unwrap();
+            prop_assert_eq!((shard.len(), shard.max_length(), shard.is_empty()), (plan.len(), 16, plan.is_empty()));
+            prop_assert_eq!(shard.num_tokens(), lengths.iter().sum::<usize>() as u64);
+            for (index, documents) in plan.iter().enumerate() {
+                let mut expected = Block::default();
+                documents.iter().for_each(|&document| expected.push(&samples[document]));
+                prop_assert_eq!(shard.block(index).unwrap(), expected);
+            }
+            prop_assert!(shard.block(plan.len()).is_err());
+        }
+
+        #[test]
+        fn no_damage_makes_it_panic(at in 0_usize..400, byte: u8, cut in 0_usize..400) {
+            let (_folder, path) = written(&[sample(1, 5), sample(2, 7)], &[vec![0], vec![1]]);
+            let mut bytes = fs::read(&path).unwrap();
+            let at = at % bytes.len();
+            bytes[at] = byte;
+            bytes.truncate(bytes.len().saturating_sub(cut.saturating_sub(200)));
+            fs::write(&path, bytes).unwrap();
+            if let Ok(shard) = PreparedSplit::open_file(&path) {
+                for index in 0..shard.len().min(10) {
+                    let _ = shard.block(index);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_header_that_lies_is_refused() {
+        let (_folder, path) = written(&[sample(1, 5)], &[vec![0]]);
+        let good = fs::read(&path).unwrap();
+        let refusal = |change: &dyn Fn(&mut Vec<u8>)| {
+            let mut bytes = good.clone();
+            change(&mut bytes);
+            fs::write(&path, bytes).unwrap();
+            let error = PreparedSplit::open_file(&path).and_then(|shard| shard.block(0)).unwrap_err();
+            assert!(matches!(error, Error::Input(_)), "{error:?}");
+            error.to_string()
+        };
+        for field in [56, 64, 72, 80] {
+            for value in [u64::MAX, u64::MAX / 24, 2] {
+                let lie = |bytes: &mut Vec<u8>| bytes[field..field + 8].copy_from_slice(&value.to_le_bytes());
+                assert!(refusal(&lie).contains("not what its header says"));
+            }
+        }
+        assert!(refusal(&|bytes| bytes.truncate(50)).contains("cut off: 50 bytes"));
+        assert!(refusal(&|bytes| bytes.truncate(120)).contains("not what its header says"));
+        assert!(refusal(&|bytes| bytes[0] = b'X').contains("no file of prepared data"));
+        assert!(refusal(&|bytes| bytes[8] = 9).contains("format version 9"));
+        assert!(refusal(&|bytes| bytes[88] = 9).contains("lies outside the file"));
+        assert!(refusal(&|bytes| bytes[88 + 32] = 4).contains("do not add up"));
+        assert!(refusal(&|bytes| bytes[88 + 36] = 4).contains("names file 4"));
+    }
+}

@@ -1,0 +1,260 @@
+//! Checkpoints: a PEFT or Hugging Face folder that other tools load as it is, with the optimizer beside it.
+//!
+//! A checkpoint is written to a temporary folder, synced and renamed, and carries `complete.json` with the SHA-256 of each
+//! of its files, written last: a folder without it, or that contradicts it, is not a checkpoint. There is no state of a random generator to
+//! save: data order and dropout are functions of the seed and the step.
+
+use crate::{Error, Result, optimizer::AdamW};
+use safetensors::{Dtype, tensor::TensorView};
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+use std::borrow::Cow;
+use std::collections::{BTreeMap, HashMap};
+use std::fs::{self, File};
+use std::io::Read;
+use std::path::{Path, PathBuf};
+use tunesmith_model::{AdapterFile, Checkpoint, Llama, SaveOptions, save_adapter, save_model};
+use tunesmith_tensor::Tensor;
+use tunesmith_text::Tokenizer;
+
+/// Name of the file that makes a checkpoint complete.
+pub const MARKER: &str = "complete.json";
+const STATE: &str = "tunesmith_state.json";
+const OPTIMIZER: &str = "optimizer.safetensors";
+
+/// Where a run stands; with the weights and the optimizer's moments, all that a resume needs.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct RunState {
+    /// Optimizer steps done.
+    pub step: u64,
+    /// Trained tokens so far.
+    pub num_tokens: u64,
+    /// Tokens that went through the model so far.
+    pub num_input_tokens: u64,
+    /// Blocks seen so far.
+    pub num_blocks: u64,
+    /// Seconds of training so far.
+    pub elapsed_s: f64,
+    /// Sum of the losses of all steps, for the mean over the run.
+    pub loss_sum: f64,
+    /// Step and validation loss of the best evaluation so far.
+    pub best: Option<(u64, f64)>,
+    /// Key of the prepared data: another one means that resuming would not continue the same run.
+    pub data_key: String,
+}
+
+/// Everything that goes into a checkpoint.
+pub struct Contents<'a> {
+    /// The model; its adapter is saved if it has one, all its weights otherwise.
+    pub model: &'a Llama,
+    /// The model's tokenizer with its chat template.
+    pub tokenizer: &'a Tokenizer,
+    /// Passed through to generation_config.json of full models.
+    pub generation_config: Option<&'a serde_json::Value>,
+    /// The optimizer and the state; `None` for final weights, which are not resumed.
+    pub training: Option<(&'a AdamW, &'a RunState)>,
+    /// Further text files by name, such as trainer_state.json.
+    pub files: BTreeMap<String, String>,
+}
+
+/// Saves a checkpoint as folder `to`, replacing one of that name.
+///
+/// # Errors
+/// When a file cannot be written (a full disk, say); an existing `to` is then as it was.
+pub fn save(to: &Path, contents: &Contents<'_>) -> Result<()> {
+    let parent = to.parent().unwrap_or(Path::new("."));
+    fs::create_dir_all(parent).map_err(|e| Error::io("cannot create", parent, e))?;
+    let temporary = tempfile::Builder::new()
+        .prefix(".saving-")
+        .tempdir_in(parent)
+        .map_err(|e| Error::io("cannot create a temporary folder in", parent, e))?;
+    let folder = temporary.path().join("checkpoint");
+    match contents.model.adapter() {
+        Some(config) => save_adapter(&folder, config, contents.model.adapter_tensors())?,
+        None => {
+            let model = contents.model;
+            let weight = |name: &str| model.base_tensor(name).map(Cow::Borrowed);
+            save_model(&folder, &model.config, contents.generation_config, weight, &SaveOptions::default())?;
+        }
+    }
+    contents.tokenizer.save(&folder)?;
+    if let Some((optimizer, state)) = contents.training {
+        write_tensors(&folder.join(OPTIMIZER), optimizer.state(contents.model))?;
+        let state = serde_json::to_string_pretty(state).map_err(|e| Error::Failure(format!("{STATE}: {e}")))?;
+        write(&folder.join(STATE), &state)?;
+    }
+    for (name, text) in &contents.files {
+        write(&folder.join(name), text)?;
+    }
+    let mut hashes = BTreeMap::new();
+    for path in files_of(&folder)? {
+        File::open(&path).and_then(|f| f.sync_all()).map_err(|e| Error::io("cannot sync", &path, e))?;
+        hashes.insert(file_name(&path), sha256(&path)?);
+    }
+    let marker = serde_json::to_string_pretty(&hashes).map_err(|e| Error::Failure(format!("{MARKER}: {e}")))?;
+    write(&folder.join(MARKER), &marker)?;
+    // A folder cannot be renamed over one that is not empty: the old one steps aside first, and is deleted last.
+    let old = temporary.path().join("old");
+    if to.exists() {
+        fs::rename(to, &old).map_err(|e| Error::io("cannot replace", to, e))?;
+    }
+    fs::rename(&folder, to).map_err(|e| Error::io("cannot rename the new checkpoint to", to, e))?;
+    sync_folder(parent)
+}
+
+fn write(path: &Path, text: &str) -> Result<()> {
+    let go = || {
+        let mut file = File::create(path)?;
+        std::io::Write::write_all(&mut file, text.as_bytes())?;
+        file.sync_all()
+    };
+    go().map_err(|e| Error::io("cannot write", path, e))
+}
+
+fn write_tensors<'a>(path: &Path, tensors: impl Iterator<Item = (String, &'a Tensor)>) -> Result<()> {
+    let fail = |e: safetensors::SafeTensorError| match e {
+        safetensors::SafeTensorError::IoError(e) => Error::io("cannot write", path, e),
+        e => Error::Failure(format!("cannot write {}: {e}", path.display())),
+    };
+    let mut views = Vec::new();
+    for (name, tensor) in tensors {
+        let bytes: &[u8] = bytemuck::cast_slice(tensor.data());
+        views.push((name, TensorView::new(Dtype::F32, tensor.shape().to_vec(), bytes).map_err(fail)?));
+    }
+    safetensors::serialize_to_file(views, None, path).map_err(fail)
+}
+
+fn sync_folder(folder: &Path) -> Result<()> {
+    File::open(folder).and_then(|f| f.sync_all()).map_err(|e| Error::io("cannot sync", folder, e))
+}
+
+fn files_of(folder: &Path) -> Result<Vec<PathBuf>> {
+    let entries = fs::read_dir(folder).map_err(|e| Error::io("cannot read", folder, e))?;
+    let mut paths = Vec::new();
+    for entry in entries {
+        let path = entry.map_err(|e| Error::io("cannot read", folder, e))?.path();
+        if path.is_file() {
+            paths.push(path);
+        }
+    }
+    paths.sort();
+    Ok(paths)
+}
+
+fn file_name(path: &Path) -> String {
+    path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default()
+}
+
+/// SHA-256 of a file, in hexadecimal.
+///
+/// # Errors
+/// When it cannot be read.
+pub fn sha256(path: &Path) -> Result<String> {
+    let mut file = File::open(path).map_err(|e| Error::io("cannot read", path, e))?;
+    let mut hash = Sha256::new();
+    let mut buffer = vec![0; 1 << 20];
+    loop {
+        let n = file.read(&mut buffer).map_err(|e| Error::io("cannot read", path, e))?;
+        if n == 0 {
+            return Ok(hash.finalize().iter().map(|b| format!("{b:02x}")).collect());
+        }
+        hash.update(&buffer[..n]);
+    }
+}
+
+/// Whether `folder` is a whole checkpoint: every file that its marker lists is there with the hash that it had.
+pub fn is_complete(folder: &Path) -> bool {
+    let Ok(marker) = fs::read_to_string(folder.join(MARKER)) else { return false };
+    let Ok(hashes) = serde_json::from_str::<BTreeMap<String, String>>(&marker) else { return false };
+    hashes.iter().all(|(name, hash)| sha256(&folder.join(name)).is_ok_and(|h| h == *hash))
+}
+
+/// The checkpoints `step-N` of a run as (N, folder), ascending, whole or not.
+pub fn list(checkpoints: &Path) -> Vec<(u64, PathBuf)> {
+    let mut found: Vec<(u64, PathBuf)> = fs::read_dir(checkpoints)
+        .into_iter()
+        .flatten()
+        .flatten()
+        .filter_map(|e| Some((e.file_name().to_str()?.strip_prefix("step-")?.parse().ok()?, e.path())))
+        .collect();
+    found.sort();
+    found
+}
+
+/// The whole checkpoint with the most steps.
+pub fn newest(checkpoints: &Path) -> Option<PathBuf> {
+    list(checkpoints).into_iter().rev().map(|(_, path)| path).find(|path| is_complete(path))
+}
+
+/// Deletes the oldest checkpoints beyond `keep`, but never the one of step `best`.
+///
+/// # Errors
+/// When a folder cannot be deleted.
+pub fn prune(checkpoints: &Path, keep: usize, best: Option<u64>) -> Result<()> {
+    let found = list(checkpoints);
+    let others: Vec<_> = found.iter().filter(|(step, _)| Some(*step) != best).collect();
+    for (_, path) in &others[..others.len().saturating_sub(keep)] {
+        fs::remove_dir_all(path).map_err(|e| Error::io("cannot delete the old checkpoint", path, e))?;
+    }
+    Ok(())
+}
+
+/// Puts the weights saved in `folder` into `model`, which has the same tensors.
+///
+/// # Errors
+/// When the folder's tensors are not those of the model.
+pub fn restore_weights(folder: &Path, model: &mut Llama) -> Result<()> {
+    let mut saved: HashMap<String, Tensor> = HashMap::new();
+    if model.adapter().is_some() {
+        for (module, (a, b)) in AdapterFile::open(folder)?.tensors {
+            saved.insert(format!("base_model.model.{module}.lora_A.weight"), a);
+            saved.insert(format!("base_model.model.{module}.lora_B.weight"), b);
+        }
+    } else {
+        let checkpoint = Checkpoint::open(folder)?;
+        for parameter in &model.parameters {
+            saved.insert(parameter.name.clone(), checkpoint.read(&parameter.name)?);
+        }
+    }
+    for parameter in model.parameters.iter_mut().filter(|p| p.trained) {
+        match saved.remove(&parameter.name) {
+            Some(value) if value.shape() == parameter.value.shape() => parameter.value = value,
+            found => {
+                return Err(Error::Input(format!(
+                    "{}: {} is {}; the run needs {:?}. The checkpoint was made with another configuration",
+                    folder.display(),
+                    parameter.name,
+                    found.map_or("missing".into(), |t| format!("of shape {:?}", t.shape())),
+                    parameter.value.shape()
+                )));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Puts the optimizer saved in `folder` back and returns the state of the run.
+///
+/// # Errors
+/// When a file is missing or does not fit the model.
+pub fn restore_training(folder: &Path, model: &Llama, optimizer: &mut AdamW) -> Result<RunState> {
+    let path = folder.join(STATE);
+    let text = fs::read_to_string(&path).map_err(|e| Error::io("cannot read", &path, e))?;
+    let state: RunState =
+        serde_json::from_str(&text).map_err(|e| Error::Input(format!("{}: {e}", path.display())))?;
+    let path = folder.join(OPTIMIZER);
+    let bytes = fs::read(&path).map_err(|e| Error::io("cannot read", &path, e))?;
+    let bad = |e| Error::Input(format!("{}: {e}", path.display()));
+    let tensors = safetensors::SafeTensors::deserialize(&bytes).map_err(bad)?;
+    let mut moments = HashMap::new();
+    for (name, view) in tensors.iter() {
+        let (values, _) = view.data().as_chunks::<4>();
+        let values: Vec<f32> = values.iter().map(|b| f32::from_le_bytes(*b)).collect();
+        if view.dtype() != Dtype::F32 {
+            return Err(Error::Input(format!("{}: {name} is {:?}; it must be F32", path.display(), view.dtype())));
+        }
+        moments.insert(name.to_owned(), Tensor::from_slice(view.shape(), &values));
+    }
+    optimizer.restore(model, moments, state.step)?;
+    Ok(state)
+}

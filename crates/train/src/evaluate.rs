@@ -1,0 +1,64 @@
+//! Loss of a model on prepared data, document by document.
+
+use crate::{Error, Result, statistics::DocumentLoss};
+use tunesmith_model::{Batch, Llama, Workspace};
+use tunesmith_text::{Block, PreparedSplit};
+
+/// One micro-batch of all documents of `blocks`.
+pub fn batch_of(blocks: &[Block]) -> Batch {
+    let mut batch = Batch::default();
+    for block in blocks {
+        let mut start = 0;
+        for length in &block.lengths {
+            let rows = start..start + length;
+            batch.push(&block.ids[rows.clone()], &block.trained[rows]);
+            start += length;
+        }
+    }
+    batch
+}
+
+/// Loss, scored tokens and bytes of each document of `split`, in its order; documents without a scored token are left out.
+/// `progress` gets (blocks done, blocks in all).
+///
+/// # Errors
+/// When a block cannot be read, or a document's loss is not finite (its row is named).
+pub fn document_losses(
+    model: &Llama,
+    split: &PreparedSplit,
+    ws: &mut Workspace,
+    mut progress: impl FnMut(usize, usize),
+) -> Result<Vec<DocumentLoss>> {
+    let mut documents = Vec::new();
+    for i in 0..split.len() {
+        let block = split.block(i)?;
+        let batch = batch_of(std::slice::from_ref(&block));
+        model.loss(&batch, 0.0, ws);
+        let mut losses = ws.losses().iter();
+        let mut row = 0;
+        let filled = block.lengths.iter().enumerate().filter(|(_, length)| **length > 0);
+        for (d, length) in filled {
+            let trained = &block.trained[row + 1..row + length];
+            row += length;
+            let num_tokens = trained.iter().filter(|t| **t).count();
+            if num_tokens == 0 {
+                continue;
+            }
+            let loss_sum: f64 = losses.by_ref().take(num_tokens).map(|l| *l as f64).sum();
+            if !loss_sum.is_finite() {
+                let source = &block.sources[d];
+                return Err(Error::Failure(format!("the loss of {source} is {loss_sum}: the model or the row is damaged")));
+            }
+            let num_bytes = block.bytes[d] as u64;
+            documents.push(DocumentLoss { loss_sum, num_tokens: num_tokens as u64, num_bytes });
+        }
+        progress(i + 1, split.len());
+    }
+    Ok(documents)
+}
+
+/// Mean loss (nats a scored token) and number of scored tokens of `documents`.
+pub fn mean_loss(documents: &[DocumentLoss]) -> (f64, u64) {
+    let tokens: u64 = documents.iter().map(|d| d.num_tokens).sum();
+    (documents.iter().map(|d| d.loss_sum).sum::<f64>() / tokens.max(1) as f64, tokens)
+}

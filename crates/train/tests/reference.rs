@@ -1,0 +1,174 @@
+//! The engine against numbers that transformers and PEFT wrote, on two tiny models.
+
+use std::path::{Path, PathBuf};
+use tunesmith_model::{AdapterFile, Batch, Checkpoint, KvCache, Llama, Sampler, Sampling, Workspace, generate};
+use tunesmith_train::verify::{self, Check, Reference};
+
+const MODELS: [&str; 2] = ["tiny-llama2", "tiny-llama3"];
+
+fn fixture(model: &str, file: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../model/tests/fixtures").join(model).join(file)
+}
+
+fn load(model: &str) -> Llama {
+    Llama::load(&Checkpoint::open(&fixture(model, "")).unwrap(), |_, _| ()).unwrap()
+}
+
+fn adapted(model: &str, adapter: &str) -> Llama {
+    let mut llama = load(model);
+    llama.attach_adapter(AdapterFile::open(&fixture(model, adapter)).unwrap(), true).unwrap();
+    llama
+}
+
+fn assert_passed(what: &str, checks: &[Check]) {
+    let worst = checks.iter().max_by(|a, b| (a.difference / a.tolerance).total_cmp(&(b.difference / b.tolerance)));
+    println!("{what}: {} checks, worst {worst:?}", checks.len());
+    for check in checks {
+        assert!(check.passed(), "{what}: {check:?}");
+    }
+}
+
+fn facts(model: &str) -> serde_json::Value {
+    serde_json::from_str(&std::fs::read_to_string(fixture(model, "facts.json")).unwrap()).unwrap()
+}
+
+#[test]
+fn logits_loss_and_every_gradient() {
+    for model in MODELS {
+        let reference = Reference::open(&fixture(model, "forward_backward.safetensors")).unwrap();
+        let mut llama = load(model);
+        let checks = verify::verify_reference(&mut llama, &reference).unwrap();
+        assert_passed(model, &checks);
+        let gradients = checks.iter().filter(|c| c.what.starts_with("grad.")).count();
+        assert_eq!(gradients, llama.parameters.len(), "every parameter has a gradient in the reference");
+        assert!(checks.iter().any(|c| c.what == "loss") && checks.iter().any(|c| c.what == "logits"));
+    }
+}
+
+#[test]
+fn the_loss_is_that_of_the_reference() {
+    for model in MODELS {
+        let reference = Reference::open(&fixture(model, "forward_backward.safetensors")).unwrap();
+        let (shape, ids) = reference.integers("input_ids").unwrap().unwrap();
+        let (_, labels) = reference.integers("labels").unwrap().unwrap();
+        let ids: Vec<u32> = ids.iter().map(|i| *i as u32).collect();
+        let batch = Batch::from_labels(ids.chunks(shape[1]).zip(labels.chunks(shape[1])));
+        let loss = load(model).loss(&batch, 0.0, &mut Workspace::default()) / batch.targets.len() as f64;
+        let want = facts(model)["loss"].as_f64().unwrap();
+        assert!((loss / want - 1.0).abs() < verify::LOSS_TOLERANCE, "{model}: {loss} {want}");
+    }
+}
+
+#[test]
+fn packed_documents_equal_separate_ones() {
+    for model in MODELS {
+        let reference = Reference::open(&fixture(model, "packing.safetensors")).unwrap();
+        let (_, ids) = reference.integers("packed_ids").unwrap().unwrap();
+        let (_, lengths) = reference.integers("lengths").unwrap().unwrap();
+        let (_, want) = reference.floats("logits").unwrap().unwrap();
+        let mut batch = Batch::default();
+        let mut rest: &[i64] = &ids;
+        for length in lengths {
+            let (document, others) = rest.split_at(length as usize);
+            let document: Vec<u32> = document.iter().map(|i| *i as u32).collect();
+            batch.push(&document, &vec![true; document.len()]);
+            rest = others;
+        }
+        let mut ws = Workspace::default();
+        let got = load(model).logits(&batch, &mut ws).data().to_vec();
+        let largest = want.iter().fold(0.0f32, |m, x| m.max(x.abs()));
+        let worst = got.iter().zip(&want).fold(0.0f32, |m, (a, b)| m.max((a - b).abs()));
+        assert_eq!(got.len(), want.len());
+        assert!(worst / largest < 1e-4, "{model}: {worst} of {largest}");
+    }
+}
+
+#[test]
+fn training_curves() {
+    for model in MODELS {
+        let batches = Reference::open(&fixture(model, "train_batches.safetensors")).unwrap();
+        let curves = fixture(model, "curves.json");
+        for (name, adapter, decay, smoothing) in [
+            ("full", None, 0.1, 0.0),
+            ("full_label_smoothing_0.1", None, 0.0, 0.1),
+            ("lora", Some("lora_start"), 0.0, 0.0),
+            ("rslora", Some("rslora_start"), 0.0, 0.0),
+        ] {
+            let mut llama = match adapter {
+                Some(adapter) => adapted(model, adapter),
+                None => load(model),
+            };
+            if adapter.is_none() {
+                llama.train_all();
+            }
+            let curve = verify::read_curve(&curves, name).unwrap();
+            assert_eq!(curve.len(), 20);
+            let checks = verify::verify_curve(&mut llama, &batches, &curve, decay, smoothing).unwrap();
+            assert_eq!(checks.len(), 40);
+            assert_passed(&format!("{model} {name}"), &checks);
+            if adapter.is_some() {
+                let last = AdapterFile::open(&fixture(model, &format!("{name}_final"))).unwrap();
+                for (module, a, b) in llama.adapter_tensors() {
+                    let (want_a, want_b) = &last.tensors[module];
+                    for (got, want) in [(a, want_a), (b, want_b)] {
+                        let worst = got.data().iter().zip(want.data()).fold(0.0f32, |m, (a, b)| m.max((a - b).abs()));
+                        assert!(worst < 2e-3, "{model} {name} {module}: {worst}");
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn adapters_merged_and_unmerged() {
+    for model in MODELS {
+        for variant in ["lora", "rslora"] {
+            let start = Reference::open(&fixture(model, &format!("{variant}_forward.safetensors"))).unwrap();
+            let mut llama = adapted(model, &format!("{variant}_start"));
+            assert_passed("with the adapter", &verify::verify_reference(&mut llama, &start).unwrap());
+            llama.merge_adapter().unwrap();
+            assert_passed("merged", &verify::verify_reference(&mut llama, &start).unwrap());
+            assert!(llama.merge_adapter().is_err());
+
+            let end = Reference::open(&fixture(model, &format!("{variant}_merged_forward.safetensors"))).unwrap();
+            let mut llama = adapted(model, &format!("{variant}_final"));
+            assert_passed("final", &verify::verify_reference(&mut llama, &end).unwrap());
+        }
+    }
+}
+
+#[test]
+fn adapter_off_is_the_base_to_the_bit() {
+    let mut llama = adapted("tiny-llama3", "lora_start");
+    let mut batch = Batch::default();
+    batch.push(&[5, 9, 300, 7], &[true; 4]);
+    let mut ws = Workspace::default();
+    let on = llama.logits(&batch, &mut ws).data().to_vec();
+    llama.enable_adapter(false);
+    let off = llama.logits(&batch, &mut ws).data().to_vec();
+    let base = load("tiny-llama3").logits(&batch, &mut ws).data().to_vec();
+    assert_eq!(off, base);
+    assert_ne!(on, base);
+}
+
+#[test]
+fn greedy_continuation_with_and_without_the_cache() {
+    for model in MODELS {
+        let llama = load(model);
+        let want: Vec<u32> = facts(model)["greedy"].as_array().unwrap().iter().map(|i| i.as_u64().unwrap() as u32).collect();
+        let mut ws = Workspace::default();
+        let mut cache = KvCache::new(&llama.config, want.len());
+        let mut sampler = Sampler::new(Sampling::default()).unwrap();
+        let go_on = |_| std::ops::ControlFlow::Continue(());
+        let (new, _) = generate(&llama, &want[..16], &mut cache, &mut sampler, &[], 24, &mut ws, go_on).unwrap();
+        assert_eq!(new, want[16..]);
+        // The same positions in one pass, without a cache.
+        let mut batch = Batch::default();
+        batch.push(&want, &vec![true; want.len()]);
+        let logits = llama.logits(&batch, &mut ws);
+        for (t, next) in want.iter().enumerate().skip(16) {
+            assert_eq!(tunesmith_model::argmax(logits.row(t - 1)), *next);
+        }
+    }
+}
