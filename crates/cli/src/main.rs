@@ -1,2 +1,8 @@
-//! The binary.
-fn main() {}
+//! The binary: parse, run, exit code.
+
+use clap::Parser;
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    tunesmith::run(tunesmith::args::Cli::parse())
+}

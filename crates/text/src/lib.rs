@@ -21,8 +21,6 @@ pub mod tokenizer;
 
 #[cfg(test)]
 mod fixture;
-#[cfg(test)]
-mod scratch;
 
 pub use error::{Error, Result};
 pub use gguf::GgufVocabulary;
@@ -30,8 +28,8 @@ pub use options::{Overlong, PrepareOptions, TextRows, TrainOn};
 pub use pack::Block;
 pub use prepare::{PrepareProgress, Report, SplitReport, prepare};
 pub use preview::{PreviewToken, preview};
-pub use row::{Row, RowFormat, RowKind};
-pub use sample::{Sample, Source};
+pub use row::{Row, RowFormat, RowKind, RowOptions};
+pub use sample::{RowCounts, Sample, SampleOptions, Source, samples};
 pub use shard::PreparedSplit;
 pub use split::Split;
 pub use stream::StreamDecoder;

@@ -1,9 +1,10 @@
 //! What data preparation can be told. All defaults are in the one `Default` here.
 use crate::{Error, Result, RowFormat};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// Which tokens of a conversation or of a prompt with its completion are trained. Plain text is always trained whole.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum TrainOn {
     /// What the assistant says and the completions, each with the token that ends it.
@@ -14,7 +15,7 @@ pub enum TrainOn {
 }
 
 /// What becomes of a row with more tokens than `max_length`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Overlong {
     /// Plain text is split, everything else truncated.
@@ -29,7 +30,7 @@ pub enum Overlong {
 }
 
 /// What makes a row of a `.txt` file.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum TextRows {
     /// The whole file is one document.
@@ -42,7 +43,7 @@ pub enum TextRows {
 }
 
 /// Where rows come from and how they become blocks of tokens.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct PrepareOptions {
     /// Files, folders or glob patterns to train on.

@@ -13,6 +13,7 @@ use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use std::{
+    collections::HashMap,
     fs::{self, File},
     io::{self, Write},
     path::{Path, PathBuf},
@@ -233,11 +234,13 @@ fn inputs(options: &PrepareOptions, progress: &mut dyn FnMut(PrepareProgress)) -
     let (validation, test) = options.fractions();
     let whole = if validation + test > 0.0 { None } else { Some(Split::Train) };
     let mut paths: Vec<(PathBuf, Option<Split>)> = Vec::new();
+    let mut seen: HashMap<PathBuf, Option<Split>> = HashMap::new();
     for (places, split) in
         [(&options.train, whole), (&options.validation, Some(Split::Validation)), (&options.test, Some(Split::Test))]
     {
         for path in source::files(places)? {
-            if let Some((_, earlier)) = paths.iter().find(|(earlier, _)| same_file(earlier, &path)) {
+            let identity = fs::canonicalize(&path).map_err(|e| Error::io("cannot read", &path, e))?;
+            if let Some(earlier) = seen.insert(identity, split) {
                 return Err(Error::Input(format!(
                     "{} is given for {} and for {}; held-out data must not be trained on",
                     path.display(),
@@ -257,10 +260,6 @@ fn inputs(options: &PrepareOptions, progress: &mut dyn FnMut(PrepareProgress)) -
     }
     progress(PrepareProgress::Reading { files_done: files, files });
     Ok(inputs)
-}
-
-fn same_file(a: &Path, b: &Path) -> bool {
-    matches!((fs::canonicalize(a), fs::canonicalize(b)), (Ok(a), Ok(b)) if a == b)
 }
 
 /// Size and SHA-256 of a file.

@@ -20,6 +20,12 @@ pub struct Source {
     pub line: usize,
 }
 
+impl std::fmt::Display for Source {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}:{}", self.file, self.line)
+    }
+}
+
 /// One document as tokens.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Sample {

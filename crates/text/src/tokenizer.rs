@@ -1,10 +1,10 @@
 //! One tokenizer for training, evaluation, generation and serving, over the `tokenizers` crate.
 use crate::{Error, GgufVocabulary, Result, atomic, gguf};
 use rayon::prelude::*;
-use serde::Serialize;
+use serde::{Deserialize, Serialize, de::IgnoredAny};
 use serde_json::{Map, Value};
 use sha2::{Digest, Sha256};
-use std::{fs, io::Write, path::Path, sync::Arc};
+use std::{collections::BTreeMap, fs, io::Write, path::Path, sync::Arc};
 
 /// The texts of a tokenizer's special tokens, as a chat template sees them.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
@@ -56,8 +56,9 @@ impl Tokenizer {
     pub fn from_folder(folder: &Path) -> Result<Self> {
         let path = folder.join("tokenizer.json");
         let bytes = fs::read(&path).map_err(|e| Error::io("cannot read the tokenizer", &path, e))?;
-        let inner = tokenizers::Tokenizer::from_bytes(&bytes)
-            .map_err(|e| Error::Input(format!("{}: not a tokenizer file: {e}", path.display())))?;
+        let unusable = |e: String| Error::Input(format!("{}: not a tokenizer file: {e}", path.display()));
+        check_merges(&bytes).map_err(unusable)?;
+        let inner = tokenizers::Tokenizer::from_bytes(&bytes).map_err(|e| unusable(e.to_string()))?;
         let config = read_object(&folder.join("tokenizer_config.json"))?;
         let map = read_object(&folder.join("special_tokens_map.json"))?;
         let token = |key: &str| token_text(&config, key).or_else(|| token_text(&map, key));
@@ -270,6 +271,38 @@ fn failure(error: tokenizers::Error) -> Error {
     Error::Failure(format!("the tokenizer failed: {error}"))
 }
 
+/// A merge longer than every token would make the library that reads the file panic, so it is looked for first. Anything
+/// else that is wrong with the file, the library says itself.
+fn check_merges(json: &[u8]) -> Result<(), String> {
+    #[derive(Deserialize)]
+    struct File {
+        model: Model,
+    }
+    #[derive(Deserialize)]
+    struct Model {
+        vocab: BTreeMap<String, IgnoredAny>,
+        merges: Vec<Merge>,
+    }
+    #[derive(Deserialize)]
+    #[serde(untagged)]
+    enum Merge {
+        Pair(String, String),
+        Text(String),
+    }
+    let Ok(File { model }) = serde_json::from_slice(json) else { return Ok(()) };
+    let longest = model.vocab.keys().map(String::len).max().unwrap_or(0);
+    for (index, merge) in model.merges.into_iter().enumerate() {
+        let joined = match merge {
+            Merge::Pair(left, right) => left + &right,
+            Merge::Text(text) => text.replacen(' ', "", 1),
+        };
+        if joined.len() > longest {
+            return Err(format!("merge {index} makes {joined:?}, which is not in the vocabulary"));
+        }
+    }
+    Ok(())
+}
+
 /// A JSON object from a file that may be missing.
 fn read_object(path: &Path) -> Result<Map<String, Value>> {
     let bytes = match fs::read(path) {
@@ -359,6 +392,22 @@ mod tests {
         fs::write(&path, json.to_string()).unwrap();
         let read = Tokenizer::from_folder(folder.path()).unwrap();
         assert_eq!(read.encode("zxyw", false).unwrap().len(), 4);
+    }
+
+    #[test]
+    fn merges_outside_the_vocabulary_are_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        tokenizer().save(folder.path()).unwrap();
+        let path = folder.path().join("tokenizer.json");
+        let mut json: Value = serde_json::from_str(&fs::read_to_string(&path).unwrap()).unwrap();
+        let good = json["model"]["merges"].clone();
+        for bad in [serde_json::json!(["<|endoftext|>", "<|im_start|>"]), "h q".into(), "x".repeat(99).into()] {
+            json["model"]["merges"] = good.clone();
+            json["model"]["merges"].as_array_mut().unwrap().push(bad);
+            fs::write(&path, json.to_string()).unwrap();
+            let error = Tokenizer::from_folder(folder.path()).unwrap_err();
+            assert!(matches!(&error, Error::Input(text) if text.contains("not a tokenizer file")), "{error:?}");
+        }
     }
 
     #[test]

@@ -45,3 +45,14 @@ impl From<tunesmith_model::Error> for Error {
         }
     }
 }
+
+impl From<tunesmith_text::Error> for Error {
+    fn from(error: tunesmith_text::Error) -> Self {
+        use tunesmith_text::Error as Text;
+        match error {
+            Text::Input(message) => Self::Input(message),
+            Text::Io { what, source } => Self::Io { what, source },
+            Text::Failure(message) => Self::Failure(message),
+        }
+    }
+}

@@ -1,4 +1,5 @@
 //! The engine against numbers that transformers and PEFT wrote, on two tiny models.
+#![allow(clippy::unwrap_used, clippy::print_stdout)]
 
 use std::path::{Path, PathBuf};
 use tunesmith_model::{AdapterFile, Batch, Checkpoint, KvCache, Llama, Sampler, Sampling, Workspace, generate};

