@@ -1,2 +1,78 @@
-//! Development tasks.
-fn main() {}
+//! Development tasks: `cargo xtask TASK`. Nothing here is part of the program.
+#![allow(clippy::print_stdout, clippy::print_stderr)]
+
+mod bench_peer;
+mod cli_docs;
+mod config_docs;
+mod configs;
+mod docs;
+mod size;
+mod tiny_model;
+
+use clap::{Parser, Subcommand};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+/// A task fails with one message for the developer.
+type Result<T> = std::result::Result<T, String>;
+
+/// Development tasks of tunesmith.
+#[derive(Debug, Parser)]
+#[command(name = "cargo xtask")]
+struct Cli {
+    #[command(subcommand)]
+    task: Task,
+}
+
+#[derive(Debug, Subcommand)]
+enum Task {
+    /// Write docs/cli.md, docs/config.md and docs/config.schema.json from the code.
+    Docs {
+        /// Write nothing; fail when a committed file differs.
+        #[arg(long)]
+        check: bool,
+    },
+    /// Plan every configuration in configs/ without running it.
+    Configs,
+    /// Lines of code, longest files, crates in the dependency tree, size of the release binary.
+    Size,
+    /// Train with this program and with transformers + PEFT in turn, and compare speed and memory.
+    BenchPeer(bench_peer::Args),
+    /// Write the random model that configs/tiny.toml trains.
+    TinyModel,
+}
+
+fn main() -> ExitCode {
+    let done = match Cli::parse().task {
+        Task::Docs { check: false } => docs::write(&root()),
+        Task::Docs { check: true } => docs::check(&root()),
+        Task::Configs => configs::plan_all(&root()),
+        Task::Size => size::report(&root()),
+        Task::BenchPeer(args) => bench_peer::run(&root(), &args),
+        Task::TinyModel => tiny_model::write(&root()),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(message) => {
+            eprintln!("error: {message}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// The root of the repository.
+fn root() -> PathBuf {
+    let xtask = Path::new(env!("CARGO_MANIFEST_DIR"));
+    xtask.parent().unwrap_or(xtask).to_owned()
+}
+
+fn read(path: &Path) -> Result<String> {
+    std::fs::read_to_string(path).map_err(|e| format!("cannot read {}: {e}", path.display()))
+}
+
+fn write(path: &Path, content: impl AsRef<[u8]>) -> Result<()> {
+    let parent = path.parent().unwrap_or(Path::new("."));
+    std::fs::create_dir_all(parent)
+        .and_then(|()| std::fs::write(path, content))
+        .map_err(|e| format!("cannot write {}: {e}", path.display()))
+}

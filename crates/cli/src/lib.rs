@@ -4,7 +4,7 @@
 pub mod args;
 mod commands;
 pub mod error;
-mod load;
+pub mod load;
 pub mod source;
 mod terminal;
 

@@ -10,19 +10,24 @@ use tunesmith_model::{AdapterFile, Checkpoint, GgufMetadata, Llama};
 use tunesmith_text::{ChatTemplate, GgufVocabulary, Tokenizer};
 
 /// A model's files, looked at but with no weight read, and everything about its text.
-pub(crate) struct Opened {
+pub struct Opened {
     /// What the user wrote.
-    pub(crate) spec: String,
+    pub spec: String,
     /// Where it came from, pinned.
-    pub(crate) origin: String,
+    pub origin: String,
     /// The weights, to be read.
-    pub(crate) checkpoint: Checkpoint,
-    pub(crate) tokenizer: Tokenizer,
-    pub(crate) template: Option<ChatTemplate>,
+    pub checkpoint: Checkpoint,
+    /// Text to ids and back.
+    pub tokenizer: Tokenizer,
+    /// The chat template: the one given, else the model's own.
+    pub template: Option<ChatTemplate>,
 }
 
 /// Resolves `spec`, fetching it if need be, and opens its files.
-pub(crate) fn open(spec: &str, chat_template: Option<&Path>, settings: &Settings) -> Result<Opened> {
+///
+/// # Errors
+/// When the source cannot be fetched, or what it holds is damaged, not supported, or does not belong together.
+pub fn open(spec: &str, chat_template: Option<&Path>, settings: &Settings) -> Result<Opened> {
     let resolved = resolve(spec, settings)?;
     let checkpoint = Checkpoint::open(&resolved.path)?;
     let mut tokenizer = match checkpoint.gguf_metadata() {
@@ -70,7 +75,10 @@ pub(crate) fn resolve(spec: &str, settings: &Settings) -> Result<source::Resolve
 
 impl Opened {
     /// Reads the weights.
-    pub(crate) fn llama(&self) -> Result<Llama> {
+    ///
+    /// # Errors
+    /// When a weight cannot be read or is not finite.
+    pub fn llama(&self) -> Result<Llama> {
         let bar = terminal::count_bar("reading weights", 0);
         let llama = Llama::load(&self.checkpoint, |done, all| {
             bar.set_length(all as u64);
@@ -92,7 +100,10 @@ impl Opened {
 
     /// Every token that ends a text: those of generation_config.json (a number or a list), of config.json, and the
     /// tokenizer's own.
-    pub(crate) fn end_tokens(&self) -> Result<Vec<u32>> {
+    ///
+    /// # Errors
+    /// When generation_config.json lists something that is no token id.
+    pub fn end_tokens(&self) -> Result<Vec<u32>> {
         let mut ids = self.checkpoint.config().eos_token_id.clone();
         let listed = self.checkpoint.generation_config().and_then(|c| c.get("eos_token_id"));
         let numbers: Vec<&Value> = match listed {

@@ -75,6 +75,8 @@ pub struct Report {
     pub format_version: u32,
     /// SHA-256 (hex) of everything that the content follows from.
     pub key: String,
+    /// [`Tokenizer::fingerprint`] of the tokenizer it was prepared with.
+    pub tokenizer: String,
     /// The options it was prepared with.
     pub options: PrepareOptions,
     /// Trained on.
@@ -161,6 +163,7 @@ pub fn prepare(
     let mut report = Report {
         format_version: shard::FORMAT_VERSION,
         key: hex(&key),
+        tokenizer: tokenizer.fingerprint()?,
         options: options.clone(),
         train: SplitReport::default(),
         validation: SplitReport::default(),

@@ -1,0 +1,117 @@
+//! `tunesmith bench`: speed and memory of training steps.
+
+use crate::args::{Bench, BenchArgs, BenchMethod, BenchTrainArgs};
+use crate::error::{Error, Result};
+use crate::load::{self, Opened};
+use crate::source::Settings;
+use serde::Serialize;
+use std::time::Instant;
+use tunesmith_model::{AdapterConfig, Batch, Gradients, LINEAR_NAMES, Llama, LossOptions, Modules, Workspace};
+use tunesmith_tensor::rng::Rng;
+use tunesmith_train::optimizer::{AdamW, AdamWOptions, clip_coefficient, gradient_norm};
+
+pub(crate) fn run(args: &BenchArgs, settings: &Settings) -> Result<()> {
+    match &args.what {
+        Bench::Train(args) => train(args, settings),
+    }
+}
+
+#[derive(Serialize)]
+struct TrainResult {
+    method: &'static str,
+    batch: usize,
+    seq: usize,
+    threads: usize,
+    tokens_per_s: f64,
+    best: f64,
+    peak_rss_gb: Option<f64>,
+}
+
+/// Full training steps (forward, backward, clipping, AdamW) on random tokens, every position trained.
+fn train(args: &BenchTrainArgs, settings: &Settings) -> Result<()> {
+    if args.batch == 0 || args.steps == 0 || args.seq < 2 {
+        return Err(Error::Input("--batch and --steps must be at least 1, --seq at least 2".into()));
+    }
+    let opened: Opened = load::open(&args.model, None, settings)?;
+    let mut model = opened.llama()?;
+    drop(opened);
+    match args.method {
+        BenchMethod::Full => model.train_all(),
+        BenchMethod::Lora => {
+            let target_modules = Modules::List(LINEAR_NAMES.map(String::from).to_vec());
+            model.add_adapter(&AdapterConfig { r: 16, lora_alpha: 32.0, target_modules, ..AdapterConfig::default() }, 0)?;
+        }
+    }
+    let mut seconds = steps(&mut model, args.batch, args.seq, args.steps + 1);
+    seconds.remove(0);
+    seconds.sort_by(f64::total_cmp);
+    let tokens = (args.batch * args.seq) as f64;
+    let result = TrainResult {
+        method: if args.method == BenchMethod::Lora { "lora" } else { "full" },
+        batch: args.batch,
+        seq: args.seq,
+        threads: std::thread::available_parallelism().map_or(1, |n| n.get()),
+        tokens_per_s: tokens / seconds[seconds.len() / 2],
+        best: tokens / seconds[0],
+        peak_rss_gb: peak_rss().map(|b| b as f64 / 1e9),
+    };
+    match &args.json {
+        None => {
+            println!(
+                "{} {} x {}: {:.1} tokens/s (best {:.1}), {} threads",
+                result.method, result.batch, result.seq, result.tokens_per_s, result.best, result.threads
+            );
+            if let Some(gb) = result.peak_rss_gb {
+                println!("peak resident memory {gb:.2} GB");
+            }
+        }
+        Some(file) => {
+            let line = serde_json::to_string(&result).map_err(|e| Error::Failure(e.to_string()))?;
+            if file.as_os_str() == "-" {
+                println!("{line}");
+            } else {
+                super::write_atomically(file, (line + "\n").as_bytes())?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Seconds that each of `num_steps` training steps on random tokens takes.
+pub(crate) fn steps(model: &mut Llama, batch_size: usize, seq: usize, num_steps: usize) -> Vec<f64> {
+    let options = AdamWOptions {
+        adam_beta1: 0.9,
+        adam_beta2: 0.999,
+        adam_epsilon: 1e-8,
+        weight_decay: 0.0,
+        decay_vectors: false,
+    };
+    let mut optimizer = AdamW::new(model, options);
+    let mut gradients = Gradients::new(model);
+    let mut ws = Workspace::default();
+    let mut rng = Rng::new(0, 0);
+    let vocab = model.config.vocab_size as u32;
+    let step = |pass| {
+        let mut batch = Batch::default();
+        for _ in 0..batch_size {
+            let ids: Vec<u32> = (0..seq).map(|_| rng.below(vocab)).collect();
+            batch.push(&ids, &vec![true; seq]);
+        }
+        let start = Instant::now();
+        let scale = 1.0 / batch.targets.len() as f32;
+        gradients.clear();
+        let options = LossOptions { scale, label_smoothing: 0.0, dropout_seed: None, pass };
+        model.loss_and_gradients(&batch, options, &mut ws, &mut gradients);
+        let norm = gradient_norm(&gradients);
+        optimizer.update(model, &gradients, 2e-4, clip_coefficient(norm, 1.0));
+        start.elapsed().as_secs_f64()
+    };
+    (0..num_steps as u64).map(step).collect()
+}
+
+/// Largest resident memory of this process so far, in bytes, where the system tells (Linux).
+fn peak_rss() -> Option<u64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find_map(|l| l.strip_prefix("VmHWM:"))?;
+    line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok().map(|kb| kb * 1024)
+}

@@ -1,0 +1,81 @@
+//! `tunesmith generate`: continue a prompt.
+
+use super::continuation::{Finish, Interrupt, Writer, sampling, show};
+use crate::args::GenerateArgs;
+use crate::error::{Error, Result};
+use crate::load;
+use crate::source::Settings;
+use serde::Serialize;
+use std::io::{self, Read};
+use tunesmith_text::Message;
+
+/// What `--json` prints.
+#[derive(Serialize)]
+struct Generated<'a> {
+    prompt: &'a str,
+    text: &'a str,
+    prompt_tokens: usize,
+    new_tokens: usize,
+    ids: &'a [u32],
+    finish_reason: Finish,
+    tokens_per_s: f64,
+    model: &'a str,
+    adapter: Option<&'a str>,
+}
+
+pub(crate) fn run(args: &GenerateArgs, settings: &Settings) -> Result<()> {
+    if args.model.chat_template.is_some() && !args.chat {
+        return Err(Error::Input("--chat-template has no use without --chat".into()));
+    }
+    let prompt = match args.prompt.as_str() {
+        "-" => from_stdin()?,
+        text => text.to_owned(),
+    };
+    let opened = load::open(&args.model.model, args.model.chat_template.as_deref(), settings)?;
+    let sampling = sampling(&args.sampling, opened.checkpoint.generation_config())?;
+    let end_tokens = opened.end_tokens()?;
+    let ids = if args.chat {
+        let system = args.system.as_ref().map(|text| Message::new("system", text));
+        let messages: Vec<Message> = system.into_iter().chain([Message::new("user", &prompt)]).collect();
+        opened.tokenizer.encode(&opened.template()?.render(&messages, true)?, false)?
+    } else {
+        opened.tokenizer.encode(&prompt, true)?
+    };
+
+    let interrupt = Interrupt::install()?;
+    let adapter = args.model.adapter.as_deref();
+    let llama = opened.llama_with(adapter, settings)?;
+    let mut writer = Writer::new(&llama, &opened.tokenizer, end_tokens, &args.sampling, sampling, interrupt)?;
+    let new = writer.write(&ids, |piece| if args.json { Ok(()) } else { show(piece) })?;
+    if args.json {
+        let generated = Generated {
+            prompt: &prompt,
+            text: &new.text,
+            prompt_tokens: ids.len(),
+            new_tokens: new.ids.len(),
+            ids: &new.ids,
+            finish_reason: new.finish,
+            tokens_per_s: new.tokens_per_s,
+            model: &opened.origin,
+            adapter,
+        };
+        let line =
+            serde_json::to_string(&generated).map_err(|e| Error::Failure(format!("cannot encode the text: {e}")))?;
+        show(&(line + "\n"))?;
+    } else {
+        show("\n")?;
+        eprintln!("{} tokens, {:.1} tokens/s, after a prompt of {}", new.ids.len(), new.tokens_per_s, ids.len());
+    }
+    if new.finish == Finish::Interrupted { Err(Error::Interrupted) } else { Ok(()) }
+}
+
+/// All of standard input, without the line break that ends it: an editor or `echo` put it there, not the writer.
+fn from_stdin() -> Result<String> {
+    let mut text = String::new();
+    io::stdin().read_to_string(&mut text).map_err(|source| match source.kind() {
+        io::ErrorKind::InvalidData => Error::Input("the prompt on standard input is not UTF-8".into()),
+        _ => Error::Io { what: "cannot read the prompt from standard input".into(), source },
+    })?;
+    let line = text.strip_suffix('\n').unwrap_or(&text);
+    Ok(line.strip_suffix('\r').unwrap_or(line).to_owned())
+}

@@ -1,0 +1,103 @@
+//! `tunesmith merge`: an adapter into its base model, as a Hugging Face folder.
+
+use crate::args::{DtypeName, MergeArgs};
+use crate::error::{Error, Result};
+use crate::load::{self, Opened};
+use crate::source::Settings;
+use crate::terminal;
+use std::borrow::Cow;
+use std::fs;
+use tunesmith_model::{AdapterFile, Dtype, SaveOptions, save_model};
+use tunesmith_tensor::ops::linear;
+
+pub(crate) fn run(args: &MergeArgs, settings: &Settings) -> Result<()> {
+    let opened = load::open(&args.model, None, settings)?;
+    let adapter = AdapterFile::open(&load::resolve(&args.adapter, settings)?.path)?;
+    let checkpoint = &opened.checkpoint;
+    adapter.check_against(checkpoint.config())?;
+    let dtype = match args.dtype {
+        DtypeName::F32 => Dtype::F32,
+        DtypeName::Bf16 => Dtype::BF16,
+        DtypeName::F16 => Dtype::F16,
+    };
+
+    let files = text_files(&opened)?;
+    let files: Vec<(&str, &[u8])> = files.iter().map(|(name, content)| (name.as_str(), content.as_slice())).collect();
+    let names: Vec<&str> = checkpoint.tensor_names().collect();
+    let bar = terminal::count_bar("merging weights", names.len() as u64);
+    // One weight at a time: read, merged, written. No second copy of the model is ever held, nor a first.
+    let weight = |name: &str| {
+        let mut weight = checkpoint.read(name)?;
+        let module = name.strip_suffix(".weight").unwrap_or(name);
+        if let Some((a, b)) = adapter.tensors.get(module) {
+            // W += s · B A, where B [out, r] · A [r, in] has the form of an input gradient.
+            let scale = adapter.config.scaling_for(module);
+            linear::matmul_input_gradient(b, a, scale, &mut weight, linear::Into::Accumulate);
+        }
+        bar.inc(1);
+        Ok(Cow::Owned(weight))
+    };
+    let options = SaveOptions { dtype, extra_files: &files, ..SaveOptions::default() };
+    let saved = save_model(&args.out, checkpoint.config(), checkpoint.generation_config(), weight, &options);
+    bar.finish_and_clear();
+    saved?;
+
+    let params = checkpoint.config().num_params();
+    println!(
+        "{}: {} weights ({}, {}), {} of them changed by {}; {} tensors and the tokenizer",
+        args.out.display(),
+        terminal::count(params as u64),
+        dtype.name(),
+        terminal::bytes((params * dtype.bytes()) as u64),
+        terminal::count(changed(&adapter) as u64),
+        args.adapter,
+        names.len(),
+    );
+    if let Some(precision) = stored_precision(&opened)? {
+        println!(
+            "note: the base is stored as {precision}. The merged weights are those values plus the adapter, not rounded \
+             to {precision} again; merging into the original, unquantised weights gives slightly other numbers. If you have \
+             both bases, merge into both and compare them with `tunesmith evaluate`."
+        );
+    }
+    Ok(())
+}
+
+/// Number of base weights that the adapter adds to.
+fn changed(adapter: &AdapterFile) -> usize {
+    adapter.tensors.values().map(|(a, b)| a.cols() * b.rows()).sum()
+}
+
+/// The tokenizer's files, so that they are in the folder from its first moment on.
+fn text_files(opened: &Opened) -> Result<Vec<(String, Vec<u8>)>> {
+    let folder = tempfile::tempdir().map_err(|e| Error::io("cannot create a folder in", &std::env::temp_dir(), e))?;
+    opened.tokenizer.save(folder.path())?;
+    let cannot = |e| Error::io("cannot read", folder.path(), e);
+    let mut files = Vec::new();
+    for entry in fs::read_dir(folder.path()).map_err(cannot)? {
+        let entry = entry.map_err(cannot)?;
+        let content = fs::read(entry.path()).map_err(cannot)?;
+        files.push((entry.file_name().to_string_lossy().into_owned(), content));
+    }
+    Ok(files)
+}
+
+/// How a quantised base is stored, by llama.cpp's numbers in `general.file_type`; `None` where nothing is lost.
+fn stored_precision(opened: &Opened) -> Result<Option<String>> {
+    let Some(metadata) = opened.checkpoint.gguf_metadata() else { return Ok(None) };
+    let name = match metadata.u32("general.file_type")? {
+        Some(0 | 1 | 32) => return Ok(None),
+        Some(2) => "Q4_0",
+        Some(3) => "Q4_1",
+        Some(7) => "Q8_0",
+        Some(8) => "Q5_0",
+        Some(9) => "Q5_1",
+        Some(10 | 21) => "Q2_K",
+        Some(11..=13) => "Q3_K",
+        Some(14 | 15) => "Q4_K",
+        Some(16 | 17) => "Q5_K",
+        Some(18) => "Q6_K",
+        _ => "a GGUF file that does not name its precision",
+    };
+    Ok(Some(name.to_owned()))
+}

@@ -1,0 +1,224 @@
+//! This program's training step against that of transformers + PEFT, in turn on the same machine.
+
+use crate::{Result, size::target_directory};
+use serde_json::Value;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{SystemTime, UNIX_EPOCH};
+use tunesmith::args::BenchMethod;
+use tunesmith::source;
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    /// Python with torch, transformers and peft (and gguf for a .gguf model).
+    #[arg(long, default_value = "python3", value_name = "PYTHON")]
+    python: PathBuf,
+    /// The model; any source that the program reads.
+    #[arg(long, default_value = "smollm2-135m-instruct", value_name = "SOURCE")]
+    model: String,
+    /// What trains; may be repeated [default: both].
+    #[arg(long, value_enum)]
+    method: Vec<BenchMethod>,
+    /// Rows of a step.
+    #[arg(long, default_value_t = 4)]
+    batch: usize,
+    /// Tokens of a row.
+    #[arg(long, default_value_t = 512)]
+    seq: usize,
+    /// Measured steps of a run, after one that warms up.
+    #[arg(long, default_value_t = 4)]
+    steps: usize,
+    /// Runs of each program for each method, ours and the peer's in turn.
+    #[arg(long, default_value_t = 3)]
+    rounds: usize,
+    /// A tunesmith to measure instead of building the release binary.
+    #[arg(long, value_name = "FILE")]
+    binary: Option<PathBuf>,
+}
+
+/// What one run measured.
+#[derive(Clone, Debug, PartialEq)]
+struct Measured {
+    tokens_per_s: f64,
+    peak_rss_gb: f64,
+    threads: u64,
+    /// Versions of the libraries, where the program says them.
+    versions: Option<String>,
+}
+
+/// Runs everything and prints the table.
+pub(crate) fn run(root: &Path, args: &Args) -> Result<()> {
+    let settings = source::Settings::from_env().map_err(|e| e.to_string())?;
+    let model = source::resolve(&args.model, &settings, &mut |_| {}).map_err(|e| e.to_string())?;
+    let binary = match &args.binary {
+        Some(binary) => binary.clone(),
+        None => build(root)?,
+    };
+    let methods = if args.method.is_empty() { vec![BenchMethod::Lora, BenchMethod::Full] } else { args.method.clone() };
+    let load_before = load_average();
+    let mut versions = None;
+    let mut threads = Vec::new();
+    let mut rows = Vec::new();
+    for method in methods {
+        let (mut ours, mut peer) = (Vec::new(), Vec::new());
+        for round in 1..=args.rounds.max(1) {
+            for (who, found) in [("ours", &mut ours), ("peer", &mut peer)] {
+                let mut command = if who == "ours" {
+                    let mut command = Command::new(&binary);
+                    command.args(["bench", "train", "--json", "-"]);
+                    command
+                } else {
+                    let mut command = Command::new(&args.python);
+                    command.arg(root.join("docs/bench/peer_train.py"));
+                    command
+                };
+                command.arg("--model").arg(&model.path).args(["--method", name(method)]);
+                for (flag, value) in [("--batch", args.batch), ("--seq", args.seq), ("--steps", args.steps)] {
+                    command.arg(flag).arg(value.to_string());
+                }
+                let one = measure(&mut command)?;
+                eprintln!(
+                    "{} {who} {round}/{}: {:.1} tokens/s, {:.2} GB",
+                    name(method),
+                    args.rounds,
+                    one.tokens_per_s,
+                    one.peak_rss_gb
+                );
+                found.push(one);
+            }
+        }
+        versions = versions.or_else(|| peer.iter().find_map(|one| one.versions.clone()));
+        threads.extend([ours[0].threads, peer[0].threads]);
+        rows.push(row(name(method), &ours, &peer));
+    }
+    threads.dedup();
+    let seconds = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
+    println!(
+        "{}, {} ({}), batch {} x {}, threads {threads:?}, median of {} runs of {} steps, load before {load_before}, peer: {}\n",
+        date(seconds / 86_400),
+        args.model,
+        model.origin,
+        args.batch,
+        args.seq,
+        args.rounds,
+        args.steps,
+        versions.unwrap_or_else(|| "versions unknown".to_owned()),
+    );
+    println!("| Method | tokens/s | peer's tokens/s | ratio | peak RSS, GB | peer's peak RSS, GB | ratio |");
+    println!("|---|---|---|---|---|---|---|");
+    rows.iter().for_each(|row| println!("{row}"));
+    Ok(())
+}
+
+fn name(method: BenchMethod) -> &'static str {
+    match method {
+        BenchMethod::Lora => "lora",
+        BenchMethod::Full => "full",
+    }
+}
+
+/// The release binary of what is in the tree now: an old one would be measured by mistake sooner or later.
+fn build(root: &Path) -> Result<PathBuf> {
+    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let status = Command::new(cargo).args(["build", "--release", "--package", "tunesmith"]).current_dir(root).status();
+    if !status.map_err(|e| format!("cannot run cargo: {e}"))?.success() {
+        return Err("the release build failed".into());
+    }
+    Ok(target_directory(root)?.join("release").join(format!("tunesmith{}", std::env::consts::EXE_SUFFIX)))
+}
+
+/// Runs `command` and reads the JSON object on the last line that it prints.
+fn measure(command: &mut Command) -> Result<Measured> {
+    let program = command.get_program().to_string_lossy().into_owned();
+    let done = command.stdin(Stdio::null()).stderr(Stdio::piped()).output();
+    let done = done.map_err(|e| format!("cannot run {program}: {e}"))?;
+    if !done.status.success() {
+        let said = String::from_utf8_lossy(&done.stderr);
+        return Err(format!("{program} failed ({}):\n{}", done.status, said.trim_end()));
+    }
+    parse(&String::from_utf8_lossy(&done.stdout)).map_err(|e| format!("{program}: {e}"))
+}
+
+fn parse(stdout: &str) -> Result<Measured> {
+    let line = stdout.lines().rfind(|line| line.starts_with('{')).ok_or("it printed no line of JSON")?;
+    let json: Value = serde_json::from_str(line).map_err(|e| format!("{e} in {line}"))?;
+    let number = |key: &str| json[key].as_f64().filter(|x| *x > 0.0).ok_or_else(|| format!("no {key} in {line}"));
+    let versions = json["versions"].as_object().map(|versions| {
+        let each = versions.iter().map(|(name, version)| format!("{name} {}", version.as_str().unwrap_or("?")));
+        each.collect::<Vec<_>>().join(", ")
+    });
+    Ok(Measured {
+        tokens_per_s: number("tokens_per_s")?,
+        peak_rss_gb: number("peak_rss_gb")?,
+        threads: json["threads"].as_u64().unwrap_or(0),
+        versions,
+    })
+}
+
+/// One line of the table: medians of the speed, the largest memory.
+fn row(method: &str, ours: &[Measured], peer: &[Measured]) -> String {
+    let speed = |runs: &[Measured]| median(runs.iter().map(|run| run.tokens_per_s).collect());
+    let memory = |runs: &[Measured]| runs.iter().map(|run| run.peak_rss_gb).fold(0.0, f64::max);
+    let (a, b, c, d) = (speed(ours), speed(peer), memory(ours), memory(peer));
+    format!("| {method} | {a:.1} | {b:.1} | {:.2} | {c:.2} | {d:.2} | {:.2} |", a / b, c / d)
+}
+
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    let middle = values.len() / 2;
+    if values.len() % 2 == 1 { values[middle] } else { (values[middle - 1] + values[middle]) / 2.0 }
+}
+
+/// The load of the last minute, where the system tells: a benchmark beside other work is worth nothing.
+fn load_average() -> String {
+    let text = std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
+    text.split_whitespace().next().unwrap_or("unknown").to_owned()
+}
+
+/// The Gregorian date, `days` after 1970-01-01.
+fn date(days: u64) -> String {
+    let leap = |year: u64| year.is_multiple_of(4) && (!year.is_multiple_of(100) || year.is_multiple_of(400));
+    let (mut year, mut left) = (1970, days);
+    while left >= 365 + u64::from(leap(year)) {
+        left -= 365 + u64::from(leap(year));
+        year += 1;
+    }
+    let lengths = [31, 28 + u64::from(leap(year)), 31, 30, 31, 30, 31, 31, 30, 31, 30, 31];
+    let mut month = 0;
+    while left >= lengths[month] {
+        left -= lengths[month];
+        month += 1;
+    }
+    format!("{year}-{:02}-{:02}", month + 1, left + 1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn dates() {
+        assert_eq!(date(0), "1970-01-01");
+        assert_eq!(date(11_016), "2000-02-29");
+        assert_eq!(date(11_017), "2000-03-01");
+        assert_eq!(date(20_453), "2025-12-31");
+    }
+
+    #[test]
+    fn the_last_line_of_json_counts() {
+        let found = parse("warming up\n{\"tokens_per_s\": 300.5, \"peak_rss_gb\": 2, \"threads\": 2}\n").unwrap();
+        assert_eq!(found, Measured { tokens_per_s: 300.5, peak_rss_gb: 2.0, threads: 2, versions: None });
+        let peer = "{\"tokens_per_s\":1,\"peak_rss_gb\":1,\"versions\":{\"torch\":\"2\",\"peft\":\"0\"}}";
+        assert_eq!(parse(peer).unwrap().versions.unwrap(), "torch 2, peft 0");
+        assert!(parse("").unwrap_err().contains("no line of JSON"));
+        assert!(parse("{\"tokens_per_s\": 0, \"peak_rss_gb\": 1}").unwrap_err().contains("no tokens_per_s"));
+    }
+
+    #[test]
+    fn a_row_compares_medians_and_peaks() {
+        let run = |tokens_per_s, peak_rss_gb| Measured { tokens_per_s, peak_rss_gb, threads: 2, versions: None };
+        let ours = [run(300.0, 2.0), run(400.0, 3.0), run(310.0, 2.0)];
+        let peer = [run(200.0, 8.0), run(300.0, 6.0)];
+        assert_eq!(row("lora", &ours, &peer), "| lora | 310.0 | 250.0 | 1.24 | 3.00 | 8.00 | 0.38 |");
+    }
+}
