@@ -114,7 +114,10 @@ impl Opened {
         for number in numbers {
             let id = number.as_u64().and_then(|id| u32::try_from(id).ok());
             ids.push(id.ok_or_else(|| {
-                Error::Input(format!("{}: generation_config.json: eos_token_id has {number}, which is no token id", self.spec))
+                Error::Input(format!(
+                    "{}: generation_config.json: eos_token_id has {number}, which is no token id",
+                    self.spec
+                ))
             })?);
         }
         ids.extend(self.tokenizer.eos_id());

@@ -43,9 +43,11 @@ pub(crate) fn table(header: &[&str], rows: &[Vec<String>]) -> String {
     }
     let mut text = String::new();
     for row in cells() {
-        let padded = row.iter().zip(&widths).enumerate().map(|(i, (cell, width))| {
-            if i == 0 { format!("{cell:width$}") } else { format!("{cell:>width$}") }
-        });
+        let padded = row
+            .iter()
+            .zip(&widths)
+            .enumerate()
+            .map(|(i, (cell, width))| if i == 0 { format!("{cell:width$}") } else { format!("{cell:>width$}") });
         let line = padded.collect::<Vec<_>>().join("  ");
         text.push_str(line.trim_end());
         text.push('\n');

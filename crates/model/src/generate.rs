@@ -124,10 +124,13 @@ impl Sampler {
         let mut keep = candidates.len();
         if options.top_p < 1.0 {
             let mut sum = 0.0;
-            keep = 1 + candidates.iter().take_while(|(_, p)| {
-                sum += *p as f64;
-                sum < options.top_p as f64 * total
-            }).count();
+            keep = 1 + candidates
+                .iter()
+                .take_while(|(_, p)| {
+                    sum += *p as f64;
+                    sum < options.top_p as f64 * total
+                })
+                .count();
             keep = keep.min(candidates.len());
         }
         // After the shift by the largest logit, the most likely token weighs exactly 1.

@@ -273,7 +273,14 @@ impl Llama {
         self.run_layers(batch, None, Pass::Discard, ws);
         self.gather_and_norm(batch, ws);
         let head = self.value(self.head);
-        linear_cross_entropy::forward(&ws.normed_nd, head, &batch.targets, label_smoothing, &mut ws.head, &mut ws.losses);
+        linear_cross_entropy::forward(
+            &ws.normed_nd,
+            head,
+            &batch.targets,
+            label_smoothing,
+            &mut ws.head,
+            &mut ws.losses,
+        );
         ws.losses.iter().map(|l| *l as f64).sum()
     }
 
@@ -322,7 +329,15 @@ impl Llama {
             d_w: gradients.tensors[self.head].as_mut(),
         };
         let smoothing = options.label_smoothing;
-        linear_cross_entropy::forward_backward(normed_nd, self.value(self.head), targets, smoothing, head, losses, sums);
+        linear_cross_entropy::forward_backward(
+            normed_nd,
+            self.value(self.head),
+            targets,
+            smoothing,
+            head,
+            losses,
+            sums,
+        );
         back.d_h_nd.resize(h_nd.shape());
         back.d_h_nd.data_mut().fill(0.0);
         let norm = self.value(self.norm);
@@ -351,7 +366,9 @@ impl Llama {
         let trains = |i: usize| self.parameters[i].trained;
         let any = |layer: &Layer| {
             let linear = |l: &Linear| {
-                trains(l.weight) || l.bias.is_some_and(trains) || l.lora.as_ref().is_some_and(|l| trains(l.a) || trains(l.b))
+                trains(l.weight)
+                    || l.bias.is_some_and(trains)
+                    || l.lora.as_ref().is_some_and(|l| trains(l.a) || trains(l.b))
             };
             trains(layer.input_norm) || trains(layer.post_norm) || layer.linears.iter().any(linear)
         };

@@ -240,8 +240,7 @@ pub fn restore_weights(folder: &Path, model: &mut Llama) -> Result<()> {
 pub fn restore_training(folder: &Path, model: &Llama, optimizer: &mut AdamW) -> Result<RunState> {
     let path = folder.join(STATE);
     let text = fs::read_to_string(&path).map_err(|e| Error::io("cannot read", &path, e))?;
-    let state: RunState =
-        serde_json::from_str(&text).map_err(|e| Error::Input(format!("{}: {e}", path.display())))?;
+    let state: RunState = serde_json::from_str(&text).map_err(|e| Error::Input(format!("{}: {e}", path.display())))?;
     let path = folder.join(OPTIMIZER);
     let bytes = fs::read(&path).map_err(|e| Error::io("cannot read", &path, e))?;
     let bad = |e| Error::Input(format!("{}: {e}", path.display()));

@@ -249,14 +249,22 @@ impl Config {
             return fail("version", self.version.to_string(), &format!("this program reads version {VERSION}"));
         }
         if self.model.source.is_empty() {
-            return fail("model.source", "\"\"".into(), "name a model: a folder, a .gguf file, hf:org/name or a known short name");
+            return fail(
+                "model.source",
+                "\"\"".into(),
+                "name a model: a folder, a .gguf file, hf:org/name or a known short name",
+            );
         }
         if self.data.train.is_empty() {
             return fail("data.train", "[]".into(), "name at least one file, folder or glob to train on");
         }
         let lr = self.learning_rate();
         if !(lr > 0.0 && lr.is_finite()) {
-            return fail("training.learning_rate", lr.to_string(), "it must be above 0 (2e-4 is usual for lora, 2e-5 for full)");
+            return fail(
+                "training.learning_rate",
+                lr.to_string(),
+                "it must be above 0 (2e-4 is usual for lora, 2e-5 for full)",
+            );
         }
         for (field, value) in [
             ("training.per_device_train_batch_size", t.per_device_train_batch_size),
@@ -291,7 +299,11 @@ impl Config {
             }
         }
         if t.max_steps == 0 || t.max_steps < -1 {
-            return fail("training.max_steps", t.max_steps.to_string(), "it must be positive, or -1 for num_train_epochs");
+            return fail(
+                "training.max_steps",
+                t.max_steps.to_string(),
+                "it must be positive, or -1 for num_train_epochs",
+            );
         }
         if t.max_steps < 0 && !(t.num_train_epochs > 0.0 && t.num_train_epochs.is_finite()) {
             return fail("training.num_train_epochs", t.num_train_epochs.to_string(), "it must be above 0");
@@ -304,12 +316,22 @@ impl Config {
         }
         if let Some(unknown) = self.lora.targets().iter().find(|t| !LINEAR_NAMES.contains(&t.as_str())) {
             let known = LINEAR_NAMES.join(", ");
-            return fail("lora.target_modules", unknown.clone(), &format!("it must be among {known}, or [\"all-linear\"]"));
+            return fail(
+                "lora.target_modules",
+                unknown.clone(),
+                &format!("it must be among {known}, or [\"all-linear\"]"),
+            );
         }
         if self.method == Method::Full && self.model.adapter.is_some() {
-            return fail("model.adapter", "set".into(), "method = \"full\" trains the base model; merge the adapter first");
+            return fail(
+                "model.adapter",
+                "set".into(),
+                "method = \"full\" trains the base model; merge the adapter first",
+            );
         }
-        if t.load_best_model_at_end && (t.eval_steps == 0 || t.save_steps == 0 || t.save_steps % t.eval_steps != 0) {
+        if t.load_best_model_at_end
+            && (t.eval_steps == 0 || t.save_steps == 0 || !t.save_steps.is_multiple_of(t.eval_steps))
+        {
             return fail(
                 "training.save_steps",
                 t.save_steps.to_string(),
@@ -349,9 +371,8 @@ fn with_nearest(message: &str) -> String {
     let Some((unknown, known)) = quoted.split_first().filter(|_| message.contains("unknown field")) else {
         return message.to_owned();
     };
-    let nearest = known.iter().max_by(|a, b| {
-        strsim::jaro_winkler(a, unknown).total_cmp(&strsim::jaro_winkler(b, unknown))
-    });
+    let nearest =
+        known.iter().max_by(|a, b| strsim::jaro_winkler(a, unknown).total_cmp(&strsim::jaro_winkler(b, unknown)));
     nearest.map_or_else(|| message.to_owned(), |n| format!("{message}\ndid you mean `{n}`?"))
 }
 
@@ -408,6 +429,9 @@ mod tests {
             let message = error(MINIMAL, &[set]);
             assert!(message.contains(field) && message.contains("is not allowed"), "{set}: {message}");
         }
-        assert!(error(MINIMAL, &["training.load_best_model_at_end=true", "training.save_steps=150"]).contains("multiple of eval_steps"));
+        assert!(
+            error(MINIMAL, &["training.load_best_model_at_end=true", "training.save_steps=150"])
+                .contains("multiple of eval_steps")
+        );
     }
 }

@@ -1,7 +1,8 @@
 //! Loss of a model on prepared data, document by document.
 
 use crate::{Error, Result, statistics::DocumentLoss};
-use tunesmith_model::{Batch, Llama, Workspace};
+use std::ops::ControlFlow;
+use tunesmith_model::{Batch, KvCache, Llama, Sampler, Sampling, Workspace, generate};
 use tunesmith_text::{Block, PreparedSplit};
 
 /// One micro-batch of all documents of `blocks`.
@@ -47,7 +48,9 @@ pub fn document_losses(
             let loss_sum: f64 = losses.by_ref().take(num_tokens).map(|l| *l as f64).sum();
             if !loss_sum.is_finite() {
                 let source = &block.sources[d];
-                return Err(Error::Failure(format!("the loss of {source} is {loss_sum}: the model or the row is damaged")));
+                return Err(Error::Failure(format!(
+                    "the loss of {source} is {loss_sum}: the model or the row is damaged"
+                )));
             }
             let num_bytes = block.bytes[d] as u64;
             documents.push(DocumentLoss { loss_sum, num_tokens: num_tokens as u64, num_bytes });
@@ -61,4 +64,25 @@ pub fn document_losses(
 pub fn mean_loss(documents: &[DocumentLoss]) -> (f64, u64) {
     let tokens: u64 = documents.iter().map(|d| d.num_tokens).sum();
     (documents.iter().map(|d| d.loss_sum).sum::<f64>() / tokens.max(1) as f64, tokens)
+}
+
+/// Up to `max_new_tokens` tokens that `model` puts behind `prompt`, for the eye. Drawn with one fixed seed, so that samples of different
+/// weights differ by the weights alone; not the most likely tokens, because small models repeat themselves with these.
+///
+/// # Errors
+/// When the prompt is empty or does not fit into the context.
+pub fn continuation(
+    model: &Llama,
+    prompt: &[u32],
+    end_tokens: &[u32],
+    max_new_tokens: usize,
+    ws: &mut Workspace,
+) -> Result<Vec<u32>> {
+    let capacity = (prompt.len() + max_new_tokens).min(model.config.max_position_embeddings);
+    let mut cache = KvCache::new(&model.config, capacity);
+    let options =
+        Sampling { do_sample: true, temperature: 0.7, top_p: 0.9, repetition_penalty: 1.1, ..Sampling::default() };
+    let mut sampler = Sampler::new(options)?;
+    let go_on = |_| ControlFlow::Continue(());
+    Ok(generate(model, prompt, &mut cache, &mut sampler, end_tokens, max_new_tokens, ws, go_on)?.0)
 }

@@ -66,7 +66,9 @@ impl AdamW {
     /// The moments by parameter name, as `exp_avg.NAME` and `exp_avg_sq.NAME` (PyTorch's names for them).
     pub fn state<'a>(&'a self, model: &'a Llama) -> impl Iterator<Item = (String, &'a Tensor)> {
         model.parameters.iter().zip(&self.moments).flat_map(|(p, moments)| {
-            moments.iter().flat_map(|(m, v)| [(format!("exp_avg.{}", p.name), m), (format!("exp_avg_sq.{}", p.name), v)])
+            moments
+                .iter()
+                .flat_map(|(m, v)| [(format!("exp_avg.{}", p.name), m), (format!("exp_avg_sq.{}", p.name), v)])
         })
     }
 

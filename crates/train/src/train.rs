@@ -2,19 +2,16 @@
 
 use crate::checkpoint::{self, Contents, RunState};
 use crate::config::{Config, Method};
-use crate::evaluate::{batch_of, document_losses, mean_loss};
+use crate::evaluate::{batch_of, continuation, document_losses, mean_loss};
 use crate::metrics::{MetricRecord, MetricsWriter, read_metrics};
 use crate::optimizer::{AdamW, AdamWOptions, clip_coefficient, gradient_norm};
 use crate::trainer_state::{RunProgress, RunSummary, TrainerState};
 use crate::{Error, Result};
 use std::collections::BTreeMap;
-use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
-use tunesmith_model::{
-    AdapterConfig, AdapterFile, Gradients, KvCache, Llama, LossOptions, Modules, Sampler, Sampling, Workspace, generate,
-};
+use tunesmith_model::{AdapterConfig, AdapterFile, Gradients, Llama, LossOptions, Modules, Workspace};
 use tunesmith_tensor::rng::Rng;
 use tunesmith_text::{Block, ChatTemplate, Message, PreparedSplit, Split, Tokenizer};
 
@@ -188,7 +185,9 @@ impl<'a, 'o> Run<'a, 'o> {
         let train = PreparedSplit::open(job.data, Split::Train)?;
         let validation = PreparedSplit::open(job.data, Split::Validation)?;
         if train.is_empty() {
-            return Err(Error::Input("the training split is empty: give more data, or smaller validation and test fractions".into()));
+            return Err(Error::Input(
+                "the training split is empty: give more data, or smaller validation and test fractions".into(),
+            ));
         }
         let blocks_per_step = t.per_device_train_batch_size * t.gradient_accumulation_steps;
         let order = Order { seed: config.seed, num_blocks: train.len(), blocks_per_step, epoch: None };
@@ -256,8 +255,12 @@ impl<'a, 'o> Run<'a, 'o> {
     fn step(&mut self) -> Result<()> {
         let t = &self.job.config.training;
         let step = self.state.step;
-        let blocks: Vec<Block> =
-            self.order.blocks(step).iter().map(|i| self.train.block(*i as usize)).collect::<std::result::Result<_, _>>()?;
+        let blocks: Vec<Block> = self
+            .order
+            .blocks(step)
+            .iter()
+            .map(|i| self.train.block(*i as usize))
+            .collect::<std::result::Result<_, _>>()?;
 
         // The trained tokens of the whole step come first: every micro-batch is scaled by the same count, so that cutting a
         // step into micro-batches does not change its gradient.
@@ -483,7 +486,9 @@ impl<'a, 'o> Run<'a, 'o> {
                 let message = format!("the final weights are those of step {best}, validation loss {loss:.4}");
                 self.record(&MetricRecord::Note { step, message })?;
             } else {
-                let message = format!("step {best} was best (validation loss {loss:.4}) but has no checkpoint; the final weights are those of step {step}");
+                let message = format!(
+                    "step {best} was best (validation loss {loss:.4}) but has no checkpoint; the final weights are those of step {step}"
+                );
                 self.record(&MetricRecord::Note { step, message })?;
             }
         }
@@ -518,8 +523,8 @@ impl<'a, 'o> Run<'a, 'o> {
     }
 }
 
-/// What `model` says to `prompt`, greedily, so that samples of different steps differ by the weights alone: as a user's
-/// message where a `template` is given, as plain text to be continued otherwise.
+/// What `model` says to `prompt`: as a user's message where a `template` is given, as plain text to be continued
+/// otherwise. See [`continuation`] for how tokens are chosen.
 ///
 /// # Errors
 /// When the prompt cannot be rendered or is too long for the model.
@@ -536,11 +541,7 @@ pub fn sample_text(
         Some(template) => tokenizer.encode(&template.render(&[Message::new("user", prompt)], true)?, false)?,
         None => tokenizer.encode(prompt, true)?,
     };
-    let capacity = (ids.len() + max_new_tokens).min(model.config.max_position_embeddings);
-    let mut cache = KvCache::new(&model.config, capacity);
-    let mut sampler = Sampler::new(Sampling::default())?;
-    let go_on = |_| ControlFlow::Continue(());
-    let (new, _) = generate(model, &ids, &mut cache, &mut sampler, end_tokens, max_new_tokens, ws, go_on)?;
+    let new = continuation(model, &ids, end_tokens, max_new_tokens, ws)?;
     Ok(tokenizer.decode(&new, true)?)
 }
 

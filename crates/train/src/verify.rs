@@ -111,10 +111,9 @@ impl Reference {
     /// `labels` in the rows of `input_ids`; the ids themselves when the file has none.
     fn labels(&self, shape: &[usize], rows: &[Vec<u32>]) -> Result<Vec<Vec<i64>>> {
         match self.integers("labels")? {
-            Some((labels_shape, _)) if labels_shape != shape => Err(Error::Input(format!(
-                "{}: labels have shape {labels_shape:?}, input_ids {shape:?}",
-                self.file
-            ))),
+            Some((labels_shape, _)) if labels_shape != shape => {
+                Err(Error::Input(format!("{}: labels have shape {labels_shape:?}, input_ids {shape:?}", self.file)))
+            }
             Some((_, labels)) => {
                 let labels: Vec<Vec<i64>> = labels.chunks(rows[0].len()).map(|row| row.to_vec()).collect();
                 for (row, labels) in rows.iter().zip(&labels) {
@@ -273,7 +272,10 @@ pub fn verify_curve(
     let (shape, rows) = batches.rows(model.config.vocab_size)?;
     let labels = batches.labels(&shape, &rows)?;
     let [steps, rows_a_step, _] = shape[..] else {
-        return Err(Error::Input(format!("{}: input_ids has shape {shape:?}; it must be [steps, rows, tokens]", batches.file)));
+        return Err(Error::Input(format!(
+            "{}: input_ids has shape {shape:?}; it must be [steps, rows, tokens]",
+            batches.file
+        )));
     };
     if steps < curve.len() {
         let (file, wanted) = (&batches.file, curve.len());

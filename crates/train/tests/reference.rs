@@ -157,7 +157,8 @@ fn adapter_off_is_the_base_to_the_bit() {
 fn greedy_continuation_with_and_without_the_cache() {
     for model in MODELS {
         let llama = load(model);
-        let want: Vec<u32> = facts(model)["greedy"].as_array().unwrap().iter().map(|i| i.as_u64().unwrap() as u32).collect();
+        let want: Vec<u32> =
+            facts(model)["greedy"].as_array().unwrap().iter().map(|i| i.as_u64().unwrap() as u32).collect();
         let mut ws = Workspace::default();
         let mut cache = KvCache::new(&llama.config, want.len());
         let mut sampler = Sampler::new(Sampling::default()).unwrap();

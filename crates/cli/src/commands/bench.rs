@@ -39,7 +39,10 @@ fn train(args: &BenchTrainArgs, settings: &Settings) -> Result<()> {
         BenchMethod::Full => model.train_all(),
         BenchMethod::Lora => {
             let target_modules = Modules::List(LINEAR_NAMES.map(String::from).to_vec());
-            model.add_adapter(&AdapterConfig { r: 16, lora_alpha: 32.0, target_modules, ..AdapterConfig::default() }, 0)?;
+            model.add_adapter(
+                &AdapterConfig { r: 16, lora_alpha: 32.0, target_modules, ..AdapterConfig::default() },
+                0,
+            )?;
         }
     }
     let mut seconds = steps(&mut model, args.batch, args.seq, args.steps + 1);

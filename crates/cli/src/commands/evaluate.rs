@@ -6,14 +6,16 @@ use crate::load::{self, Opened};
 use crate::source::Settings;
 use crate::terminal;
 use serde::Serialize;
-use std::ops::ControlFlow;
+use std::collections::HashSet;
 use std::path::Path;
-use tunesmith_model::{KvCache, Llama, Sampler, Sampling, Workspace, generate};
+use tunesmith_model::{Llama, Workspace};
 use tunesmith_text::{PreparedSplit, Report, Split, Tokenizer};
 use tunesmith_train::config::Config;
-use tunesmith_train::evaluate::document_losses;
+use tunesmith_train::evaluate::{continuation, document_losses};
 use tunesmith_train::report::{self, ModelFacts, RunReport, SamplePair};
-use tunesmith_train::statistics::{Bootstrap, Comparison, DocumentLoss, Estimate, LossStatistics, compare, loss_statistics};
+use tunesmith_train::statistics::{
+    Bootstrap, Comparison, DocumentLoss, Estimate, LossStatistics, compare, loss_statistics,
+};
 
 /// What one model made of a split.
 pub(crate) struct Scored {
@@ -130,11 +132,16 @@ fn data(args: &EvaluateArgs, opened: &Opened, folder: &Path, settings: &Settings
             SplitName::Test => Split::Test,
         };
         if report.split(split).blocks == 0 {
-            return Err(Error::Input(format!("{place} has no rows in its {} split; choose another --split", split.name())));
+            return Err(Error::Input(format!(
+                "{place} has no rows in its {} split; choose another --split",
+                split.name()
+            )));
         }
         if report.tokenizer != opened.tokenizer.fingerprint()? {
             let model = &args.model.model;
-            return Err(Error::Input(format!("{place} was prepared with another tokenizer than {model}'s; give the files themselves")));
+            return Err(Error::Input(format!(
+                "{place} was prepared with another tokenizer than {model}'s; give the files themselves"
+            )));
         }
         return Ok(PreparedSplit::open(folder, split)?);
     }
@@ -148,18 +155,29 @@ fn data(args: &EvaluateArgs, opened: &Opened, folder: &Path, settings: &Settings
     Ok(PreparedSplit::open(folder, Split::Train)?)
 }
 
-/// Beginnings of `n` documents spread over the split: up to the first trained token, or the first 32 tokens of plain
-/// text.
+/// Beginnings of `n` rows spread over the split: up to the first trained token, or the first 32 tokens of plain text.
 pub(crate) fn prompts(split: &PreparedSplit, tokenizer: &Tokenizer, n: usize) -> Result<Vec<Prompt>> {
-    let n = n.min(split.len());
+    // (block, first token, length) of each document that begins a row; later windows of a long row begin mid-sentence.
+    let mut rows: Vec<(usize, usize, usize)> = Vec::new();
+    let mut seen = HashSet::new();
+    for i in 0..split.len() {
+        let block = split.block(i)?;
+        let mut start = 0;
+        for (length, source) in block.lengths.iter().zip(&block.sources) {
+            if seen.insert((source.file.clone(), source.line)) {
+                rows.push((i, start, *length));
+            }
+            start += length;
+        }
+    }
+    let n = n.min(rows.len());
     let mut prompts = Vec::new();
-    for i in 0..n {
-        let block = split.block(i * split.len() / n)?;
-        let length = block.lengths.first().copied().unwrap_or(0);
-        let first = block.trained[..length].iter().position(|t| *t).unwrap_or(0);
+    for (block, start, length) in (0..n).map(|i| rows[i * rows.len() / n]) {
+        let block = split.block(block)?;
+        let first = block.trained[start..start + length].iter().position(|t| *t).unwrap_or(0);
         let end = if first > 1 { first } else { (length / 2).min(32) };
         if end > 0 {
-            let ids = block.ids[..end].to_vec();
+            let ids = block.ids[start..start + end].to_vec();
             let text = tokenizer.decode(&ids, true)?;
             prompts.push(Prompt { ids, text });
         }
@@ -167,7 +185,7 @@ pub(crate) fn prompts(split: &PreparedSplit, tokenizer: &Tokenizer, n: usize) ->
     Ok(prompts)
 }
 
-/// Losses of all documents of `split` and greedy continuations of `prompts`, with a bar.
+/// Losses of all documents of `split` and continuations of `prompts`, with a bar.
 pub(crate) fn score(
     model: &Llama,
     opened: &Opened,
@@ -183,12 +201,7 @@ pub(crate) fn score(
     let end_tokens = opened.end_tokens()?;
     let mut texts = Vec::new();
     for prompt in prompts {
-        let capacity = (prompt.ids.len() + max_new_tokens).min(model.config.max_position_embeddings);
-        let mut cache = KvCache::new(&model.config, capacity);
-        let mut sampler = Sampler::new(Sampling::default())?;
-        let go_on = |_| ControlFlow::Continue(());
-        let (new, _) =
-            generate(model, &prompt.ids, &mut cache, &mut sampler, &end_tokens, max_new_tokens, &mut ws, go_on)?;
+        let new = continuation(model, &prompt.ids, &end_tokens, max_new_tokens, &mut ws)?;
         texts.push(opened.tokenizer.decode(&new, true)?);
     }
     bar.finish_and_clear();

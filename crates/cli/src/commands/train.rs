@@ -42,7 +42,6 @@ pub(crate) fn run(args: &TrainArgs, settings: &Settings) -> Result<()> {
 /// What a finished run leaves for the command line to talk about.
 pub(crate) struct Done {
     pub(crate) weights: PathBuf,
-    pub(crate) report: PathBuf,
 }
 
 /// Prepares, trains, compares with the base model on held-out data, and writes the report.
@@ -83,7 +82,7 @@ pub(crate) fn train_and_report(config: &Config, opened: &Opened, resume: bool, s
     let file = dir.join("report.html");
     report::write(&file, &html(config, opened, &data, num_trained, evaluation)?)?;
     println!("\nweights: {}\nreport:  {}", outcome.weights.display(), file.display());
-    Ok(Done { weights: outcome.weights, report: file })
+    Ok(Done { weights: outcome.weights })
 }
 
 /// What the run was made of, as hashes: `lock.json`.
@@ -285,7 +284,9 @@ fn html(
             (format!("{} split", split.name()), e.comparison, e.samples)
         }
         None => {
-            warnings.push("There is neither a test nor a validation split: nothing says whether the model got better.".into());
+            warnings.push(
+                "There is neither a test nor a validation split: nothing says whether the model got better.".into(),
+            );
             (String::new(), None, Vec::new())
         }
     };
@@ -294,7 +295,13 @@ fn html(
         Method::Lora => {
             let l = &config.lora;
             let name = if l.use_rslora { "rsLoRA" } else { "LoRA" };
-            format!("{name}, rank {}, alpha {}, dropout {}, {}", l.r, l.lora_alpha, l.lora_dropout, l.target_modules.join(", "))
+            format!(
+                "{name}, rank {}, alpha {}, dropout {}, {}",
+                l.r,
+                l.lora_alpha,
+                l.lora_dropout,
+                l.target_modules.join(", ")
+            )
         }
     };
     Ok(RunReport {
