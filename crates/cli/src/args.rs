@@ -264,7 +264,7 @@ pub struct VerifyArgs {
     /// The model and the adapter (for curves: the adapter at the start of the curve).
     #[command(flatten)]
     pub model: ModelArgs,
-    /// Safetensors file with input_ids and any of logits, labels, loss, grad.<weight name>.
+    /// Safetensors file with input_ids and any of logits, labels, loss, grad.NAME.
     #[arg(long, value_name = "FILE", conflicts_with_all = ["batches", "curves"], required_unless_present = "batches")]
     pub reference: Option<PathBuf>,
     /// Safetensors file with input_ids (and labels) [steps, rows, tokens] for --curves.

@@ -1,5 +1,7 @@
 //! `tunesmith generate` and `tunesmith chat` as a user runs them.
 
+#![allow(clippy::unwrap_used, clippy::print_stdout, reason = "the whole file is a test")]
+
 mod tiny;
 
 use serde_json::Value;

@@ -1,5 +1,7 @@
 //! `tunesmith merge` as a user runs it: what it writes computes what base and adapter computed.
 
+#![allow(clippy::unwrap_used, clippy::print_stdout, reason = "the whole file is a test")]
+
 mod tiny;
 
 use tiny::{fixture, refused, run};

@@ -1,5 +1,7 @@
 //! `tunesmith verify` as a user runs it, on the numbers that the engine itself is tested with.
 
+#![allow(clippy::unwrap_used, clippy::print_stdout, reason = "the whole file is a test")]
+
 mod tiny;
 
 use serde_json::Value;

@@ -3,6 +3,8 @@
 //! The model comes through the resolver and stays in its cache. With the network off (TUNESMITH_OFFLINE=1) the tests are
 //! skipped.
 
+#![allow(clippy::unwrap_used, clippy::print_stdout, reason = "the whole file is a test")]
+
 mod tiny;
 
 use serde_json::Value;

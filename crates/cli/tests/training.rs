@@ -306,6 +306,8 @@ fn an_adapter_is_trained_evaluated_and_trained_further() {
         report.to_str().unwrap(),
         "--samples",
         "2",
+        "--set",
+        "data.max_length=128",
     ]);
     assert_eq!(ran.code, 0, "{ran:?}");
     let value: Value = serde_json::from_str(&std::fs::read_to_string(&json).unwrap()).unwrap();
@@ -337,4 +339,5 @@ fn prepare_shows_counts_and_masks() {
     assert!(ran.stdout.contains("trained") && ran.stdout.contains('⟦'), "{ran:?}");
     assert!(run(&["prepare", &setup.config, "--out", &out]).stdout.contains("already prepared"));
     refused(&["prepare", "--data", "x.jsonl"], 2, "model.source");
+    refused(&["prepare", &setup.config, "--set", "data.max_length=1000"], 2, "more than the context");
 }

@@ -91,7 +91,7 @@ pub struct LoraConfig {
 
 impl Default for LoraConfig {
     fn default() -> Self {
-        // All linear layers and alpha = 2 r: attention-only adapters lose at equal size (design, section 6).
+        // All linear layers and alpha = 2 r: attention-only adapters lose at equal size.
         let target_modules = vec!["all-linear".to_owned()];
         Self { r: 16, lora_alpha: 32.0, lora_dropout: 0.0, use_rslora: false, target_modules }
     }
@@ -227,7 +227,7 @@ impl Config {
 
     /// The peak learning rate, set or by method.
     pub fn learning_rate(&self) -> f64 {
-        // Adapters want about ten times the rate of full fine-tuning (design, section 6).
+        // Adapters want about ten times the rate of full fine-tuning.
         self.training.learning_rate.unwrap_or(match self.method {
             Method::Lora => 2e-4,
             Method::Full => 2e-5,

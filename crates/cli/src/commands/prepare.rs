@@ -54,6 +54,13 @@ fn local(options: &PrepareOptions, settings: &Settings) -> Result<PrepareOptions
 
 /// Prepares the data of `options` in `out`, with a bar.
 pub(crate) fn prepare(options: &PrepareOptions, opened: &Opened, out: &Path, settings: &Settings) -> Result<Report> {
+    let context = opened.checkpoint.config().max_position_embeddings;
+    if options.max_length > context {
+        return Err(Error::Input(format!(
+            "data.max_length = {} is more than the context of {}, {context} tokens; set it to at most {context}",
+            options.max_length, opened.spec
+        )));
+    }
     let options = local(options, settings)?;
     let bar = terminal::bytes_bar("reading data");
     let report =
@@ -95,7 +102,7 @@ pub(crate) fn describe(report: &Report) -> String {
         let c = &report.split(split).counts;
         if c.overlong_rows > 0 {
             text.push_str(&format!(
-                "{}: {} rows are longer than {} tokens: {} split, {} truncated, {} dropped; {} tokens lost, {} of them trained\n",
+                "{}: {} rows are longer than {} tokens: {} split, {} truncated, {} dropped; {} tokens are lost, {} trained tokens no longer count\n",
                 split.name(),
                 number(c.overlong_rows),
                 number(report.options.max_length),
