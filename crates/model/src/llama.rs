@@ -108,12 +108,12 @@ pub struct LossOptions {
     pub pass: u64,
 }
 
-/// What a layer keeps for its backward pass.
+/// What a layer keeps for its backward pass. The outputs of norms and of SwiGLU are not kept: they are the larger part and
+/// cost one pass over memory to make again.
 #[derive(Debug, Default)]
 struct LayerActivations {
     x_td: Tensor,
     rstd1_t: Tensor,
-    n1_td: Tensor,
     q_th: Tensor,
     k_tk: Tensor,
     v_tk: Tensor,
@@ -121,12 +121,21 @@ struct LayerActivations {
     lse: Tensor,
     x2_td: Tensor,
     rstd2_t: Tensor,
-    n2_td: Tensor,
     gate_tf: Tensor,
     up_tf: Tensor,
-    act_tf: Tensor,
     /// x Aᵀ of each adapted linear layer.
     xa_tr: [Tensor; 7],
+}
+
+/// What layers use one after the other.
+#[derive(Debug, Default)]
+struct SharedActivations {
+    /// Output of the norm in front of attention or of the MLP.
+    normed_td: Tensor,
+    /// Output of SwiGLU.
+    act_tf: Tensor,
+    /// Input of an adapter after dropout.
+    dropped: Tensor,
 }
 
 /// Every buffer of a pass, kept from step to step: memory is asked for once.
@@ -142,7 +151,7 @@ pub struct Workspace {
     losses: Vec<f32>,
     head: linear_cross_entropy::Scratch,
     back: BackwardBuffers,
-    dropped: Tensor,
+    shared: SharedActivations,
 }
 
 #[derive(Debug, Default)]
@@ -321,7 +330,7 @@ impl Llama {
         let masks = options.dropout_seed.map(|seed| Masks { seed, pass: options.pass });
         self.run_layers(batch, None, Pass::Keep(masks), ws);
         self.gather_and_norm(batch, ws);
-        let Workspace { layers, stream_td, angles, h_nd, rstd_n, normed_nd, losses, head, back, dropped, .. } = ws;
+        let Workspace { layers, stream_td, angles, h_nd, rstd_n, normed_nd, losses, head, back, shared, .. } = ws;
         let targets = &batch.targets;
         let sums = linear_cross_entropy::Gradients {
             scale: options.scale,
@@ -350,7 +359,7 @@ impl Llama {
         }
         let lowest = self.lowest_trained_layer();
         for l in (lowest..self.layers.len()).rev() {
-            self.layer_backward(l, &layers[l], batch, angles, masks, back, dropped, gradients);
+            self.layer_backward(l, &layers[l], batch, angles, masks, back, shared, gradients);
         }
         if let Some(d_table) = gradients.tensors[self.embed].as_mut() {
             embedding::backward(&back.d_stream_td, &batch.ids, d_table);
@@ -396,7 +405,7 @@ impl Llama {
         for l in 0..self.layers.len() {
             let activations = &mut ws.layers[l.min(kept - 1)];
             let cache = cache.as_deref_mut();
-            self.layer_forward(l, &mut ws.stream_td, activations, &ws.angles, batch, cache, pass, &mut ws.dropped);
+            self.layer_forward(l, &mut ws.stream_td, activations, &ws.angles, batch, cache, pass, &mut ws.shared);
         }
     }
 
@@ -409,21 +418,22 @@ impl Llama {
         batch: &Batch,
         cache: Option<&mut KvCache>,
         pass: Pass,
-        dropped: &mut Tensor,
+        shared: &mut SharedActivations,
     ) {
+        let SharedActivations { normed_td, act_tf, dropped } = shared;
         let (layer, eps) = (&self.layers[l], self.config.rms_norm_eps);
         let masks = if let Pass::Keep(masks) = pass { masks } else { None };
         if matches!(pass, Pass::Keep(_)) {
             copy(stream_td, &mut act.x_td);
         }
-        rmsnorm::forward(stream_td, self.value(layer.input_norm), eps, &mut act.n1_td, &mut act.rstd1_t);
+        rmsnorm::forward(stream_td, self.value(layer.input_norm), eps, normed_td, &mut act.rstd1_t);
         let mut apply = |i: usize, x: &Tensor, y: &mut Tensor, into, xa: &mut Tensor| {
             self.linear_forward(&layer.linears[i], x, y, into, xa, Masks::of(masks, l, i), dropped);
         };
         use linear::Into::{Accumulate, Overwrite};
-        apply(Q, &act.n1_td, &mut act.q_th, Overwrite, &mut act.xa_tr[Q]);
-        apply(K, &act.n1_td, &mut act.k_tk, Overwrite, &mut act.xa_tr[K]);
-        apply(V, &act.n1_td, &mut act.v_tk, Overwrite, &mut act.xa_tr[V]);
+        apply(Q, normed_td, &mut act.q_th, Overwrite, &mut act.xa_tr[Q]);
+        apply(K, normed_td, &mut act.k_tk, Overwrite, &mut act.xa_tr[K]);
+        apply(V, normed_td, &mut act.v_tk, Overwrite, &mut act.xa_tr[V]);
         rope::forward(&mut act.q_th, angles);
         rope::forward(&mut act.k_tk, angles);
         let (k, v) = match cache {
@@ -435,11 +445,11 @@ impl Llama {
         if matches!(pass, Pass::Keep(_)) {
             copy(stream_td, &mut act.x2_td);
         }
-        rmsnorm::forward(stream_td, self.value(layer.post_norm), eps, &mut act.n2_td, &mut act.rstd2_t);
-        apply(GATE, &act.n2_td, &mut act.gate_tf, Overwrite, &mut act.xa_tr[GATE]);
-        apply(UP, &act.n2_td, &mut act.up_tf, Overwrite, &mut act.xa_tr[UP]);
-        swiglu::forward(&act.gate_tf, &act.up_tf, &mut act.act_tf);
-        apply(DOWN, &act.act_tf, stream_td, Accumulate, &mut act.xa_tr[DOWN]);
+        rmsnorm::forward(stream_td, self.value(layer.post_norm), eps, normed_td, &mut act.rstd2_t);
+        apply(GATE, normed_td, &mut act.gate_tf, Overwrite, &mut act.xa_tr[GATE]);
+        apply(UP, normed_td, &mut act.up_tf, Overwrite, &mut act.xa_tr[UP]);
+        swiglu::forward(&act.gate_tf, &act.up_tf, act_tf);
+        apply(DOWN, act_tf, stream_td, Accumulate, &mut act.xa_tr[DOWN]);
     }
 
     /// Takes the gradient of the layer's output in `back.d_stream_td` to that of its input, in place.
@@ -451,23 +461,27 @@ impl Llama {
         angles: &rope::Angles,
         masks: Option<Masks>,
         back: &mut BackwardBuffers,
-        dropped: &mut Tensor,
+        shared: &mut SharedActivations,
         gradients: &mut Gradients,
     ) {
         let layer = &self.layers[l];
+        let (input_norm, post_norm) = (self.value(layer.input_norm), self.value(layer.post_norm));
+        let SharedActivations { normed_td, act_tf, dropped } = shared;
         let BackwardBuffers { d_stream_td, d_n_td, d_act_tf, d_gate_tf, d_up_tf, .. } = back;
         let BackwardBuffers { d_o_th, d_q_th, d_k_tk, d_v_tk, d_xa_tr, d_dropped, .. } = back;
+        swiglu::forward(&act.gate_tf, &act.up_tf, act_tf);
+        rmsnorm::apply(&act.x2_td, post_norm, &act.rstd2_t, normed_td);
         let mut apply = |i: usize, x: &Tensor, d_y: &Tensor, d_x: &mut Tensor, into, gradients: &mut Gradients| {
             let buffers = LinearBuffers { xa: &act.xa_tr[i], d_xa: d_xa_tr, dropped, d_dropped };
             self.linear_backward(&layer.linears[i], x, d_y, d_x, into, buffers, Masks::of(masks, l, i), gradients);
         };
         use linear::Into::{Accumulate, Overwrite};
-        apply(DOWN, &act.act_tf, d_stream_td, d_act_tf, Overwrite, gradients);
+        apply(DOWN, act_tf, d_stream_td, d_act_tf, Overwrite, gradients);
         swiglu::backward(&act.gate_tf, &act.up_tf, d_act_tf, d_gate_tf, d_up_tf);
-        apply(GATE, &act.n2_td, d_gate_tf, d_n_td, Overwrite, gradients);
-        apply(UP, &act.n2_td, d_up_tf, d_n_td, Accumulate, gradients);
+        apply(GATE, normed_td, d_gate_tf, d_n_td, Overwrite, gradients);
+        apply(UP, normed_td, d_up_tf, d_n_td, Accumulate, gradients);
         let d_norm = gradients.tensors[layer.post_norm].as_mut();
-        rmsnorm::backward(&act.x2_td, self.value(layer.post_norm), &act.rstd2_t, d_n_td, d_stream_td, d_norm);
+        rmsnorm::backward(&act.x2_td, post_norm, &act.rstd2_t, d_n_td, d_stream_td, d_norm);
         apply(O, &act.o_th, d_stream_td, d_o_th, Overwrite, gradients);
         attention::backward(
             &act.q_th,
@@ -484,11 +498,12 @@ impl Llama {
         );
         rope::backward(d_q_th, angles);
         rope::backward(d_k_tk, angles);
-        apply(Q, &act.n1_td, d_q_th, d_n_td, Overwrite, gradients);
-        apply(K, &act.n1_td, d_k_tk, d_n_td, Accumulate, gradients);
-        apply(V, &act.n1_td, d_v_tk, d_n_td, Accumulate, gradients);
+        rmsnorm::apply(&act.x_td, input_norm, &act.rstd1_t, normed_td);
+        apply(Q, normed_td, d_q_th, d_n_td, Overwrite, gradients);
+        apply(K, normed_td, d_k_tk, d_n_td, Accumulate, gradients);
+        apply(V, normed_td, d_v_tk, d_n_td, Accumulate, gradients);
         let d_norm = gradients.tensors[layer.input_norm].as_mut();
-        rmsnorm::backward(&act.x_td, self.value(layer.input_norm), &act.rstd1_t, d_n_td, d_stream_td, d_norm);
+        rmsnorm::backward(&act.x_td, input_norm, &act.rstd1_t, d_n_td, d_stream_td, d_norm);
     }
 
     /// y = or += x Wᵀ + bias + s · dropout(x) Aᵀ Bᵀ; keeps dropout(x) Aᵀ in `xa_tr`.

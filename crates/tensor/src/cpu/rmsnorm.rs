@@ -27,6 +27,25 @@ multiversion! {
     }
 }
 
+pub(crate) fn apply(x: &[f32], weight: &[f32], rstd: &[f32], y: &mut [f32]) {
+    let d = weight.len();
+    let rows = rows_per_task(d);
+    (y.par_chunks_mut(rows * d), rstd.par_chunks(rows), x.par_chunks(rows * d))
+        .into_par_iter()
+        .for_each(|(y, rstd, x)| apply_rows(x, weight, rstd, y));
+}
+
+multiversion! {
+    fn apply_rows(x: &[f32], weight: &[f32], rstd: &[f32], y: &mut [f32]) {
+        let d = weight.len();
+        for ((x, y), r) in x.chunks_exact(d).zip(y.chunks_exact_mut(d)).zip(rstd) {
+            for ((y, x), w) in y.iter_mut().zip(x).zip(weight) {
+                *y = *x * *r * *w;
+            }
+        }
+    }
+}
+
 pub(crate) fn backward(
     x: &[f32],
     weight: &[f32],

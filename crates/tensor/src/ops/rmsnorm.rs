@@ -10,6 +10,13 @@ pub fn forward(x: &Tensor, weight: &Tensor, eps: f32, y: &mut Tensor, rstd: &mut
     cpu::rmsnorm::forward(x.data(), weight.data(), eps, y.data_mut(), rstd.data_mut());
 }
 
+/// `y` [T, d] again, to the bit, from the `rstd` [T] that [`forward`] left.
+pub fn apply(x: &Tensor, weight: &Tensor, rstd: &Tensor, y: &mut Tensor) {
+    assert!(x.cols() == weight.len() && x.rows() == rstd.len());
+    y.resize(x.shape());
+    cpu::rmsnorm::apply(x.data(), weight.data(), rstd.data(), y.data_mut());
+}
+
 /// `d_x` [T, d] **+=** the gradient through the norm (the residual branch has put its own gradient there), and
 /// `d_weight` [d] += its gradient when it trains. `d_y` is [T, d].
 pub fn backward(
@@ -50,6 +57,9 @@ mod tests {
             let (mut y, mut rstd) = (Tensor::default(), Tensor::default());
             forward(&x, &w, 1e-3, &mut y, &mut rstd);
             check_close("y", y.data(), &naive(&to_f64(x.data()), &to_f64(w.data()), 1e-3f32 as f64), 1e-6);
+            let mut again = Tensor::default();
+            apply(&x, &w, &rstd, &mut again);
+            assert_eq!(again.data(), y.data());
             let before = rng.normals(5 * d, 1.0);
             let mut d_x = Tensor::from_slice(&[5, d], &before);
             let mut d_w = Tensor::zeros(&[d]);
