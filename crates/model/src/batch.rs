@@ -52,6 +52,28 @@ impl Batch {
         batch
     }
 
+    /// The documents in consecutive batches of at most `max_tokens` tokens; a longer document has one to itself.
+    pub(crate) fn parts(&self, max_tokens: usize) -> Vec<Self> {
+        let mut parts: Vec<Self> = Vec::new();
+        let mut losses = self.loss_rows.iter().zip(&self.targets).peekable();
+        for segment in &self.segments {
+            let rows = segment.queries.clone();
+            if parts.last().is_none_or(|p| p.len() + rows.len() > max_tokens) {
+                parts.push(Self::default());
+            }
+            let Some(part) = parts.last_mut() else { continue };
+            let start = part.len();
+            part.ids.extend_from_slice(&self.ids[rows.clone()]);
+            part.positions.extend_from_slice(&self.positions[rows.clone()]);
+            part.segments.push(Segment { queries: start..start + rows.len(), keys: start..start + rows.len() });
+            while let Some((row, target)) = losses.next_if(|(row, _)| (**row as usize) < rows.end) {
+                part.loss_rows.push((*row as usize - rows.start + start) as u32);
+                part.targets.push(*target);
+            }
+        }
+        parts
+    }
+
     /// The tokens `ids` of one sequence behind `cached` earlier ones.
     pub(crate) fn continuation(ids: &[u32], cached: usize) -> Self {
         let end = cached + ids.len();
@@ -89,5 +111,20 @@ mod tests {
         assert_eq!(batch.segments, Segment::documents(&[3, 2]));
         let same = Batch::from_labels([(&[5, 6, 7][..], &[5i64, 6, 7][..]), (&[8, 9][..], &[-100, 9][..])]);
         assert_eq!(batch, same);
+    }
+
+    #[test]
+    fn parts_are_the_documents_in_order() {
+        let documents: Vec<(Vec<u32>, Vec<bool>)> =
+            [3u32, 1, 9, 4, 2, 2].iter().map(|n| ((0..*n).collect(), (0..*n).map(|i| i % 3 > 0).collect())).collect();
+        let batch = |documents: &[(Vec<u32>, Vec<bool>)]| {
+            let mut batch = Batch::default();
+            documents.iter().for_each(|(ids, trained)| batch.push(ids, trained));
+            batch
+        };
+        let parts = batch(&documents).parts(6);
+        let want = [&documents[..2], &documents[2..3], &documents[3..5], &documents[5..]].map(batch);
+        assert_eq!(parts, want);
+        assert!(Batch::default().parts(6).is_empty());
     }
 }

@@ -46,6 +46,10 @@ const GATE: usize = 4;
 const UP: usize = 5;
 const DOWN: usize = 6;
 
+/// Tokens that go through the model at once while training, unless a single document is longer. Matrix products with this many rows
+/// run as fast as with more, and what a pass keeps for its backward pass grows with every token.
+pub const PASS_TOKENS: usize = 1024;
+
 /// Names of the seven linear layers of a block, in the order of the constants above.
 pub const LINEAR_NAMES: [&str; 7] = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"];
 
@@ -320,6 +324,9 @@ impl Llama {
 
     /// One forward and backward pass: adds the gradients of `scale` · Σ loss to `gradients`, fills
     /// [`Workspace::losses`] and returns their sum in nats (unscaled).
+    ///
+    /// Documents do not see each other, so a batch of more than [`PASS_TOKENS`] tokens goes through the model in several
+    /// parts, document by document: the same gradients for a part of the memory.
     pub fn loss_and_gradients(
         &self,
         batch: &Batch,
@@ -327,7 +334,25 @@ impl Llama {
         ws: &mut Workspace,
         gradients: &mut Gradients,
     ) -> f64 {
-        let masks = options.dropout_seed.map(|seed| Masks { seed, pass: options.pass });
+        let mut losses = Vec::with_capacity(batch.targets.len());
+        for (number, part) in batch.parts(PASS_TOKENS).iter().enumerate() {
+            self.part_gradients(part, number as u64, options, ws, gradients);
+            losses.extend_from_slice(&ws.losses);
+        }
+        ws.losses = losses;
+        ws.losses.iter().map(|l| *l as f64).sum()
+    }
+
+    /// Part `number` of a pass.
+    fn part_gradients(
+        &self,
+        batch: &Batch,
+        number: u64,
+        options: LossOptions,
+        ws: &mut Workspace,
+        gradients: &mut Gradients,
+    ) {
+        let masks = options.dropout_seed.map(|seed| Masks { seed, pass: options.pass << 16 | number });
         self.run_layers(batch, None, Pass::Keep(masks), ws);
         self.gather_and_norm(batch, ws);
         let Workspace { layers, stream_td, angles, h_nd, rstd_n, normed_nd, losses, head, back, shared, .. } = ws;
@@ -364,7 +389,6 @@ impl Llama {
         if let Some(d_table) = gradients.tensors[self.embed].as_mut() {
             embedding::backward(&back.d_stream_td, &batch.ids, d_table);
         }
-        losses.iter().map(|l| *l as f64).sum()
     }
 
     /// Nothing below this layer trains, so the backward pass may stop there.
@@ -595,7 +619,7 @@ enum Pass {
     Discard,
 }
 
-/// The dropout masks of one pass.
+/// The dropout masks of one part of a pass: `pass` is its number, 16 bits of it for the part; 16 more for the layer follow.
 #[derive(Clone, Copy)]
 struct Masks {
     seed: u64,
@@ -611,7 +635,7 @@ struct MaskSource {
 
 impl Masks {
     fn of(masks: Option<Self>, layer: usize, linear: usize) -> Option<MaskSource> {
-        masks.map(|m| MaskSource { seed: m.seed, stream: m.pass << 32 | (layer * 8 + linear) as u64 })
+        masks.map(|m| MaskSource { seed: m.seed, stream: m.pass << 16 | (layer * 8 + linear) as u64 })
     }
 }
 

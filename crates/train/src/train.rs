@@ -57,7 +57,9 @@ pub enum Event<'a> {
     Record(&'a MetricRecord),
     /// Blocks of the validation split done, and in all.
     Evaluating(usize, usize),
-    /// A checkpoint or the final weights were saved.
+    /// A checkpoint or the final weights are about to be saved.
+    Saving(&'a Path),
+    /// They are saved.
     Saved(&'a Path),
 }
 
@@ -434,6 +436,7 @@ impl<'a, 'o> Run<'a, 'o> {
             training: Some((&self.optimizer, &self.state)),
             files,
         };
+        (self.observe)(Event::Saving(&folder));
         checkpoint::save(&folder, &contents)?;
         let best = self.state.best.map(|(step, _)| step);
         checkpoint::prune(&self.checkpoints(), self.job.config.training.save_total_limit, best)?;
@@ -506,6 +509,7 @@ impl<'a, 'o> Run<'a, 'o> {
             training: None,
             files,
         };
+        (self.observe)(Event::Saving(&folder));
         checkpoint::save(&folder, &contents)?;
         (self.observe)(Event::Saved(&folder));
         Ok(self.outcome(true, folder))

@@ -2,7 +2,9 @@
 #![allow(clippy::unwrap_used, clippy::print_stdout)]
 
 use std::path::{Path, PathBuf};
-use tunesmith_model::{AdapterFile, Batch, Checkpoint, KvCache, Llama, Sampler, Sampling, Workspace, generate};
+use tunesmith_model::{
+    AdapterFile, Batch, Checkpoint, Gradients, KvCache, Llama, LossOptions, Sampler, Sampling, Workspace, generate,
+};
 use tunesmith_train::verify::{self, Check, Reference};
 
 const MODELS: [&str; 2] = ["tiny-llama2", "tiny-llama3"];
@@ -172,5 +174,43 @@ fn greedy_continuation_with_and_without_the_cache() {
         for (t, next) in want.iter().enumerate().skip(16) {
             assert_eq!(tunesmith_model::argmax(logits.row(t - 1)), *next);
         }
+    }
+}
+
+#[test]
+fn a_batch_in_parts_is_the_sum_of_its_documents() {
+    let mut llama = load("tiny-llama3");
+    llama.train_all();
+    let mut rng = tunesmith_tensor::rng::Rng::new(3, 0);
+    let mut documents = Vec::new();
+    for length in [400u32, 500, 300, 400] {
+        documents.push((0..length).map(|_| rng.below(512)).collect::<Vec<u32>>());
+    }
+    let batch_of = |documents: &[Vec<u32>]| {
+        let mut batch = Batch::default();
+        documents.iter().for_each(|ids| batch.push(ids, &vec![true; ids.len()]));
+        batch
+    };
+    let whole = batch_of(&documents);
+    assert!(whole.len() > tunesmith_model::llama::PASS_TOKENS, "the batch takes several parts");
+    let options = LossOptions { scale: 1e-3, label_smoothing: 0.0, dropout_seed: None, pass: 0 };
+    let mut ws = Workspace::default();
+    let mut together = Gradients::new(&llama);
+    llama.loss_and_gradients(&whole, options, &mut ws, &mut together);
+    let losses = ws.losses().to_vec();
+    let mut apart = Gradients::new(&llama);
+    let mut losses_apart = Vec::new();
+    for document in &documents {
+        llama.loss_and_gradients(&batch_of(std::slice::from_ref(document)), options, &mut ws, &mut apart);
+        losses_apart.extend_from_slice(ws.losses());
+    }
+    assert_eq!(losses.len(), whole.targets.len());
+    for (a, b) in losses.iter().zip(&losses_apart) {
+        assert!((a - b).abs() < 1e-5 * b.abs().max(1.0), "{a} {b}");
+    }
+    for (a, b) in together.tensors.iter().flatten().zip(apart.tensors.iter().flatten()) {
+        let norm = b.data().iter().map(|x| x * x).sum::<f32>().sqrt();
+        let error = a.data().iter().zip(b.data()).map(|(x, y)| (x - y) * (x - y)).sum::<f32>().sqrt();
+        assert!(error < 1e-5 * norm, "{error} of {norm}");
     }
 }

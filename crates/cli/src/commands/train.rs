@@ -106,11 +106,15 @@ fn write_run_files(config: &Config, opened: &Opened, data: &Report, resume: bool
         eprintln!("note: the configuration has changed since the run began: {}", changed.join("; "));
     }
     super::write_atomically(&file, toml.as_bytes())?;
+    let files = opened.files();
+    let bar = terminal::count_bar("hashing the model's files", files.len() as u64);
     let mut weights = BTreeMap::new();
-    for path in opened.files() {
+    for path in files {
         let name = path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
         weights.insert(name, sha256(&path)?);
+        bar.inc(1);
     }
+    bar.finish_and_clear();
     let lock = Lock {
         tunesmith: env!("CARGO_PKG_VERSION"),
         model: opened.origin.clone(),
@@ -187,6 +191,7 @@ impl Watcher {
                 self.line(&format!("training {parameters} weights on {blocks} blocks for {max_steps} steps{from}"));
             }
             Event::Evaluating(done, all) => self.bar.set_message(format!("evaluating {done}/{all}")),
+            Event::Saving(folder) => self.bar.set_message(format!("saving {}", folder.display())),
             Event::Saved(folder) => self.line(&format!("saved {}", folder.display())),
             Event::Record(record) => self.record(record),
         }
