@@ -159,6 +159,15 @@ fn resuming_goes_on_with_the_same_run_to_the_bit() {
 }
 
 #[test]
+fn a_run_without_a_checkpoint_is_resumed_from_the_start() {
+    let setup = Setup::new();
+    std::fs::create_dir_all(setup.dir("run")).unwrap();
+    std::fs::write(setup.dir("run/metrics.jsonl"), "{\"kind\":\"note\",\"step\":3,\"message\":\"old\"}\n").unwrap();
+    assert_eq!(setup.resume("run", &[]).code, 0);
+    assert_eq!((curve(&setup.dir("run")).len(), records(&setup.dir("run"), "note").len()), (12, 0));
+}
+
+#[test]
 fn accumulation_changes_nothing_but_rounding() {
     let setup = Setup::new();
     let one = ["training.per_device_train_batch_size=8", "training.gradient_accumulation_steps=1"];

@@ -208,7 +208,13 @@ impl<'a, 'o> Run<'a, 'o> {
         let metrics_file = config.output_dir.join("metrics.jsonl");
         let from = job.resume.then(|| checkpoint::newest(&config.output_dir.join("checkpoints"))).flatten();
         let metrics = match &from {
-            None => MetricsWriter::create(&metrics_file)?,
+            None => {
+                // Stopped before its first checkpoint: what it logged belongs to steps that are done anew.
+                if job.resume && metrics_file.exists() {
+                    std::fs::remove_file(&metrics_file).map_err(|e| Error::io("cannot delete", &metrics_file, e))?;
+                }
+                MetricsWriter::create(&metrics_file)?
+            }
             Some(folder) => {
                 checkpoint::restore_weights(folder, job.model)?;
                 state = checkpoint::restore_training(folder, job.model, &mut optimizer)?;
