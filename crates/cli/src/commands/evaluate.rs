@@ -6,8 +6,9 @@ use crate::load::{self, Opened};
 use crate::source::Settings;
 use crate::terminal;
 use serde::Serialize;
-use std::collections::HashSet;
+use std::collections::BTreeMap;
 use std::path::Path;
+use std::sync::Arc;
 use tunesmith_model::{Llama, Workspace};
 use tunesmith_text::{PreparedSplit, Report, Split, Tokenizer};
 use tunesmith_train::config::Config;
@@ -157,19 +158,21 @@ fn data(args: &EvaluateArgs, opened: &Opened, folder: &Path, settings: &Settings
 
 /// Beginnings of `n` rows spread over the split: up to the first trained token, or the first 32 tokens of plain text.
 pub(crate) fn prompts(split: &PreparedSplit, tokenizer: &Tokenizer, n: usize) -> Result<Vec<Prompt>> {
-    // (block, first token, length) of each document that begins a row; later windows of a long row begin mid-sentence.
-    let mut rows: Vec<(usize, usize, usize)> = Vec::new();
-    let mut seen = HashSet::new();
+    // (block, first token, length) of the document that begins each row. Of a row that was split it is the first of the
+    // longest: windows of full length have a block to themselves and stay in order, only the rest at the end moves.
+    let mut rows: BTreeMap<(Arc<str>, usize), (usize, usize, usize)> = BTreeMap::new();
     for i in 0..split.len() {
         let block = split.block(i)?;
         let mut start = 0;
         for (length, source) in block.lengths.iter().zip(&block.sources) {
-            if seen.insert((source.file.clone(), source.line)) {
-                rows.push((i, start, *length));
+            let row = rows.entry((source.file.clone(), source.line)).or_default();
+            if *length > row.2 {
+                *row = (i, start, *length);
             }
             start += length;
         }
     }
+    let rows: Vec<_> = rows.into_values().collect();
     let n = n.min(rows.len());
     let mut prompts = Vec::new();
     for (block, start, length) in (0..n).map(|i| rows[i * rows.len() / n]) {
