@@ -84,13 +84,11 @@ pub(crate) fn run(args: &QuickstartArgs, settings: &Settings) -> Result<()> {
     let done = super::train::train_and_report(&config, &opened, before.is_some(), settings)?;
 
     println!("\n[4/4] next:");
-    let (model, weights) = (&args.model, done.weights.display());
-    println!("  tunesmith generate --model {model} --adapter {weights} 'Enter the King.'");
-    println!(
-        "  tunesmith evaluate --model {model} --adapter {weights} --data {}",
-        config.output_dir.join("data").display()
-    );
-    println!("  tunesmith merge --model {model} --adapter {weights} --out {}", args.dir.join("merged").display());
+    let program = std::env::args().next().unwrap_or_else(|| "tunesmith".into());
+    let tuned = format!("--model {} --adapter {}", args.model, done.weights.display());
+    println!("  {program} generate {tuned} --temperature 0.7 --repetition-penalty 1.1 'Enter the King.'");
+    println!("  {program} evaluate {tuned} --data {}", config.output_dir.join("data").display());
+    println!("  {program} merge {tuned} --out {}", args.dir.join("merged").display());
     Ok(())
 }
 
