@@ -350,3 +350,26 @@ fn prepare_shows_counts_and_masks() {
     refused(&["prepare", "--data", "x.jsonl"], 2, "model.source");
     refused(&["prepare", &setup.config, "--set", "data.max_length=1000"], 2, "more than the context");
 }
+
+#[test]
+fn quickstart_on_ones_own_model_and_data_runs_twice() {
+    let setup = Setup::new();
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../configs/tiny");
+    let (model, data) = (root.join("model").display().to_string(), root.join("counting.jsonl").display().to_string());
+    let dir = setup.dir("quick").display().to_string();
+    let args = ["quickstart", "--dir", &dir, "--model", &model, "--data", &data, "--steps", "6"];
+    let first = run(&args);
+    assert_eq!(first.code, 0, "{first:?}");
+    assert!(first.stdout.contains("generate --model") && first.stdout.contains("merge --model"), "{first:?}");
+    let losses = curve(&setup.dir("quick/run"));
+    assert_eq!(losses.len(), 6);
+    assert!(setup.dir("quick/run/report.html").exists());
+    let again = run(&args);
+    assert_eq!(again.code, 0, "{again:?}");
+    assert_eq!(curve(&setup.dir("quick/run")), losses);
+    let mut other = args;
+    other[8] = "7";
+    refused(&other, 2, "holds a quickstart with other options");
+    other[8] = "0";
+    refused(&other, 2, "--steps 0");
+}

@@ -48,7 +48,7 @@ pub(crate) fn run(args: &QuickstartArgs, settings: &Settings) -> Result<()> {
     let mut config = Config {
         output_dir: run_dir,
         model: ModelConfig { source: args.model.clone(), ..ModelConfig::default() },
-        data: PrepareOptions { max_length: MAX_LENGTH, ..data },
+        data: PrepareOptions { max_length: MAX_LENGTH.min(opened.checkpoint.config().max_position_embeddings), ..data },
         training: TrainingArguments {
             learning_rate: Some(1e-3),
             per_device_train_batch_size: BLOCKS,
@@ -97,7 +97,7 @@ fn affordable_steps(config: &Config, opened: &Opened) -> Result<i64> {
     println!("      measuring this machine's speed, to train for about three minutes");
     let mut model = opened.llama()?;
     prepare_model(config, "", &mut model)?;
-    let seconds = bench::steps(&mut model, BLOCKS, MAX_LENGTH, 2);
+    let seconds = bench::steps(&mut model, BLOCKS, config.data.max_length, 2);
     // The first step also asks the system for memory.
     let step = seconds.last().copied().unwrap_or(1.0);
     Ok(((TRAINING_SECONDS / step) as i64).clamp(10, 2000))
