@@ -5,7 +5,7 @@
 mod tiny;
 
 use serde_json::Value;
-use tiny::{fixture, refused, run};
+use tiny::{binary, fixture, refused, run};
 
 const MODELS: [&str; 2] = ["tiny-llama2", "tiny-llama3"];
 
@@ -140,4 +140,15 @@ fn wrong_arguments_are_refused() {
     of(&["--reference", &reference, "--adapter", &other], "made for another model: it adapts model.layers.");
     let other = fixture("tiny-llama3/forward_backward.safetensors");
     of(&["--reference", &other], "outside the vocabulary of 500");
+}
+
+#[cfg(unix)]
+#[test]
+fn a_reader_that_goes_away_ends_it_quietly() {
+    let (model, reference) = (fixture("tiny-llama3"), fixture("tiny-llama3/forward_backward.safetensors"));
+    let mut child = binary().args(["verify", "--model", &model, "--reference", &reference]).spawn().unwrap();
+    drop(child.stdout.take());
+    let output = child.wait_with_output().unwrap();
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    assert!(!stderr.contains("panicked") && !output.status.success(), "{stderr}");
 }
