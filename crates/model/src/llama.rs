@@ -46,8 +46,8 @@ const GATE: usize = 4;
 const UP: usize = 5;
 const DOWN: usize = 6;
 
-/// Tokens that go through the model at once while training, unless a single document is longer. Matrix products with this many rows
-/// run as fast as with more, and what a pass keeps for its backward pass grows with every token.
+/// Tokens that go through the model at once while training, unless a single document is longer. What a pass keeps for its
+/// backward pass grows with every token; this many rows still make large matrix products.
 pub const PASS_TOKENS: usize = 1024;
 
 /// Names of the seven linear layers of a block, in the order of the constants above.
