@@ -43,7 +43,7 @@ fn save(folder: &Path) -> Result<()> {
     ];
     let options =
         SaveOptions { dtype: Dtype::BF16, overwrite: true, extra_files: &extra_files, ..SaveOptions::default() };
-    let weight = |name: &str| model.base_tensor(name).map(Cow::Borrowed);
+    let weight = |name: &str| model.base_tensor(name).map(|w| Cow::Borrowed(w.tensor()));
     save_model(folder, &model.config, None, weight, &options).map_err(|e| e.to_string())
 }
 

@@ -20,6 +20,8 @@ pub struct Cli {
 pub enum Command {
     /// Fine-tune a real model on real text in a few minutes, and see what changed.
     Quickstart(QuickstartArgs),
+    /// Write a new model with random weights, to be trained from nothing or measured.
+    Init(InitArgs),
     /// Turn rows of text into blocks of tokens, and show counts or a preview.
     Prepare(PrepareArgs),
     /// Train as a configuration file says.
@@ -70,6 +72,43 @@ pub struct QuickstartArgs {
     pub data: Vec<String>,
 }
 
+/// Encoding of the matrices of a new model.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum InitDtype {
+    /// 32 bits.
+    F32,
+    /// 16 bits, range of f32.
+    Bf16,
+    /// 16 bits, IEEE half.
+    F16,
+    /// Blocks of 32 in 8 bits (GGUF files only).
+    #[value(name = "q8_0")]
+    Q8_0,
+    /// Blocks of 32 in 4 bits (GGUF files only).
+    #[value(name = "q4_0")]
+    Q4_0,
+}
+
+/// `tunesmith init`
+#[derive(Args, Debug)]
+pub struct InitArgs {
+    /// A config.json of architecture llama: the sizes of the model.
+    #[arg(long, value_name = "FILE")]
+    pub config: PathBuf,
+    /// What to write: a file that ends in .gguf, or else a Hugging Face folder. Must not exist.
+    #[arg(long, value_name = "PATH")]
+    pub out: PathBuf,
+    /// Encoding of the matrices. Weights are made and written piece by piece: the model is never whole in memory.
+    #[arg(long, value_enum, default_value = "f32")]
+    pub dtype: InitDtype,
+    /// Seed of the weights.
+    #[arg(long, default_value_t = 42)]
+    pub seed: u64,
+    /// Model whose tokenizer is taken over; for a .gguf file it must be one itself.
+    #[arg(long, value_name = "SOURCE")]
+    pub tokenizer: Option<String>,
+}
+
 /// `tunesmith prepare`
 #[derive(Args, Debug)]
 pub struct PrepareArgs {
@@ -116,12 +155,36 @@ pub enum SplitName {
     Test,
 }
 
+/// How frozen matrices are kept in memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum StorageName {
+    /// Expanded to f32: 4 bytes a weight, the fastest.
+    F32,
+    /// As the file has them (16-bit floats, blocks of a GGUF file); the results are those of f32.
+    Stored,
+    /// Rounded to 4-bit NormalFloat with double quantisation when loaded, as QLoRA does.
+    Nf4,
+}
+
+impl From<StorageName> for tunesmith_model::Storage {
+    fn from(name: StorageName) -> Self {
+        match name {
+            StorageName::F32 => Self::F32,
+            StorageName::Stored => Self::Stored,
+            StorageName::Nf4 => Self::Nf4,
+        }
+    }
+}
+
 /// `tunesmith evaluate`
 #[derive(Args, Debug)]
 pub struct EvaluateArgs {
     /// The model and the adapter.
     #[command(flatten)]
     pub model: ModelArgs,
+    /// How the weights are kept in memory.
+    #[arg(long, value_enum, default_value = "f32")]
+    pub storage: StorageName,
     /// Compare with this model instead of with the model without its adapter (it must have the same tokenizer).
     #[arg(long, value_name = "SOURCE", conflicts_with = "adapter")]
     pub base: Option<String>,
@@ -326,6 +389,9 @@ pub struct BenchTrainArgs {
     /// What trains.
     #[arg(long, value_enum, default_value = "lora")]
     pub method: BenchMethod,
+    /// How frozen weights are kept in memory.
+    #[arg(long, value_enum, default_value = "f32")]
+    pub storage: StorageName,
     /// Rows of a step.
     #[arg(long, default_value_t = 4)]
     pub batch: usize,

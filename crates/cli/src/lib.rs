@@ -32,6 +32,7 @@ fn dispatch(cli: Cli) -> Result<ExitCode> {
     let done = |()| ExitCode::SUCCESS;
     match cli.command {
         Command::Quickstart(args) => commands::quickstart::run(&args, &settings).map(done),
+        Command::Init(args) => commands::init::run(&args, &settings).map(done),
         Command::Prepare(args) => commands::prepare::run(&args, &settings).map(done),
         Command::Train(args) => commands::train::run(&args, &settings).map(done),
         Command::Evaluate(args) => commands::evaluate::run(&args, &settings).map(done),

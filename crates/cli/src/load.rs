@@ -6,7 +6,7 @@ use crate::terminal;
 use serde_json::Value;
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
-use tunesmith_model::{AdapterFile, Checkpoint, GgufMetadata, Llama};
+use tunesmith_model::{AdapterFile, Checkpoint, GgufMetadata, Llama, Storage};
 use tunesmith_text::{ChatTemplate, GgufVocabulary, Tokenizer};
 
 /// A model's files, looked at but with no weight read, and everything about its text.
@@ -74,13 +74,13 @@ pub(crate) fn resolve(spec: &str, settings: &Settings) -> Result<source::Resolve
 }
 
 impl Opened {
-    /// Reads the weights.
+    /// Reads the weights; matrices are kept as `storage` says.
     ///
     /// # Errors
     /// When a weight cannot be read or is not finite.
-    pub fn llama(&self) -> Result<Llama> {
+    pub fn llama(&self, storage: Storage) -> Result<Llama> {
         let bar = terminal::count_bar("reading weights", 0);
-        let llama = Llama::load(&self.checkpoint, |done, all| {
+        let llama = Llama::load(&self.checkpoint, storage, |done, all| {
             bar.set_length(all as u64);
             bar.set_position(done as u64);
         });
@@ -89,8 +89,8 @@ impl Opened {
     }
 
     /// Reads the weights and puts the adapter on top, if there is one.
-    pub(crate) fn llama_with(&self, adapter: Option<&str>, settings: &Settings) -> Result<Llama> {
-        let mut llama = self.llama()?;
+    pub(crate) fn llama_with(&self, adapter: Option<&str>, storage: Storage, settings: &Settings) -> Result<Llama> {
+        let mut llama = self.llama(storage)?;
         if let Some(adapter) = adapter {
             let folder = resolve(adapter, settings)?.path;
             llama.attach_adapter(AdapterFile::open(&folder)?, false)?;

@@ -7,7 +7,7 @@ mod tiny;
 use serde_json::Value;
 use std::ops::ControlFlow;
 use tiny::{Ran, refused, run, run_with};
-use tunesmith_model::{Checkpoint, KvCache, Llama, Sampler, Sampling, Workspace, generate};
+use tunesmith_model::{Checkpoint, KvCache, Llama, Sampler, Sampling, Storage, Workspace, generate};
 use tunesmith_text::{ChatTemplate, Message, Tokenizer};
 
 const PROMPT: &str = "To be, or not to be";
@@ -35,7 +35,7 @@ fn greedy_is_what_the_engine_computes() {
         assert_eq!(format!("{}\n", found["text"].as_str().unwrap()), streamed.stdout);
 
         let tokenizer = Tokenizer::from_folder(model.path()).unwrap();
-        let llama = Llama::load(&Checkpoint::open(model.path()).unwrap(), |_, _| ()).unwrap();
+        let llama = Llama::load(&Checkpoint::open(model.path()).unwrap(), Storage::F32, |_, _| ()).unwrap();
         let prompt = tokenizer.encode(PROMPT, true).unwrap();
         let mut cache = KvCache::new(&llama.config, 256);
         let mut sampler = Sampler::new(Sampling::default()).unwrap();

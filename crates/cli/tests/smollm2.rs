@@ -15,7 +15,7 @@ use std::sync::{Mutex, OnceLock};
 use tunesmith::load::{self, Opened};
 use tunesmith::source::Settings;
 use tunesmith_model::{
-    AdapterConfig, AdapterFile, Batch, KvCache, Llama, Sampler, Sampling, Workspace, generate, save_adapter,
+    AdapterConfig, AdapterFile, Batch, KvCache, Llama, Sampler, Sampling, Storage, Workspace, generate, save_adapter,
 };
 use tunesmith_tensor::Tensor;
 use tunesmith_text::Message;
@@ -42,7 +42,7 @@ fn real() -> Option<&'static Real> {
             "the numbers are those of the Q4_1 file: {}",
             opened.origin
         );
-        let llama = opened.llama().unwrap();
+        let llama = opened.llama(Storage::F32).unwrap();
         Some(Real { opened, llama })
     };
     let found = REAL.get_or_init(read).as_ref();
@@ -85,7 +85,7 @@ fn tensors_of_the_gguf_file() {
     for (name, want) in tensors {
         // The reference lists the tied head a second time.
         let name = if name == "lm_head.weight" { "model.embed_tokens.weight" } else { name };
-        let tensor = real.llama.base_tensor(name).unwrap();
+        let tensor = real.llama.base_tensor(name).unwrap().tensor();
         let shape: Vec<usize> = ids(&want["shape"]).iter().map(|n| *n as usize).collect();
         assert_eq!(tensor.shape(), shape, "{name}");
         let (first, last) = (floats(&want["first"]), floats(&want["last"]));
@@ -195,7 +195,7 @@ fn assert_curve(name: &str, llama: &mut Llama, weight_decay: f64) {
 fn full_curve() {
     let Some(real) = real() else { return };
     let _alone = TRAINING.lock();
-    let mut llama = real.opened.llama().unwrap();
+    let mut llama = real.opened.llama(Storage::F32).unwrap();
     llama.train_all();
     assert_curve("full", &mut llama, 0.01);
 }
@@ -206,7 +206,7 @@ fn lora_curve() {
     let _alone = TRAINING.lock();
     let folder = tempfile::tempdir().unwrap();
     write_lora_start(&real.llama, folder.path());
-    let mut llama = real.opened.llama().unwrap();
+    let mut llama = real.opened.llama(Storage::F32).unwrap();
     llama.attach_adapter(AdapterFile::open(folder.path()).unwrap(), true).unwrap();
     assert_curve("lora", &mut llama, 0.0);
 }

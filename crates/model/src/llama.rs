@@ -3,17 +3,22 @@
 //! Shape suffixes: t tokens of the micro-batch, d hidden size, f intermediate size, h query heads · head size, k key/value
 //! heads · head size, r LoRA rank, n positions that carry loss.
 
-use crate::{Checkpoint, Config, Result, batch::Batch, cache::KvCache};
-use tunesmith_tensor::Tensor;
-use tunesmith_tensor::ops::{attention, dropout, embedding, linear, linear_cross_entropy, rmsnorm, rope, swiglu};
+mod layer;
+
+use crate::{Checkpoint, Config, Result, Storage, batch::Batch, cache::KvCache};
+use layer::{Masks, Pass};
+use rayon::prelude::*;
+use std::ops::Range;
+use tunesmith_tensor::ops::{attention, embedding, linear, linear_cross_entropy, rmsnorm, rope};
+use tunesmith_tensor::{Tensor, Weight, rng::Rng};
 
 /// A named tensor of the model, under its Hugging Face (or PEFT) name.
 #[derive(Debug)]
 pub struct Parameter {
     /// Such as `model.layers.0.self_attn.q_proj.weight` or `base_model.model.….lora_A.weight`.
     pub name: String,
-    /// The weights.
-    pub value: Tensor,
+    /// The weights: dense where they train, and for norms, biases and adapters.
+    pub value: Weight,
     /// Whether training changes it (only then does it get a gradient buffer).
     pub trained: bool,
 }
@@ -97,6 +102,28 @@ impl Gradients {
             tensor.data_mut().fill(0.0);
         }
     }
+}
+
+/// Rows `rows` of the weight `name` of a new model into `out` [rows, columns], as Hugging Face initialises one: normal with
+/// standard deviation `initializer_range`, norms 1, biases 0. Every row is a function of (seed, name, row) alone.
+///
+/// # Panics
+/// When `out` is not whole rows.
+pub fn initial_rows(config: &Config, seed: u64, name: &str, rows: Range<usize>, out: &mut [f32]) {
+    if name.ends_with("norm.weight") {
+        return out.fill(1.0);
+    }
+    if !name.ends_with(".weight") {
+        return out.fill(0.0);
+    }
+    // FNV-1a of the name: which tensor it is, whatever else the model has.
+    let tensor = name.bytes().fold(0x811c_9dc5u32, |hash, b| (hash ^ u32::from(b)).wrapping_mul(0x0100_0193));
+    let cols = out.len() / rows.len().max(1);
+    assert_eq!(out.len(), cols * rows.len(), "{name}: {rows:?}");
+    out.par_chunks_mut(cols.max(1)).zip(rows).for_each(|(out, row)| {
+        let mut rng = Rng::new(seed, u64::from(tensor) << 32 | row as u64);
+        out.iter_mut().for_each(|x| *x = rng.normal() * config.initializer_range);
+    });
 }
 
 /// How one training pass computes its loss.
@@ -183,16 +210,17 @@ impl Workspace {
 }
 
 impl Llama {
-    /// Reads every tensor of `checkpoint` into f32. `progress` is called with (tensors read, tensors in all).
+    /// Reads every tensor of `checkpoint`; matrices are kept as `storage` says, everything else in f32. `progress` is called
+    /// with (tensors read, tensors in all).
     ///
     /// # Errors
-    /// Whatever [`Checkpoint::read`] finds wrong with a tensor.
-    pub fn load(checkpoint: &Checkpoint, mut progress: impl FnMut(usize, usize)) -> Result<Self> {
+    /// Whatever [`Checkpoint::load`] finds wrong with a tensor.
+    pub fn load(checkpoint: &Checkpoint, storage: Storage, mut progress: impl FnMut(usize, usize)) -> Result<Self> {
         let config = checkpoint.config().clone();
         let names = config.expected_tensors();
         let mut parameters = Vec::with_capacity(names.len());
         for (i, (name, _)) in names.iter().enumerate() {
-            parameters.push(Parameter { name: name.clone(), value: checkpoint.read(name)?, trained: false });
+            parameters.push(Parameter { name: name.clone(), value: checkpoint.load(name, storage)?, trained: false });
             progress(i + 1, names.len());
         }
         Ok(Self::assemble(config, parameters))
@@ -201,16 +229,10 @@ impl Llama {
     /// A model with random weights, as Hugging Face initialises one: normal with standard deviation
     /// `initializer_range`, norms 1, biases 0.
     pub fn random(config: Config, seed: u64) -> Self {
-        let std = config.initializer_range;
-        let parameters = config.expected_tensors().into_iter().enumerate().map(|(i, (name, shape))| {
+        let parameters = config.expected_tensors().into_iter().map(|(name, shape)| {
             let mut value = Tensor::zeros(&shape);
-            if name.ends_with("norm.weight") {
-                value.data_mut().fill(1.0);
-            } else if name.ends_with(".weight") {
-                let mut rng = tunesmith_tensor::rng::Rng::new(seed, i as u64);
-                value.data_mut().iter_mut().for_each(|x| *x = rng.normal() * std);
-            }
-            Parameter { name, value, trained: false }
+            initial_rows(&config, seed, &name, 0..value.rows(), value.data_mut());
+            Parameter { name, value: value.into(), trained: false }
         });
         let parameters = parameters.collect();
         Self::assemble(config, parameters)
@@ -244,9 +266,15 @@ impl Llama {
         Self { config, layers, embed, norm, head, frequencies, adapter: None, adapter_enabled: true, parameters }
     }
 
-    /// Makes every parameter of the base model train (full fine-tuning or pre-training).
+    /// Makes every parameter of the base model train (full fine-tuning or pre-training). Packed weights are decoded: only f32
+    /// trains.
     pub fn train_all(&mut self) {
-        self.parameters.iter_mut().for_each(|p| p.trained = true);
+        for parameter in &mut self.parameters {
+            if let Weight::Packed(packed) = &parameter.value {
+                parameter.value = packed.to_tensor().into();
+            }
+            parameter.trained = true;
+        }
     }
 
     /// Number of weights that train.
@@ -277,8 +305,13 @@ impl Llama {
         }
     }
 
-    fn value(&self, index: usize) -> &Tensor {
+    fn value(&self, index: usize) -> &Weight {
         &self.parameters[index].value
+    }
+
+    /// A parameter that is dense in every model: a norm, a bias, an adapter.
+    fn tensor(&self, index: usize) -> &Tensor {
+        self.parameters[index].value.tensor()
     }
 
     /// Forward pass without gradients: fills [`Workspace::losses`] and returns their sum in nats.
@@ -301,8 +334,8 @@ impl Llama {
     pub fn logits<'w>(&self, batch: &Batch, ws: &'w mut Workspace) -> &'w Tensor {
         self.run_layers(batch, None, Pass::Discard, ws);
         let eps = self.config.rms_norm_eps;
-        rmsnorm::forward(&ws.stream_td, self.value(self.norm), eps, &mut ws.normed_nd, &mut ws.rstd_n);
-        linear::matmul(&ws.normed_nd, self.value(self.head), 1.0, &mut ws.logits, linear::Into::Overwrite);
+        rmsnorm::forward(&ws.stream_td, self.tensor(self.norm), eps, &mut ws.normed_nd, &mut ws.rstd_n);
+        linear::forward(&ws.normed_nd, self.value(self.head), 1.0, &mut ws.logits, linear::Into::Overwrite);
         &ws.logits
     }
 
@@ -317,8 +350,8 @@ impl Llama {
         ws.h_nd.resize(&[1, self.config.hidden_size]);
         ws.h_nd.data_mut().copy_from_slice(ws.stream_td.row(ids.len() - 1));
         let eps = self.config.rms_norm_eps;
-        rmsnorm::forward(&ws.h_nd, self.value(self.norm), eps, &mut ws.normed_nd, &mut ws.rstd_n);
-        linear::matmul(&ws.normed_nd, self.value(self.head), 1.0, &mut ws.logits, linear::Into::Overwrite);
+        rmsnorm::forward(&ws.h_nd, self.tensor(self.norm), eps, &mut ws.normed_nd, &mut ws.rstd_n);
+        linear::forward(&ws.normed_nd, self.value(self.head), 1.0, &mut ws.logits, linear::Into::Overwrite);
         ws.logits.data()
     }
 
@@ -374,7 +407,7 @@ impl Llama {
         );
         back.d_h_nd.resize(h_nd.shape());
         back.d_h_nd.data_mut().fill(0.0);
-        let norm = self.value(self.norm);
+        let norm = self.tensor(self.norm);
         let d_norm = gradients.tensors[self.norm].as_mut();
         rmsnorm::backward(h_nd, norm, rstd_n, &back.d_normed_nd, &mut back.d_h_nd, d_norm);
         back.d_stream_td.resize(stream_td.shape());
@@ -415,7 +448,7 @@ impl Llama {
             ws.h_nd.row_mut(i).copy_from_slice(ws.stream_td.row(*row as usize));
         }
         let eps = self.config.rms_norm_eps;
-        rmsnorm::forward(&ws.h_nd, self.value(self.norm), eps, &mut ws.normed_nd, &mut ws.rstd_n);
+        rmsnorm::forward(&ws.h_nd, self.tensor(self.norm), eps, &mut ws.normed_nd, &mut ws.rstd_n);
     }
 
     /// Embedding and all layers: leaves the residual stream [T, d] in `ws.stream_td`.
@@ -432,220 +465,4 @@ impl Llama {
             self.layer_forward(l, &mut ws.stream_td, activations, &ws.angles, batch, cache, pass, &mut ws.shared);
         }
     }
-
-    fn layer_forward(
-        &self,
-        l: usize,
-        stream_td: &mut Tensor,
-        act: &mut LayerActivations,
-        angles: &rope::Angles,
-        batch: &Batch,
-        cache: Option<&mut KvCache>,
-        pass: Pass,
-        shared: &mut SharedActivations,
-    ) {
-        let SharedActivations { normed_td, act_tf, dropped } = shared;
-        let (layer, eps) = (&self.layers[l], self.config.rms_norm_eps);
-        let masks = if let Pass::Keep(masks) = pass { masks } else { None };
-        if matches!(pass, Pass::Keep(_)) {
-            copy(stream_td, &mut act.x_td);
-        }
-        rmsnorm::forward(stream_td, self.value(layer.input_norm), eps, normed_td, &mut act.rstd1_t);
-        let mut apply = |i: usize, x: &Tensor, y: &mut Tensor, into, xa: &mut Tensor| {
-            self.linear_forward(&layer.linears[i], x, y, into, xa, Masks::of(masks, l, i), dropped);
-        };
-        use linear::Into::{Accumulate, Overwrite};
-        apply(Q, normed_td, &mut act.q_th, Overwrite, &mut act.xa_tr[Q]);
-        apply(K, normed_td, &mut act.k_tk, Overwrite, &mut act.xa_tr[K]);
-        apply(V, normed_td, &mut act.v_tk, Overwrite, &mut act.xa_tr[V]);
-        rope::forward(&mut act.q_th, angles);
-        rope::forward(&mut act.k_tk, angles);
-        let (k, v) = match cache {
-            Some(cache) => cache.append(l, &act.k_tk, &act.v_tk),
-            None => (&act.k_tk, &act.v_tk),
-        };
-        attention::forward(&act.q_th, k, v, &batch.segments, self.heads(), &mut act.o_th, &mut act.lse);
-        apply(O, &act.o_th, stream_td, Accumulate, &mut act.xa_tr[O]);
-        if matches!(pass, Pass::Keep(_)) {
-            copy(stream_td, &mut act.x2_td);
-        }
-        rmsnorm::forward(stream_td, self.value(layer.post_norm), eps, normed_td, &mut act.rstd2_t);
-        apply(GATE, normed_td, &mut act.gate_tf, Overwrite, &mut act.xa_tr[GATE]);
-        apply(UP, normed_td, &mut act.up_tf, Overwrite, &mut act.xa_tr[UP]);
-        swiglu::forward(&act.gate_tf, &act.up_tf, act_tf);
-        apply(DOWN, act_tf, stream_td, Accumulate, &mut act.xa_tr[DOWN]);
-    }
-
-    /// Takes the gradient of the layer's output in `back.d_stream_td` to that of its input, in place.
-    fn layer_backward(
-        &self,
-        l: usize,
-        act: &LayerActivations,
-        batch: &Batch,
-        angles: &rope::Angles,
-        masks: Option<Masks>,
-        back: &mut BackwardBuffers,
-        shared: &mut SharedActivations,
-        gradients: &mut Gradients,
-    ) {
-        let layer = &self.layers[l];
-        let (input_norm, post_norm) = (self.value(layer.input_norm), self.value(layer.post_norm));
-        let SharedActivations { normed_td, act_tf, dropped } = shared;
-        let BackwardBuffers { d_stream_td, d_n_td, d_act_tf, d_gate_tf, d_up_tf, .. } = back;
-        let BackwardBuffers { d_o_th, d_q_th, d_k_tk, d_v_tk, d_xa_tr, d_dropped, .. } = back;
-        swiglu::forward(&act.gate_tf, &act.up_tf, act_tf);
-        rmsnorm::apply(&act.x2_td, post_norm, &act.rstd2_t, normed_td);
-        let mut apply = |i: usize, x: &Tensor, d_y: &Tensor, d_x: &mut Tensor, into, gradients: &mut Gradients| {
-            let buffers = LinearBuffers { xa: &act.xa_tr[i], d_xa: d_xa_tr, dropped, d_dropped };
-            self.linear_backward(&layer.linears[i], x, d_y, d_x, into, buffers, Masks::of(masks, l, i), gradients);
-        };
-        use linear::Into::{Accumulate, Overwrite};
-        apply(DOWN, act_tf, d_stream_td, d_act_tf, Overwrite, gradients);
-        swiglu::backward(&act.gate_tf, &act.up_tf, d_act_tf, d_gate_tf, d_up_tf);
-        apply(GATE, normed_td, d_gate_tf, d_n_td, Overwrite, gradients);
-        apply(UP, normed_td, d_up_tf, d_n_td, Accumulate, gradients);
-        let d_norm = gradients.tensors[layer.post_norm].as_mut();
-        rmsnorm::backward(&act.x2_td, post_norm, &act.rstd2_t, d_n_td, d_stream_td, d_norm);
-        apply(O, &act.o_th, d_stream_td, d_o_th, Overwrite, gradients);
-        attention::backward(
-            &act.q_th,
-            &act.k_tk,
-            &act.v_tk,
-            &act.o_th,
-            &act.lse,
-            d_o_th,
-            &batch.segments,
-            self.heads(),
-            d_q_th,
-            d_k_tk,
-            d_v_tk,
-        );
-        rope::backward(d_q_th, angles);
-        rope::backward(d_k_tk, angles);
-        rmsnorm::apply(&act.x_td, input_norm, &act.rstd1_t, normed_td);
-        apply(Q, normed_td, d_q_th, d_n_td, Overwrite, gradients);
-        apply(K, normed_td, d_k_tk, d_n_td, Accumulate, gradients);
-        apply(V, normed_td, d_v_tk, d_n_td, Accumulate, gradients);
-        let d_norm = gradients.tensors[layer.input_norm].as_mut();
-        rmsnorm::backward(&act.x_td, input_norm, &act.rstd1_t, d_n_td, d_stream_td, d_norm);
-    }
-
-    /// y = or += x Wᵀ + bias + s · dropout(x) Aᵀ Bᵀ; keeps dropout(x) Aᵀ in `xa_tr`.
-    fn linear_forward(
-        &self,
-        layer: &Linear,
-        x: &Tensor,
-        y: &mut Tensor,
-        into: linear::Into,
-        xa_tr: &mut Tensor,
-        mask: Option<MaskSource>,
-        dropped: &mut Tensor,
-    ) {
-        linear::matmul(x, self.value(layer.weight), 1.0, y, into);
-        if let Some(bias) = layer.bias {
-            linear::add_bias(self.value(bias), y);
-        }
-        if let Some(lora) = layer.lora.as_ref().filter(|_| self.adapter_enabled) {
-            let x = match mask.and_then(|m| m.for_rate(lora.dropout)) {
-                Some(mask) => {
-                    dropout::forward(x, mask, dropped);
-                    &*dropped
-                }
-                None => x,
-            };
-            linear::matmul(x, self.value(lora.a), 1.0, xa_tr, linear::Into::Overwrite);
-            linear::matmul(xa_tr, self.value(lora.b), lora.scale, y, linear::Into::Accumulate);
-        }
-    }
-
-    fn linear_backward(
-        &self,
-        layer: &Linear,
-        x: &Tensor,
-        d_y: &Tensor,
-        d_x: &mut Tensor,
-        into: linear::Into,
-        buffers: LinearBuffers<'_>,
-        mask: Option<MaskSource>,
-        gradients: &mut Gradients,
-    ) {
-        linear::matmul_input_gradient(d_y, self.value(layer.weight), 1.0, d_x, into);
-        if let Some(d_w) = gradients.tensors[layer.weight].as_mut() {
-            linear::matmul_weight_gradient(d_y, x, 1.0, d_w);
-        }
-        if let Some(d_bias) = layer.bias.and_then(|b| gradients.tensors[b].as_mut()) {
-            linear::bias_gradient(d_y, d_bias);
-        }
-        let Some(lora) = layer.lora.as_ref().filter(|_| self.adapter_enabled) else { return };
-        let LinearBuffers { xa, d_xa, dropped, d_dropped } = buffers;
-        let (a, b) = (self.value(lora.a), self.value(lora.b));
-        linear::matmul_input_gradient(d_y, b, lora.scale, d_xa, linear::Into::Overwrite);
-        if let Some(d_b) = gradients.tensors[lora.b].as_mut() {
-            linear::matmul_weight_gradient(d_y, xa, lora.scale, d_b);
-        }
-        let mask = mask.and_then(|m| m.for_rate(lora.dropout));
-        if let Some(d_a) = gradients.tensors[lora.a].as_mut() {
-            let x = match mask {
-                Some(mask) => {
-                    dropout::forward(x, mask, dropped);
-                    &*dropped
-                }
-                None => x,
-            };
-            linear::matmul_weight_gradient(d_xa, x, 1.0, d_a);
-        }
-        match mask {
-            Some(mask) => {
-                linear::matmul_input_gradient(d_xa, a, 1.0, d_dropped, linear::Into::Overwrite);
-                dropout::backward(d_dropped, mask, d_x);
-            }
-            None => linear::matmul_input_gradient(d_xa, a, 1.0, d_x, linear::Into::Accumulate),
-        }
-    }
-}
-
-/// Buffers that the adapter half of a linear layer's backward pass borrows.
-struct LinearBuffers<'a> {
-    xa: &'a Tensor,
-    d_xa: &'a mut Tensor,
-    dropped: &'a mut Tensor,
-    d_dropped: &'a mut Tensor,
-}
-
-/// Whether a pass keeps its activations for a backward pass, and which dropout it draws.
-#[derive(Clone, Copy)]
-enum Pass {
-    Keep(Option<Masks>),
-    Discard,
-}
-
-/// The dropout masks of one part of a pass: `pass` is its number, 16 bits of it for the part; 16 more for the layer follow.
-#[derive(Clone, Copy)]
-struct Masks {
-    seed: u64,
-    pass: u64,
-}
-
-/// The dropout mask of one linear layer in one pass, whatever its rate.
-#[derive(Clone, Copy)]
-struct MaskSource {
-    seed: u64,
-    stream: u64,
-}
-
-impl Masks {
-    fn of(masks: Option<Self>, layer: usize, linear: usize) -> Option<MaskSource> {
-        masks.map(|m| MaskSource { seed: m.seed, stream: m.pass << 16 | (layer * 8 + linear) as u64 })
-    }
-}
-
-impl MaskSource {
-    fn for_rate(self, p: f32) -> Option<dropout::Mask> {
-        (p > 0.0).then_some(dropout::Mask { p, seed: self.seed, stream: self.stream })
-    }
-}
-
-fn copy(from: &Tensor, to: &mut Tensor) {
-    to.resize(from.shape());
-    to.data_mut().copy_from_slice(from.data());
 }

@@ -2,7 +2,7 @@
 
 use crate::llama::{Llama, Lora, Parameter};
 use crate::{AdapterConfig, AdapterFile, Error, Result};
-use tunesmith_tensor::{Tensor, ops::linear, rng::Rng};
+use tunesmith_tensor::{Tensor, Weight, ops::linear, rng::Rng};
 
 impl Llama {
     /// Attaches a new adapter that trains: A Kaiming-uniform with a = √5, that is uniform in ±1/√in, B zero, so that the
@@ -85,7 +85,7 @@ impl Llama {
         let next = self.parameters.len();
         for (letter, value) in [("A", a), ("B", b)] {
             let name = format!("base_model.model.{module}.lora_{letter}.weight");
-            self.parameters.push(Parameter { name, value, trained });
+            self.parameters.push(Parameter { name, value: value.into(), trained });
         }
         let (scale, dropout) = (config.scaling_for(module), config.lora_dropout as f32);
         self.layers[i / 7].linears[i % 7].lora = Some(Lora { a: next, b: next + 1, scale, dropout });
@@ -99,7 +99,7 @@ impl Llama {
     pub fn adapter_tensors(&self) -> impl Iterator<Item = (&str, &Tensor, &Tensor)> {
         self.linears().filter_map(|l| {
             let lora = l.lora.as_ref()?;
-            Some((l.module.as_str(), &self.parameters[lora.a].value, &self.parameters[lora.b].value))
+            Some((l.module.as_str(), self.parameters[lora.a].value.tensor(), self.parameters[lora.b].value.tensor()))
         })
     }
 
@@ -107,12 +107,13 @@ impl Llama {
     ///
     /// # Errors
     /// When the model has none of that name.
-    pub fn base_tensor(&self, name: &str) -> Result<&Tensor> {
+    pub fn base_tensor(&self, name: &str) -> Result<&Weight> {
         let found = self.parameters.iter().find(|p| p.name == name).map(|p| &p.value);
         found.ok_or_else(|| Error::Failure(format!("the model has no tensor {name}")))
     }
 
-    /// Adds s · B A to each adapted weight and detaches the adapter: the model computes the same without it.
+    /// Adds s · B A to each adapted weight and detaches the adapter: the model computes the same without it. Packed weights that
+    /// are adapted become dense.
     ///
     /// # Errors
     /// When no adapter is attached.
@@ -125,11 +126,14 @@ impl Llama {
                 let layer = &mut self.layers[l].linears[i];
                 let Some(lora) = layer.lora.take() else { continue };
                 let weight = layer.weight;
-                let mut merged = std::mem::take(&mut self.parameters[weight].value);
-                let (a, b) = (&self.parameters[lora.a].value, &self.parameters[lora.b].value);
+                let mut merged = match std::mem::replace(&mut self.parameters[weight].value, Tensor::default().into()) {
+                    Weight::Dense(dense) => dense,
+                    packed => packed.to_tensor(),
+                };
+                let (a, b) = (self.parameters[lora.a].value.tensor(), self.parameters[lora.b].value.tensor());
                 // B [out, r] · A [r, in] has the form of an input gradient: rows of the first times the second.
                 linear::matmul_input_gradient(b, a, lora.scale, &mut merged, linear::Into::Accumulate);
-                self.parameters[weight].value = merged;
+                self.parameters[weight].value = merged.into();
             }
         }
         self.parameters.retain(|p| !p.name.starts_with("base_model."));

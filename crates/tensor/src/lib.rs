@@ -6,9 +6,13 @@
 
 mod cpu;
 mod mapped;
+pub mod nf4;
 pub mod ops;
 pub mod quant;
+pub mod quant_encode;
 pub mod rng;
 mod tensor;
+mod weight;
 pub use mapped::MappedFile;
 pub use tensor::Tensor;
+pub use weight::{Bytes, Packed, Weight};

@@ -142,6 +142,29 @@ pub fn dequantize(kind: BlockType, bytes: &[u8], out: &mut [f32]) {
     out.par_chunks_mut(TASK).zip(bytes.par_chunks(task_bytes)).for_each(|(out, bytes)| decode(kind, bytes, out));
 }
 
+/// Whether every element of `bytes`, whole blocks of `kind`, decodes to a finite number. Of quantised blocks only the scales
+/// are looked at: their codes are finite whatever they are.
+pub fn all_finite(kind: BlockType, bytes: &[u8]) -> bool {
+    let scales: &[usize] = match kind {
+        BlockType::F32 => {
+            let infinite = |b: &[u8; 4]| !f32::from_le_bytes(*b).is_finite();
+            return !bytes.par_chunks(TASK).any(|part| part.as_chunks().0.iter().any(infinite));
+        }
+        BlockType::BF16 => {
+            let infinite = |b: &[u8; 2]| !half::bf16::from_le_bytes(*b).is_finite();
+            return !bytes.par_chunks(TASK).any(|part| part.as_chunks().0.iter().any(infinite));
+        }
+        BlockType::F16 | BlockType::Q4_0 | BlockType::Q5_0 | BlockType::Q8_0 => &[0],
+        BlockType::Q4_1 | BlockType::Q5_1 | BlockType::Q4_K | BlockType::Q5_K => &[0, 2],
+        BlockType::Q2_K => &[80, 82],
+        BlockType::Q3_K => &[108],
+        BlockType::Q6_K => &[208],
+    };
+    let infinite = |block: &[u8]| scales.iter().any(|at| !f16::from_le_bytes([block[*at], block[at + 1]]).is_finite());
+    let size = kind.block_bytes();
+    !bytes.par_chunks(size * 4096).any(|part| part.chunks_exact(size).any(infinite))
+}
+
 fn decode(kind: BlockType, bytes: &[u8], out: &mut [f32]) {
     match kind {
         BlockType::F32 => each(bytes, out, |b: &[u8; 4], o: &mut [f32; 1]| o[0] = f32::from_le_bytes(*b)),

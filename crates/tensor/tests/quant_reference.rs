@@ -1,6 +1,7 @@
 //! Decoded blocks against values that the formats' reference decoder made.
 
 use safetensors::SafeTensors;
+use tunesmith_tensor::nf4::{Nf4, dynamic_code};
 use tunesmith_tensor::quant::{BlockType, dequantize};
 
 #[test]
@@ -20,4 +21,28 @@ fn every_block_type_equals_the_reference_bit_for_bit() {
         }
     }
     assert_eq!(checked, 12 * 512);
+}
+
+/// Rounded and decoded as bitsandbytes does it.
+#[test]
+fn nf4_equals_the_reference() {
+    let file = include_bytes!("fixtures/nf4.safetensors");
+    let file = SafeTensors::deserialize(file).unwrap();
+    let floats = |name: &str| -> Vec<f32> {
+        let data = file.tensor(name).unwrap();
+        data.data().as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect()
+    };
+    let input = floats("NF4.input");
+    assert_eq!(floats("NF4_double.code2"), dynamic_code());
+    for (name, double) in [("NF4", false), ("NF4_double", true)] {
+        let ours = Nf4::quantize(&input, double);
+        assert_eq!(ours.packed(), file.tensor(&format!("{name}.packed")).unwrap().data(), "{name}: codes");
+        let mut values = vec![f32::NAN; input.len()];
+        ours.dequantize(0..input.len(), &mut values);
+        for (i, (ours, theirs)) in values.iter().zip(floats(&format!("{name}.values"))).enumerate() {
+            // The mean that double quantisation subtracts is summed in another order there.
+            let bound = if double { 2e-6 * theirs.abs() } else { 0.0 };
+            assert!((ours - theirs).abs() <= bound, "{name} element {i}: {ours} and {theirs}");
+        }
+    }
 }

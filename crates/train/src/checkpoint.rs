@@ -73,7 +73,9 @@ pub fn save(to: &Path, contents: &Contents<'_>) -> Result<()> {
         Some(config) => save_adapter(&folder, config, contents.model.adapter_tensors())?,
         None => {
             let model = contents.model;
-            let weight = |name: &str| model.base_tensor(name).map(Cow::Borrowed);
+            let weight = |name: &str| {
+                model.base_tensor(name).map(|w| w.dense().map_or_else(|| Cow::Owned(w.to_tensor()), Cow::Borrowed))
+            };
             save_model(&folder, &model.config, contents.generation_config, weight, &SaveOptions::default())?;
         }
     }
@@ -218,7 +220,7 @@ pub fn restore_weights(folder: &Path, model: &mut Llama) -> Result<()> {
     }
     for parameter in model.parameters.iter_mut().filter(|p| p.trained) {
         match saved.remove(&parameter.name) {
-            Some(value) if value.shape() == parameter.value.shape() => parameter.value = value,
+            Some(value) if value.shape() == parameter.value.shape() => parameter.value = value.into(),
             found => {
                 return Err(Error::Input(format!(
                     "{}: {} is {}; the run needs {:?}. The checkpoint was made with another configuration",

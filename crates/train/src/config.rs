@@ -4,7 +4,7 @@ use crate::{Error, Result, schedule::Schedule};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
-use tunesmith_model::LINEAR_NAMES;
+use tunesmith_model::{LINEAR_NAMES, Storage};
 use tunesmith_text::PrepareOptions;
 
 /// Version of this schema; a file that names another one is refused, so that a run never means something else than written.
@@ -70,6 +70,10 @@ pub struct ModelConfig {
     pub adapter: Option<PathBuf>,
     /// File of a Jinja chat template to use instead of the model's own.
     pub chat_template: Option<PathBuf>,
+    /// How the frozen matrices are kept in memory: `f32` (the fastest), `stored` (as the file has them: 16-bit floats, blocks
+    /// of a GGUF file; the same results for less memory) or `nf4` (rounded to 4 bits when loaded: QLoRA).
+    #[schemars(with = "String")]
+    pub storage: Storage,
 }
 
 /// The adapter, in PEFT's names.
@@ -329,6 +333,13 @@ impl Config {
                 "method = \"full\" trains the base model; merge the adapter first",
             );
         }
+        if self.method == Method::Full && self.model.storage != Storage::F32 {
+            return fail(
+                "model.storage",
+                format!("{:?}", self.model.storage).to_lowercase(),
+                "method = \"full\" trains every weight, in f32; leave it at \"f32\", or use method = \"lora\"",
+            );
+        }
         if t.load_best_model_at_end
             && (t.eval_steps == 0 || t.save_steps == 0 || !t.save_steps.is_multiple_of(t.eval_steps))
         {
@@ -429,6 +440,8 @@ mod tests {
             let message = error(MINIMAL, &[set]);
             assert!(message.contains(field) && message.contains("is not allowed"), "{set}: {message}");
         }
+        assert!(error(MINIMAL, &["model.storage=q5"]).contains("unknown variant `q5`"));
+        assert!(error(MINIMAL, &["model.storage=nf4", "method=full"]).contains("model.storage = nf4 is not allowed"));
         assert!(
             error(MINIMAL, &["training.load_best_model_at_end=true", "training.save_steps=150"])
                 .contains("multiple of eval_steps")

@@ -32,7 +32,7 @@ impl AdamW {
     /// Zero moments for what trains in `model`.
     pub fn new(model: &Llama, options: AdamWOptions) -> Self {
         let zeros = |t: &Tensor| (Tensor::zeros(t.shape()), Tensor::zeros(t.shape()));
-        let moments = model.parameters.iter().map(|p| p.trained.then(|| zeros(&p.value))).collect();
+        let moments = model.parameters.iter().map(|p| p.trained.then(|| zeros(p.value.tensor()))).collect();
         Self { options, moments, updates: 0 }
     }
 
@@ -54,7 +54,7 @@ impl AdamW {
                 weight_decay: if decays { options.weight_decay } else { 0.0 },
                 grad_scale,
             };
-            adamw::update(&mut parameter.value, gradient, m, v, &step);
+            adamw::update(parameter.value.tensor_mut(), gradient, m, v, &step);
         }
     }
 

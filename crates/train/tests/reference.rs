@@ -3,7 +3,8 @@
 
 use std::path::{Path, PathBuf};
 use tunesmith_model::{
-    AdapterFile, Batch, Checkpoint, Gradients, KvCache, Llama, LossOptions, Sampler, Sampling, Workspace, generate,
+    AdapterFile, Batch, Checkpoint, Gradients, KvCache, Llama, LossOptions, Sampler, Sampling, Storage, Workspace,
+    generate,
 };
 use tunesmith_train::verify::{self, Check, Reference};
 
@@ -14,7 +15,7 @@ fn fixture(model: &str, file: &str) -> PathBuf {
 }
 
 fn load(model: &str) -> Llama {
-    Llama::load(&Checkpoint::open(&fixture(model, "")).unwrap(), |_, _| ()).unwrap()
+    Llama::load(&Checkpoint::open(&fixture(model, "")).unwrap(), Storage::F32, |_, _| ()).unwrap()
 }
 
 fn adapted(model: &str, adapter: &str) -> Llama {

@@ -1,6 +1,6 @@
 //! `tunesmith bench`: speed and memory of training steps.
 
-use crate::args::{Bench, BenchArgs, BenchMethod, BenchTrainArgs};
+use crate::args::{Bench, BenchArgs, BenchMethod, BenchTrainArgs, StorageName};
 use crate::error::{Error, Result};
 use crate::load::{self, Opened};
 use crate::source::Settings;
@@ -33,7 +33,10 @@ fn train(args: &BenchTrainArgs, settings: &Settings) -> Result<()> {
         return Err(Error::Input("--batch and --steps must be at least 1, --seq at least 2".into()));
     }
     let opened: Opened = load::open(&args.model, None, settings)?;
-    let mut model = opened.llama()?;
+    if args.method == BenchMethod::Full && args.storage != StorageName::F32 {
+        return Err(Error::Input("--storage is for frozen weights; with --method full leave it at f32".into()));
+    }
+    let mut model = opened.llama(args.storage.into())?;
     drop(opened);
     match args.method {
         BenchMethod::Full => model.train_all(),

@@ -345,7 +345,7 @@ mod tests {
         let model = tunesmith_model::Checkpoint::open(&here.join("../model/tests/fixtures/tiny-llama2")).unwrap();
         let tokenizer = Tokenizer::from_folder(&here.join("tests/fixtures/tokenizer")).unwrap();
         let interrupt = Interrupt { wanted: Arc::default(), generating: Arc::default() };
-        (Llama::load(&model, |_, _| ()).unwrap(), tokenizer, interrupt)
+        (Llama::load(&model, tunesmith_model::Storage::F32, |_, _| ()).unwrap(), tokenizer, interrupt)
     }
 
     #[test]

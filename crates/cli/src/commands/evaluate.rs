@@ -51,7 +51,7 @@ pub(crate) fn run(args: &EvaluateArgs, settings: &Settings) -> Result<()> {
     let prompts = prompts(&split, &opened.tokenizer, args.samples)?;
     let score = |model: &Llama, what: &str| score(model, &opened, &split, &prompts, args.max_new_tokens, what);
 
-    let mut model = opened.llama_with(args.model.adapter.as_deref(), settings)?;
+    let mut model = opened.llama_with(args.model.adapter.as_deref(), args.storage.into(), settings)?;
     let tuned = score(&model, "scoring")?;
     let base = if args.model.adapter.is_some() {
         model.enable_adapter(false);
@@ -66,7 +66,7 @@ pub(crate) fn run(args: &EvaluateArgs, settings: &Settings) -> Result<()> {
                 args.model.model
             )));
         }
-        Some(score(&other.llama()?, "scoring the base")?)
+        Some(score(&other.llama(args.storage.into())?, "scoring the base")?)
     } else {
         None
     };

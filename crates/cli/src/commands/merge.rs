@@ -69,7 +69,7 @@ fn changed(adapter: &AdapterFile) -> usize {
 }
 
 /// The tokenizer's files, so that they are in the folder from its first moment on.
-fn text_files(opened: &Opened) -> Result<Vec<(String, Vec<u8>)>> {
+pub(super) fn text_files(opened: &Opened) -> Result<Vec<(String, Vec<u8>)>> {
     let folder = tempfile::tempdir().map_err(|e| Error::io("cannot create a folder in", &std::env::temp_dir(), e))?;
     opened.tokenizer.save(folder.path())?;
     let cannot = |e| Error::io("cannot read", folder.path(), e);

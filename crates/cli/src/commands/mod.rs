@@ -5,6 +5,7 @@ pub(crate) mod chat;
 pub(crate) mod continuation;
 pub(crate) mod evaluate;
 pub(crate) mod generate;
+pub(crate) mod init;
 pub(crate) mod merge;
 pub(crate) mod prepare;
 pub(crate) mod quickstart;

@@ -11,7 +11,7 @@ use serde::Serialize;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use tunesmith_model::Llama;
+use tunesmith_model::{Llama, Storage};
 use tunesmith_text::{PreparedSplit, Report, Split};
 use tunesmith_train::checkpoint::sha256;
 use tunesmith_train::config::{Config, Method};
@@ -61,7 +61,7 @@ pub(crate) fn train_and_report(config: &Config, opened: &Opened, resume: bool, s
     print!("{}", super::prepare::describe(&data));
     write_run_files(config, opened, &data, resume)?;
 
-    let mut model = opened.llama()?;
+    let mut model = opened.llama(config.model.storage)?;
     prepare_model(config, &opened.base_name(), &mut model)?;
     let num_trained = model.num_trained();
     let outcome = run_loop(config, opened, &mut model, &data, &data_folder, resume)?;
@@ -246,7 +246,7 @@ fn compare(
         Method::Full => {
             // One of the two in memory at a time.
             drop(model);
-            score(&opened.llama()?, "scoring the base model")?
+            score(&opened.llama(Storage::F32)?, "scoring the base model")?
         }
     };
     let evaluation = Evaluation {

@@ -9,7 +9,7 @@ use crate::terminal;
 use serde_json::json;
 use std::path::Path;
 use std::process::ExitCode;
-use tunesmith_model::{AdapterFile, Checkpoint, Llama};
+use tunesmith_model::{AdapterFile, Checkpoint, Llama, Storage};
 use tunesmith_train::verify::{Check, Reference, read_curve, verify_curve, verify_reference};
 
 pub(crate) fn run(args: &VerifyArgs, settings: &Settings) -> Result<ExitCode> {
@@ -114,7 +114,7 @@ fn load_llama(args: &VerifyArgs, settings: &Settings) -> Result<Llama> {
         return Err(Error::Input("--chat-template has no use here: verify compares numbers, not texts".into()));
     }
     let checkpoint = Checkpoint::open(&load::resolve(&args.model.model, settings)?.path)?;
-    Ok(Llama::load(&checkpoint, |_, _| ())?)
+    Ok(Llama::load(&checkpoint, Storage::F32, |_, _| ())?)
 }
 
 /// The `show` largest differences, measured by their tolerances; what is not a number comes first.

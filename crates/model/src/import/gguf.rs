@@ -68,12 +68,14 @@ impl Kind {
 }
 
 /// One metadata value: where its first element begins, and how many there are.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 struct Entry {
     kind: Kind,
     array: bool,
     count: usize,
     start: usize,
+    /// The bytes of key, type and value.
+    pair: Range<usize>,
 }
 
 /// The metadata of a GGUF file. Values are decoded when asked for.
@@ -129,6 +131,14 @@ impl GgufMetadata {
     /// The truth value `key`.
     pub fn bool(&self, key: &str) -> Result<Option<bool>> {
         self.one(key, "true or false", |kind, b| (kind == Kind::Bool && b[0] < 2).then_some(b[0] == 1))
+    }
+
+    /// The pairs whose keys begin with `prefix`, as they stand in the file and in its order.
+    pub(crate) fn raw_pairs(&self, prefix: &str) -> Vec<Vec<u8>> {
+        let mut ranges: Vec<&Range<usize>> =
+            self.entries.iter().filter(|(key, _)| key.starts_with(prefix)).map(|(_, entry)| &entry.pair).collect();
+        ranges.sort_by_key(|range| range.start);
+        ranges.into_iter().map(|range| self.map[range.clone()].to_vec()).collect()
     }
 
     fn one<T>(&self, key: &str, wanted: &str, decode: impl Fn(Kind, &[u8]) -> Option<T>) -> Result<Option<T>> {
@@ -275,18 +285,18 @@ impl<'a> Cursor<'a> {
                         self.take(count as u64 * kind.bytes(), key)?;
                     }
                 }
-                Ok(Entry { kind, array: true, count, start })
+                Ok(Entry { kind, array: true, count, start, pair: 0..0 })
             }
             Kind::String => {
                 let start = self.at;
                 let len = self.u64(key)?;
                 self.take(len, key)?;
-                Ok(Entry { kind, array: false, count: 1, start })
+                Ok(Entry { kind, array: false, count: 1, start, pair: 0..0 })
             }
             _ => {
                 let start = self.at;
                 self.take(kind.bytes(), key)?;
-                Ok(Entry { kind, array: false, count: 1, start })
+                Ok(Entry { kind, array: false, count: 1, start, pair: 0..0 })
             }
         }
     }
@@ -374,9 +384,11 @@ fn parse(file: &WeightFile) -> Result<(GgufMetadata, HashMap<String, GgufTensor>
     let num_pairs = cursor.count(PAIR_BYTES, "metadata pairs")?;
     let mut entries = HashMap::new();
     for _ in 0..num_pairs {
+        let start = cursor.at;
         let key = cursor.string("a metadata key")?;
         let kind = cursor.kind(&key)?;
-        let entry = cursor.entry(kind, &key, 0)?;
+        let mut entry = cursor.entry(kind, &key, 0)?;
+        entry.pair = start..cursor.at;
         if entries.insert(key.clone(), entry).is_some() {
             return Err(cursor.error(&format!("the metadata {key} is there twice")));
         }

@@ -11,6 +11,7 @@ pub use gguf::GgufMetadata;
 
 use crate::{Config, Error, Result};
 use rayon::prelude::*;
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use std::{
     collections::BTreeMap,
@@ -20,7 +21,7 @@ use std::{
     sync::Arc,
 };
 use tunesmith_tensor::{
-    MappedFile, Tensor,
+    Bytes, MappedFile, Packed, Tensor, Weight,
     quant::{BlockType, dequantize},
 };
 
@@ -124,18 +125,56 @@ impl Checkpoint {
         weights.chain(self.source.side_files.iter().cloned()).collect()
     }
 
+    /// The weight `name` kept as `storage` says; norms and biases are f32 always.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::read`].
+    pub fn load(&self, name: &str, storage: Storage) -> Result<Weight> {
+        let stored = self.stored(name)?;
+        let &[rows, cols] = stored.shape.as_slice() else { return Ok(self.read(name)?.into()) };
+        match storage {
+            Storage::Stored if stored.kind != BlockType::F32 => {
+                let file = &self.source.weights[stored.file];
+                let bytes = Bytes::Mapped(file.map.clone(), stored.range.clone());
+                let packed = Packed::from_blocks([rows, cols], stored.kind, bytes, stored.interleaved_heads);
+                // A damaged weight is decoded for the sake of the message, which names the element.
+                if packed.is_finite() { Ok(Weight::Packed(packed)) } else { Ok(self.read(name)?.into()) }
+            }
+            Storage::F32 | Storage::Stored => Ok(self.read(name)?.into()),
+            Storage::Nf4 => Ok(Weight::Packed(Packed::nf4(&self.read(name)?, true))),
+        }
+    }
+
     /// The weight `name` (Hugging Face's name) as f32, in Hugging Face's row order; its shape is that of
     /// [`Config::expected_tensors`].
     ///
     /// # Errors
     /// [`Error::Input`] when there is no such weight, or when it holds NaN or infinity.
     pub fn read(&self, name: &str) -> Result<Tensor> {
-        let stored = match self.source.tensors.get(name) {
-            Some(stored) if self.names.iter().any(|n| n == name) => stored,
-            _ => return Err(Error::Failure(format!("the model has no weight named {name}"))),
-        };
+        let stored = self.stored(name)?;
         decode(&self.source.weights[stored.file], name, stored)
     }
+
+    fn stored(&self, name: &str) -> Result<&Stored> {
+        match self.source.tensors.get(name) {
+            Some(stored) if self.names.iter().any(|n| n == name) => Ok(stored),
+            _ => Err(Error::Failure(format!("the model has no weight named {name}"))),
+        }
+    }
+}
+
+/// How the matrices of a model that do not train are kept in memory. Computing with them is exact in each form: products
+/// decode them as they go.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Storage {
+    /// Expanded to f32: the fastest products.
+    #[default]
+    F32,
+    /// As the file has them (f16, bf16, blocks of a GGUF file), read where they lie in the mapped file.
+    Stored,
+    /// Rounded to NF4 with double quantisation when they are loaded, 4.127 bits a weight: the base of QLoRA.
+    Nf4,
 }
 
 /// Decodes one stored weight and checks that all of it is finite.

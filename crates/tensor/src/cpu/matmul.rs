@@ -1,7 +1,9 @@
 //! Matrix products by the `gemm` crate, and the product with few rows that decoding needs.
 
+use crate::Packed;
 use crate::cpu::simd::{multiversion, reduce2};
 use rayon::prelude::*;
+use std::ops::Range;
 
 /// A read-only matrix inside a slice: element (i, j) is `data[i * row_stride + j * col_stride]`.
 #[derive(Clone, Copy)]
@@ -85,7 +87,7 @@ pub(crate) fn gemm(
 }
 
 /// Products with up to this many rows of activations read the weights once, row by row, instead of packing them.
-const FEW_ROWS: usize = 4;
+pub(crate) const FEW_ROWS: usize = 4;
 
 /// `y[m, n] = accumulate · y + alpha · x[m, k] · w[n, k]ᵀ`: the shape of every linear layer.
 pub(crate) fn matmul_nt(
@@ -99,23 +101,48 @@ pub(crate) fn matmul_nt(
     if m > FEW_ROWS || n < 64 {
         return gemm((m, n, k), y, n, accumulate, alpha, View::rows(x, k), View::rows(w, k).t(), threads());
     }
-    // One pass over the weights, cut into strips of output columns; each strip collects its results and is copied out.
-    let strip = n.div_ceil(threads() * 4).max(16);
-    let strips: Vec<Vec<f32>> = (0..n.div_ceil(strip))
+    few_rows((m, n), y, accumulate, alpha, |columns, out| {
+        for j in columns {
+            dots(out, x, &w[j * k..(j + 1) * k]);
+        }
+    });
+}
+
+/// As [`matmul_nt`] for few rows of `x` and a packed weight, whose rows are decoded one by one.
+pub(crate) fn matmul_nt_packed(m: usize, y: &mut [f32], accumulate: bool, alpha: f32, x: &[f32], w: &Packed) {
+    let [n, k] = w.shape();
+    few_rows((m, n), y, accumulate, alpha, |columns, out| {
+        let mut row = vec![0.0; k];
+        for j in columns {
+            w.decode_rows(j..j + 1, &mut row);
+            dots(out, x, &row);
+        }
+    });
+}
+
+/// One pass over the weights, cut into strips of output columns: `strip` appends the `m` products of each column of its range,
+/// which are then copied out.
+fn few_rows(
+    (m, n): (usize, usize),
+    y: &mut [f32],
+    accumulate: bool,
+    alpha: f32,
+    strip: impl Fn(Range<usize>, &mut Vec<f32>) + Sync,
+) {
+    let width = n.div_ceil(threads() * 4).max(16);
+    let strips: Vec<Vec<f32>> = (0..n.div_ceil(width))
         .into_par_iter()
         .map(|s| {
-            let columns = s * strip..((s + 1) * strip).min(n);
+            let columns = s * width..((s + 1) * width).min(n);
             let mut out = Vec::with_capacity(columns.len() * m);
-            for j in columns {
-                dots(&mut out, x, &w[j * k..(j + 1) * k]);
-            }
+            strip(columns, &mut out);
             out
         })
         .collect();
     for (s, values) in strips.iter().enumerate() {
         for (j, column) in values.chunks_exact(m).enumerate() {
             for (i, value) in column.iter().enumerate() {
-                let slot = &mut y[i * n + s * strip + j];
+                let slot = &mut y[i * n + s * width + j];
                 *slot = if accumulate { *slot } else { 0.0 } + alpha * value;
             }
         }

@@ -1,15 +1,15 @@
 //! Token embedding: x[t] = table[ids[t]].
 
-use crate::Tensor;
+use crate::{Tensor, Weight};
 
 /// `x` [T, d] = rows `ids` [T] of `table` [V, d].
 ///
 /// # Panics
 /// When an id is not below V.
-pub fn forward(table: &Tensor, ids: &[u32], x: &mut Tensor) {
+pub fn forward(table: &Weight, ids: &[u32], x: &mut Tensor) {
     x.resize(&[ids.len(), table.cols()]);
     for (t, id) in ids.iter().enumerate() {
-        x.row_mut(t).copy_from_slice(table.row(*id as usize));
+        table.row_into(*id as usize, x.row_mut(t));
     }
 }
 
@@ -37,7 +37,7 @@ mod tests {
         let table = Tensor::from_slice(&[5, 3], &rng.normals(15, 1.0));
         let naive = |t: &[f64]| ids.iter().flat_map(|i| t[*i as usize * 3..][..3].to_vec()).collect::<Vec<f64>>();
         let mut x = Tensor::default();
-        forward(&table, &ids, &mut x);
+        forward(&Weight::Dense(table.clone()), &ids, &mut x);
         check_close("x", x.data(), &naive(&table.data().iter().map(|x| *x as f64).collect::<Vec<_>>()), 1e-9);
         let d_x = Tensor::from_slice(&[4, 3], &rng.normals(12, 1.0));
         let mut d_table = Tensor::zeros(&[5, 3]);

@@ -1,9 +1,71 @@
 //! Linear layer with an optional bias and an optional LoRA pair:
 //! y = x Wᵀ + bias + s · (dropout(x) Aᵀ) Bᵀ (Hu et al., "LoRA", 2021). Weights are stored [out, in], A [r, in], B [out, r].
 
-use crate::cpu::matmul::{View, gemm, matmul_nt, threads};
-use crate::{Tensor, cpu};
+use crate::cpu::matmul::{FEW_ROWS, View, gemm, matmul_nt, matmul_nt_packed, threads};
+use crate::{Packed, Tensor, Weight, cpu};
 use rayon::prelude::*;
+use std::cell::RefCell;
+
+/// Elements of a packed weight that are decoded at a time (4 MiB of f32).
+pub const PANEL: usize = 1 << 20;
+
+thread_local! {
+    /// The decoded panel, kept between products.
+    static DECODED: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+}
+
+/// Calls `f(first row, rows, decoded rows)` for one panel of `w` after the other.
+fn panels(w: &Packed, mut f: impl FnMut(usize, usize, &[f32])) {
+    let [rows, cols] = w.shape();
+    let step = (PANEL / cols.max(1)).max(1).min(rows);
+    DECODED.with_borrow_mut(|panel| {
+        panel.resize(panel.len().max(step * cols), 0.0);
+        for first in (0..rows).step_by(step.max(1)) {
+            let count = step.min(rows - first);
+            let panel = &mut panel[..count * cols];
+            w.decode_rows_parallel(first..first + count, panel);
+            f(first, count, panel);
+        }
+    });
+}
+
+/// `y` [T, out] = or += `alpha` · `x` [T, in] · `w` [out, in]ᵀ. A packed weight is decoded panel by panel, a strip of output
+/// columns each.
+pub fn forward(x: &Tensor, w: &Weight, alpha: f32, y: &mut Tensor, into: Into) {
+    let w = match w {
+        Weight::Dense(w) => return matmul(x, w, alpha, y, into),
+        Weight::Packed(w) => w,
+    };
+    let [n, k] = w.shape();
+    let m = x.rows();
+    assert_eq!(k, x.cols(), "x {:?} against weight [{n}, {k}]", x.shape());
+    prepare(y, m, n, into);
+    let accumulate = into == Into::Accumulate;
+    if m <= FEW_ROWS {
+        return matmul_nt_packed(m, y.data_mut(), accumulate, alpha, x.data(), w);
+    }
+    panels(w, |first, count, panel| {
+        let (a, b) = (View::rows(x.data(), k), View::rows(panel, k).t());
+        gemm((m, count, k), &mut y.data_mut()[first..], n, accumulate, alpha, a, b, threads());
+    });
+}
+
+/// Gradient of the input: `d_x` [T, in] = or += `alpha` · `d_y` [T, out] · `w` [out, in]; a packed weight as in [`forward`].
+pub fn input_gradient(d_y: &Tensor, w: &Weight, alpha: f32, d_x: &mut Tensor, into: Into) {
+    let w = match w {
+        Weight::Dense(w) => return matmul_input_gradient(d_y, w, alpha, d_x, into),
+        Weight::Packed(w) => w,
+    };
+    let [k, n] = w.shape();
+    let m = d_y.rows();
+    assert_eq!(k, d_y.cols(), "d_y {:?} against weight [{k}, {n}]", d_y.shape());
+    prepare(d_x, m, n, into);
+    panels(w, |first, count, panel| {
+        let a = View { data: &d_y.data()[first..], row_stride: k, col_stride: 1 };
+        let accumulate = into == Into::Accumulate || first > 0;
+        gemm((m, n, count), d_x.data_mut(), n, accumulate, alpha, a, View::rows(panel, n), threads());
+    });
+}
 
 /// What a product does to its destination.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -70,7 +132,9 @@ fn prepare(y: &mut Tensor, m: usize, n: usize, into: Into) {
 mod tests {
     use super::*;
     use crate::ops::finite_difference::{check, check_close, to_f64, weighted};
+    use crate::quant::BlockType;
     use crate::rng::Rng;
+    use crate::{Bytes, Packed};
 
     /// y[m, n] = x[m, k] w[n, k]ᵀ + bias[n]
     fn naive(x: &[f64], w: &[f64], bias: &[f64], k: usize) -> Vec<f64> {
@@ -137,5 +201,33 @@ mod tests {
         check("d_x", x.data(), d_x.data(), 1e-5, |x| weighted(&full(x, &a64, &b64), d_y.data()));
         check("d_a", a.data(), d_a.data(), 1e-5, |a| weighted(&full(&xs, a, &b64), d_y.data()));
         check("d_b", b.data(), d_b.data(), 1e-5, |b| weighted(&full(&xs, &a64, b), d_y.data()));
+    }
+
+    /// Products over a packed weight are those over its decoded form, both ways, for one row and for many, in one panel and
+    /// in several.
+    #[test]
+    fn packed_equals_decoded() {
+        let mut rng = Rng::new(8, 0);
+        for (t, n, k) in [(1, 96, 64), (7, 96, 64), (5, PANEL / 512 + 3, 512)] {
+            let dense = Tensor::from_slice(&[n, k], &rng.normals(n * k, 0.5));
+            let bytes: Vec<u8> = dense.data().iter().flat_map(|x| half::bf16::from_f32(*x).to_le_bytes()).collect();
+            let blocks = Packed::from_blocks([n, k], BlockType::BF16, Bytes::Owned(bytes), None);
+            for packed in [blocks, Packed::nf4(&dense, true)] {
+                let decoded = packed.to_tensor();
+                let weight = Weight::Packed(packed);
+                let x = Tensor::from_slice(&[t, k], &rng.normals(t * k, 1.0));
+                let d_y = Tensor::from_slice(&[t, n], &rng.normals(t * n, 1.0));
+                let (mut y, mut d_x) = (Tensor::default(), Tensor::default());
+                let (mut want_y, mut want_d_x) = (Tensor::default(), Tensor::default());
+                forward(&x, &weight, 1.0, &mut y, Into::Overwrite);
+                forward(&x, &weight, 0.5, &mut y, Into::Accumulate);
+                matmul(&x, &decoded, 1.5, &mut want_y, Into::Overwrite);
+                check_close("y", y.data(), &to_f64(want_y.data()), 1e-5);
+                input_gradient(&d_y, &weight, 1.0, &mut d_x, Into::Overwrite);
+                input_gradient(&d_y, &weight, 0.5, &mut d_x, Into::Accumulate);
+                matmul_input_gradient(&d_y, &decoded, 1.5, &mut want_d_x, Into::Overwrite);
+                check_close("d_x", d_x.data(), &to_f64(want_d_x.data()), 1e-5);
+            }
+        }
     }
 }

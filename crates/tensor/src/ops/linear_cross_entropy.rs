@@ -1,8 +1,8 @@
 //! Output head and cross-entropy in one op, chunk by chunk, so that the logits [N, V] never exist as a whole:
 //! loss_n = (1 − ε) · (logsumexp(z_n) − z_n[target]) + ε · (logsumexp(z_n) − mean(z_n)) with z = h Wᵀ and label smoothing ε.
 
-use crate::ops::linear::{Into, matmul, matmul_input_gradient, matmul_weight_gradient};
-use crate::{Tensor, cpu};
+use crate::ops::linear::{self, Into, matmul_weight_gradient};
+use crate::{Tensor, Weight, cpu};
 
 /// Rows of logits that exist at a time. More rows make the products a little faster and the buffer larger
 /// (rows x V x 4 bytes).
@@ -17,7 +17,7 @@ pub struct Scratch {
 }
 
 /// `loss` [N] = loss (nats) of each row of `h` [N, d] under head `w` [V, d] and `targets` [N], nothing else kept.
-pub fn forward(h: &Tensor, w: &Tensor, targets: &[u32], smoothing: f32, scratch: &mut Scratch, loss: &mut Vec<f32>) {
+pub fn forward(h: &Tensor, w: &Weight, targets: &[u32], smoothing: f32, scratch: &mut Scratch, loss: &mut Vec<f32>) {
     run(h, w, targets, smoothing, scratch, loss, None);
 }
 
@@ -34,7 +34,7 @@ pub struct Gradients<'a> {
 /// As [`forward`], and the gradients of `scale` · Σ loss in the same pass over the chunks.
 pub fn forward_backward(
     h: &Tensor,
-    w: &Tensor,
+    w: &Weight,
     targets: &[u32],
     smoothing: f32,
     scratch: &mut Scratch,
@@ -46,7 +46,7 @@ pub fn forward_backward(
 
 fn run(
     h: &Tensor,
-    w: &Tensor,
+    w: &Weight,
     targets: &[u32],
     smoothing: f32,
     scratch: &mut Scratch,
@@ -65,13 +65,13 @@ fn run(
         let part = start * d..(start + rows) * d;
         scratch.h.resize(&[rows, d]);
         scratch.h.data_mut().copy_from_slice(&h.data()[part.clone()]);
-        matmul(&scratch.h, w, 1.0, &mut scratch.logits, Into::Overwrite);
+        linear::forward(&scratch.h, w, 1.0, &mut scratch.logits, Into::Overwrite);
         let chunk_loss = &mut loss[start..start + rows];
         let targets = &targets[start..start + rows];
         let scale = gradients.as_ref().map(|g| g.scale);
         cpu::cross_entropy::rows(scratch.logits.data_mut(), vocab, targets, smoothing, scale, chunk_loss);
         if let Some(g) = &mut gradients {
-            matmul_input_gradient(&scratch.logits, w, 1.0, &mut scratch.d_h, Into::Overwrite);
+            linear::input_gradient(&scratch.logits, w, 1.0, &mut scratch.d_h, Into::Overwrite);
             g.d_h.data_mut()[part].copy_from_slice(scratch.d_h.data());
             if let Some(d_w) = g.d_w.as_deref_mut() {
                 matmul_weight_gradient(&scratch.logits, &scratch.h, 1.0, d_w);
@@ -104,17 +104,17 @@ mod tests {
         let mut rng = Rng::new(15, 0);
         for (n, d, vocab, eps) in [(3, 5, 11, 0.0f32), (4, 3, 70, 0.1)] {
             let h = Tensor::from_slice(&[n, d], &rng.normals(n * d, 2.0));
-            let w = Tensor::from_slice(&[vocab, d], &rng.normals(vocab * d, 1.0));
+            let w = Weight::Dense(Tensor::from_slice(&[vocab, d], &rng.normals(vocab * d, 1.0)));
             let targets: Vec<u32> = (0..n).map(|_| rng.below(vocab as u32)).collect();
             let (mut scratch, mut loss) = (Scratch::default(), Vec::new());
             let (mut d_h, mut d_w) = (Tensor::default(), Tensor::zeros(&[vocab, d]));
             let gradients = Gradients { scale: 0.25, d_h: &mut d_h, d_w: Some(&mut d_w) };
             forward_backward(&h, &w, &targets, eps, &mut scratch, &mut loss, gradients);
-            let (h64, w64) = (to_f64(h.data()), to_f64(w.data()));
+            let (h64, w64) = (to_f64(h.data()), to_f64(w.tensor().data()));
             let total = |h: &[f64], w: &[f64]| naive(h, w, &targets, eps as f64, d).iter().sum::<f64>() * 0.25;
             check_close("loss", &loss, &naive(&h64, &w64, &targets, eps as f64, d), 1e-6);
             check("d_h", h.data(), d_h.data(), 1e-5, |h| total(h, &w64));
-            check("d_w", w.data(), d_w.data(), 1e-5, |w| total(&h64, w));
+            check("d_w", w.tensor().data(), d_w.data(), 1e-5, |w| total(&h64, w));
             let mut only = Vec::new();
             forward(&h, &w, &targets, eps, &mut scratch, &mut only);
             assert_eq!(only, loss);
@@ -126,12 +126,12 @@ mod tests {
         let mut rng = Rng::new(16, 0);
         let (n, d, vocab) = (2 * CHUNK_ROWS + 13, 4, 9);
         let h = Tensor::from_slice(&[n, d], &rng.normals(n * d, 1.0));
-        let w = Tensor::from_slice(&[vocab, d], &rng.normals(vocab * d, 1.0));
+        let w = Weight::Dense(Tensor::from_slice(&[vocab, d], &rng.normals(vocab * d, 1.0)));
         let targets: Vec<u32> = (0..n).map(|_| rng.below(vocab as u32)).collect();
         let (mut scratch, mut loss, mut d_h) = (Scratch::default(), Vec::new(), Tensor::default());
         let gradients = Gradients { scale: 1.0, d_h: &mut d_h, d_w: None };
         forward_backward(&h, &w, &targets, 0.0, &mut scratch, &mut loss, gradients);
-        check_close("loss", &loss, &naive(&to_f64(h.data()), &to_f64(w.data()), &targets, 0.0, d), 1e-6);
+        check_close("loss", &loss, &naive(&to_f64(h.data()), &to_f64(w.tensor().data()), &targets, 0.0, d), 1e-6);
         assert_eq!(d_h.shape(), [n, d]);
         let last = d_h.row(n - 1).to_vec();
         let h_last = Tensor::from_slice(&[1, d], h.row(n - 1));

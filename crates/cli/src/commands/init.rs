@@ -1,0 +1,85 @@
+//! `tunesmith init`: a new model with random weights.
+
+use super::merge::text_files;
+use crate::args::{InitArgs, InitDtype};
+use crate::error::{Error, Result};
+use crate::load;
+use crate::source::Settings;
+use crate::terminal;
+use std::borrow::Cow;
+use std::ops::Range;
+use tunesmith_model::{Config, Dtype, GgufOptions, SaveOptions, initial_rows, save_gguf, save_model};
+use tunesmith_tensor::{Tensor, quant::BlockType};
+
+pub(crate) fn run(args: &InitArgs, settings: &Settings) -> Result<()> {
+    let file = &args.config;
+    let text = std::fs::read_to_string(file).map_err(|e| Error::io("cannot read", file, e))?;
+    let config = Config::from_json(&text, &file.display().to_string())?;
+    if args.out.exists() {
+        return Err(Error::Input(format!("{} exists already; name a new file or folder", args.out.display())));
+    }
+    let tokenizer = args.tokenizer.as_deref().map(|source| load::open(source, None, settings)).transpose()?;
+    if let Some(tokenizer) = tokenizer.as_ref().filter(|t| t.tokenizer.vocab_size() > config.vocab_size) {
+        return Err(Error::Input(format!(
+            "{}: vocab_size is {}, but the tokenizer of {} has {} tokens",
+            file.display(),
+            config.vocab_size,
+            tokenizer.spec,
+            tokenizer.tokenizer.vocab_size()
+        )));
+    }
+    let bar = terminal::count_bar("making weights", config.num_params() as u64);
+    if args.out.extension().is_some_and(|e| e.eq_ignore_ascii_case("gguf")) {
+        let metadata = tokenizer.as_ref().map(|t| t.checkpoint.gguf_metadata().ok_or(&t.spec)).transpose();
+        let metadata = metadata.map_err(|spec| {
+            Error::Input(format!(
+                "--tokenizer {spec} is a folder; a GGUF file takes its tokenizer from another GGUF file"
+            ))
+        })?;
+        let kind = match args.dtype {
+            InitDtype::F32 => BlockType::F32,
+            InitDtype::Bf16 => BlockType::BF16,
+            InitDtype::F16 => BlockType::F16,
+            InitDtype::Q8_0 => BlockType::Q8_0,
+            InitDtype::Q4_0 => BlockType::Q4_0,
+        };
+        let name = args.out.file_stem().map_or_else(|| "model".into(), |name| name.to_string_lossy());
+        let options = GgufOptions { kind, name: &name, tokenizer: metadata };
+        save_gguf(&args.out, &config, options, |name: &str, rows: Range<usize>, out: &mut [f32]| {
+            initial_rows(&config, args.seed, name, rows, out);
+            bar.inc(out.len() as u64);
+            Ok(())
+        })?;
+    } else {
+        let dtype = match args.dtype {
+            InitDtype::F32 => Dtype::F32,
+            InitDtype::Bf16 => Dtype::BF16,
+            InitDtype::F16 => Dtype::F16,
+            InitDtype::Q8_0 | InitDtype::Q4_0 => {
+                return Err(Error::Input(
+                    format!(
+                        "--dtype {:?} is a format of GGUF files; name one, such as --out {}.gguf",
+                        args.dtype,
+                        args.out.display()
+                    )
+                    .to_lowercase(),
+                ));
+            }
+        };
+        let files = tokenizer.as_ref().map(text_files).transpose()?.unwrap_or_default();
+        let files: Vec<(&str, &[u8])> = files.iter().map(|(name, text)| (name.as_str(), text.as_slice())).collect();
+        let shapes: std::collections::HashMap<String, Vec<usize>> = config.expected_tensors().into_iter().collect();
+        let weight = |name: &str| {
+            let mut weight = Tensor::zeros(shapes.get(name).map_or(&[0], Vec::as_slice));
+            initial_rows(&config, args.seed, name, 0..weight.rows(), weight.data_mut());
+            bar.inc(weight.len() as u64);
+            Ok(Cow::Owned(weight))
+        };
+        let options = SaveOptions { dtype, extra_files: &files, ..SaveOptions::default() };
+        save_model(&args.out, &config, None, weight, &options)?;
+    }
+    bar.finish_and_clear();
+    let without = if tokenizer.is_none() { ", without a tokenizer (--tokenizer SOURCE takes one over)" } else { "" };
+    println!("{}: {} random weights{without}", args.out.display(), terminal::count(config.num_params() as u64));
+    Ok(())
+}

@@ -1,0 +1,226 @@
+//! One block of the model, forward and backward, and the linear layers inside it.
+
+use super::{
+    BackwardBuffers, DOWN, GATE, Gradients, K, LayerActivations, Linear, Llama, O, Q, SharedActivations, UP, V,
+};
+use crate::{batch::Batch, cache::KvCache};
+use tunesmith_tensor::Tensor;
+use tunesmith_tensor::ops::{attention, dropout, linear, rmsnorm, rope, swiglu};
+
+/// Buffers that the adapter half of a linear layer's backward pass borrows.
+struct LinearBuffers<'a> {
+    xa: &'a Tensor,
+    d_xa: &'a mut Tensor,
+    dropped: &'a mut Tensor,
+    d_dropped: &'a mut Tensor,
+}
+
+/// Whether a pass keeps its activations for a backward pass, and which dropout it draws.
+#[derive(Clone, Copy)]
+pub(super) enum Pass {
+    Keep(Option<Masks>),
+    Discard,
+}
+
+/// The dropout masks of one part of a pass: `pass` is its number, 16 bits of it for the part; 16 more for the layer follow.
+#[derive(Clone, Copy)]
+pub(super) struct Masks {
+    pub(super) seed: u64,
+    pub(super) pass: u64,
+}
+
+/// The dropout mask of one linear layer in one pass, whatever its rate.
+#[derive(Clone, Copy)]
+struct MaskSource {
+    seed: u64,
+    stream: u64,
+}
+
+impl Masks {
+    fn of(masks: Option<Self>, layer: usize, linear: usize) -> Option<MaskSource> {
+        masks.map(|m| MaskSource { seed: m.seed, stream: m.pass << 16 | (layer * 8 + linear) as u64 })
+    }
+}
+
+impl MaskSource {
+    fn for_rate(self, p: f32) -> Option<dropout::Mask> {
+        (p > 0.0).then_some(dropout::Mask { p, seed: self.seed, stream: self.stream })
+    }
+}
+
+impl Llama {
+    pub(super) fn layer_forward(
+        &self,
+        l: usize,
+        stream_td: &mut Tensor,
+        act: &mut LayerActivations,
+        angles: &rope::Angles,
+        batch: &Batch,
+        cache: Option<&mut KvCache>,
+        pass: Pass,
+        shared: &mut SharedActivations,
+    ) {
+        let SharedActivations { normed_td, act_tf, dropped } = shared;
+        let (layer, eps) = (&self.layers[l], self.config.rms_norm_eps);
+        let masks = if let Pass::Keep(masks) = pass { masks } else { None };
+        if matches!(pass, Pass::Keep(_)) {
+            copy(stream_td, &mut act.x_td);
+        }
+        rmsnorm::forward(stream_td, self.tensor(layer.input_norm), eps, normed_td, &mut act.rstd1_t);
+        let mut apply = |i: usize, x: &Tensor, y: &mut Tensor, into, xa: &mut Tensor| {
+            self.linear_forward(&layer.linears[i], x, y, into, xa, Masks::of(masks, l, i), dropped);
+        };
+        use linear::Into::{Accumulate, Overwrite};
+        apply(Q, normed_td, &mut act.q_th, Overwrite, &mut act.xa_tr[Q]);
+        apply(K, normed_td, &mut act.k_tk, Overwrite, &mut act.xa_tr[K]);
+        apply(V, normed_td, &mut act.v_tk, Overwrite, &mut act.xa_tr[V]);
+        rope::forward(&mut act.q_th, angles);
+        rope::forward(&mut act.k_tk, angles);
+        let (k, v) = match cache {
+            Some(cache) => cache.append(l, &act.k_tk, &act.v_tk),
+            None => (&act.k_tk, &act.v_tk),
+        };
+        attention::forward(&act.q_th, k, v, &batch.segments, self.heads(), &mut act.o_th, &mut act.lse);
+        apply(O, &act.o_th, stream_td, Accumulate, &mut act.xa_tr[O]);
+        if matches!(pass, Pass::Keep(_)) {
+            copy(stream_td, &mut act.x2_td);
+        }
+        rmsnorm::forward(stream_td, self.tensor(layer.post_norm), eps, normed_td, &mut act.rstd2_t);
+        apply(GATE, normed_td, &mut act.gate_tf, Overwrite, &mut act.xa_tr[GATE]);
+        apply(UP, normed_td, &mut act.up_tf, Overwrite, &mut act.xa_tr[UP]);
+        swiglu::forward(&act.gate_tf, &act.up_tf, act_tf);
+        apply(DOWN, act_tf, stream_td, Accumulate, &mut act.xa_tr[DOWN]);
+    }
+
+    /// Takes the gradient of the layer's output in `back.d_stream_td` to that of its input, in place.
+    pub(super) fn layer_backward(
+        &self,
+        l: usize,
+        act: &LayerActivations,
+        batch: &Batch,
+        angles: &rope::Angles,
+        masks: Option<Masks>,
+        back: &mut BackwardBuffers,
+        shared: &mut SharedActivations,
+        gradients: &mut Gradients,
+    ) {
+        let layer = &self.layers[l];
+        let (input_norm, post_norm) = (self.tensor(layer.input_norm), self.tensor(layer.post_norm));
+        let SharedActivations { normed_td, act_tf, dropped } = shared;
+        let BackwardBuffers { d_stream_td, d_n_td, d_act_tf, d_gate_tf, d_up_tf, .. } = back;
+        let BackwardBuffers { d_o_th, d_q_th, d_k_tk, d_v_tk, d_xa_tr, d_dropped, .. } = back;
+        swiglu::forward(&act.gate_tf, &act.up_tf, act_tf);
+        rmsnorm::apply(&act.x2_td, post_norm, &act.rstd2_t, normed_td);
+        let mut apply = |i: usize, x: &Tensor, d_y: &Tensor, d_x: &mut Tensor, into, gradients: &mut Gradients| {
+            let buffers = LinearBuffers { xa: &act.xa_tr[i], d_xa: d_xa_tr, dropped, d_dropped };
+            self.linear_backward(&layer.linears[i], x, d_y, d_x, into, buffers, Masks::of(masks, l, i), gradients);
+        };
+        use linear::Into::{Accumulate, Overwrite};
+        apply(DOWN, act_tf, d_stream_td, d_act_tf, Overwrite, gradients);
+        swiglu::backward(&act.gate_tf, &act.up_tf, d_act_tf, d_gate_tf, d_up_tf);
+        apply(GATE, normed_td, d_gate_tf, d_n_td, Overwrite, gradients);
+        apply(UP, normed_td, d_up_tf, d_n_td, Accumulate, gradients);
+        let d_norm = gradients.tensors[layer.post_norm].as_mut();
+        rmsnorm::backward(&act.x2_td, post_norm, &act.rstd2_t, d_n_td, d_stream_td, d_norm);
+        apply(O, &act.o_th, d_stream_td, d_o_th, Overwrite, gradients);
+        attention::backward(
+            &act.q_th,
+            &act.k_tk,
+            &act.v_tk,
+            &act.o_th,
+            &act.lse,
+            d_o_th,
+            &batch.segments,
+            self.heads(),
+            d_q_th,
+            d_k_tk,
+            d_v_tk,
+        );
+        rope::backward(d_q_th, angles);
+        rope::backward(d_k_tk, angles);
+        rmsnorm::apply(&act.x_td, input_norm, &act.rstd1_t, normed_td);
+        apply(Q, normed_td, d_q_th, d_n_td, Overwrite, gradients);
+        apply(K, normed_td, d_k_tk, d_n_td, Accumulate, gradients);
+        apply(V, normed_td, d_v_tk, d_n_td, Accumulate, gradients);
+        let d_norm = gradients.tensors[layer.input_norm].as_mut();
+        rmsnorm::backward(&act.x_td, input_norm, &act.rstd1_t, d_n_td, d_stream_td, d_norm);
+    }
+
+    /// y = or += x Wᵀ + bias + s · dropout(x) Aᵀ Bᵀ; keeps dropout(x) Aᵀ in `xa_tr`.
+    fn linear_forward(
+        &self,
+        layer: &Linear,
+        x: &Tensor,
+        y: &mut Tensor,
+        into: linear::Into,
+        xa_tr: &mut Tensor,
+        mask: Option<MaskSource>,
+        dropped: &mut Tensor,
+    ) {
+        linear::forward(x, self.value(layer.weight), 1.0, y, into);
+        if let Some(bias) = layer.bias {
+            linear::add_bias(self.tensor(bias), y);
+        }
+        if let Some(lora) = layer.lora.as_ref().filter(|_| self.adapter_enabled) {
+            let x = match mask.and_then(|m| m.for_rate(lora.dropout)) {
+                Some(mask) => {
+                    dropout::forward(x, mask, dropped);
+                    &*dropped
+                }
+                None => x,
+            };
+            linear::matmul(x, self.tensor(lora.a), 1.0, xa_tr, linear::Into::Overwrite);
+            linear::matmul(xa_tr, self.tensor(lora.b), lora.scale, y, linear::Into::Accumulate);
+        }
+    }
+
+    fn linear_backward(
+        &self,
+        layer: &Linear,
+        x: &Tensor,
+        d_y: &Tensor,
+        d_x: &mut Tensor,
+        into: linear::Into,
+        buffers: LinearBuffers<'_>,
+        mask: Option<MaskSource>,
+        gradients: &mut Gradients,
+    ) {
+        linear::input_gradient(d_y, self.value(layer.weight), 1.0, d_x, into);
+        if let Some(d_w) = gradients.tensors[layer.weight].as_mut() {
+            linear::matmul_weight_gradient(d_y, x, 1.0, d_w);
+        }
+        if let Some(d_bias) = layer.bias.and_then(|b| gradients.tensors[b].as_mut()) {
+            linear::bias_gradient(d_y, d_bias);
+        }
+        let Some(lora) = layer.lora.as_ref().filter(|_| self.adapter_enabled) else { return };
+        let LinearBuffers { xa, d_xa, dropped, d_dropped } = buffers;
+        let (a, b) = (self.tensor(lora.a), self.tensor(lora.b));
+        linear::matmul_input_gradient(d_y, b, lora.scale, d_xa, linear::Into::Overwrite);
+        if let Some(d_b) = gradients.tensors[lora.b].as_mut() {
+            linear::matmul_weight_gradient(d_y, xa, lora.scale, d_b);
+        }
+        let mask = mask.and_then(|m| m.for_rate(lora.dropout));
+        if let Some(d_a) = gradients.tensors[lora.a].as_mut() {
+            let x = match mask {
+                Some(mask) => {
+                    dropout::forward(x, mask, dropped);
+                    &*dropped
+                }
+                None => x,
+            };
+            linear::matmul_weight_gradient(d_xa, x, 1.0, d_a);
+        }
+        match mask {
+            Some(mask) => {
+                linear::matmul_input_gradient(d_xa, a, 1.0, d_dropped, linear::Into::Overwrite);
+                dropout::backward(d_dropped, mask, d_x);
+            }
+            None => linear::matmul_input_gradient(d_xa, a, 1.0, d_x, linear::Into::Accumulate),
+        }
+    }
+}
+
+fn copy(from: &Tensor, to: &mut Tensor) {
+    to.resize(from.shape());
+    to.data_mut().copy_from_slice(from.data());
+}
