@@ -389,7 +389,7 @@ pub(crate) fn scaling_of_divisors(theta: f64, head_dim: usize, divisors: &[f32])
 }
 
 /// What Llama 3's rope divides `frequency` (radians a position) by.
-fn llama3_divisor(frequency: f64, factor: f64, low: f64, high: f64, original: f64) -> f64 {
+pub(crate) fn llama3_divisor(frequency: f64, factor: f64, low: f64, high: f64, original: f64) -> f64 {
     let wavelength = TAU / frequency;
     if wavelength > original / low {
         factor

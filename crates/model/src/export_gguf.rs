@@ -1,7 +1,7 @@
 //! Writing GGUF files of architecture `llama`, version 3, tensor by tensor and panel by panel: no matrix is ever whole in
 //! memory.
 
-use crate::{Config, Error, GgufMetadata, Result, RopeScaling, export::replace_file};
+use crate::{Config, Error, GgufMetadata, Result, RopeScaling, config::llama3_divisor, export::replace_file};
 use std::{io::Write, ops::Range, path::Path};
 use tunesmith_tensor::{quant::BlockType, quant_encode::quantize};
 
@@ -192,12 +192,18 @@ fn gguf_name(name: &str) -> String {
 
 /// What the plain rope frequencies are divided by, where they are scaled.
 fn rope_divisors(config: &Config) -> Option<Vec<f32>> {
-    if config.rope.scaling == RopeScaling::None {
-        return None;
+    match &config.rope.scaling {
+        RopeScaling::None => None,
+        RopeScaling::Factors(divisors) => Some(divisors.clone()),
+        RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_position_embeddings } => {
+            let original = *original_max_position_embeddings as f64;
+            let divisor = |i: usize| {
+                let frequency = config.rope.theta.powf(-((2 * i) as f64) / config.head_dim as f64);
+                llama3_divisor(frequency, *factor, *low_freq_factor, *high_freq_factor, original) as f32
+            };
+            Some((0..config.head_dim / 2).map(divisor).collect())
+        }
     }
-    let plain = |i: usize| config.rope.theta.powf(-2.0 * i as f64 / config.head_dim as f64);
-    let scaled = config.inverse_frequencies();
-    Some(scaled.iter().enumerate().map(|(i, f)| (plain(i) / f64::from(*f)) as f32).collect())
 }
 
 fn string(out: &mut Vec<u8>, text: &str) {

@@ -150,12 +150,20 @@ pub fn dynamic_code() -> &'static [f32; 256] {
     CODE.get_or_init(|| {
         let mut values = vec![0.0f32, 1.0];
         for exponent in 0..7 {
+            // In f32 and in the order of PyTorch's linspace, so that the code is bitsandbytes' to the bit.
             let count = 1usize << exponent;
-            let power = 10f64.powi(exponent - 6);
+            let step = (1.0f32 - 0.1) / count as f32;
+            let bound = |i: usize| {
+                if i < count.div_ceil(2) {
+                    step.mul_add(i as f32, 0.1)
+                } else {
+                    step.mul_add(-((count - i) as f32), 1.0)
+                }
+            };
+            let power = 10f64.powi(exponent - 6) as f32;
             for i in 0..count {
-                let middle = 0.1 + 0.9 * (i as f64 + 0.5) / count as f64;
-                values.push((power * middle) as f32);
-                values.push(-(power * middle) as f32);
+                let value = power * ((bound(i) + bound(i + 1)) / 2.0);
+                values.extend([value, -value]);
             }
         }
         values.sort_by(f32::total_cmp);
