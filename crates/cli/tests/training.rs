@@ -373,3 +373,24 @@ fn quickstart_on_ones_own_model_and_data_runs_twice() {
     other[8] = "0";
     refused(&other, 2, "--steps 0");
 }
+
+/// QLoRA: the base in NF4 learns, and a base kept as it is stored gives the numbers of the expanded one.
+#[test]
+fn packed_bases_train() {
+    let setup = Setup::new();
+    let lora = ["method=lora", "training.learning_rate=1e-2", "training.max_steps=40"];
+    let with = |storage: &'static str| [&lora[..], &[storage]].concat();
+    for (name, storage) in
+        [("f32", "model.storage=f32"), ("stored", "model.storage=stored"), ("nf4", "model.storage=nf4")]
+    {
+        let ran = setup.train(name, &with(storage));
+        assert_eq!(ran.code, 0, "{ran:?}");
+    }
+    let [plain, stored, nf4] = ["f32", "stored", "nf4"].map(|name| curve(&setup.dir(name)));
+    // The file holds f32, so there is nothing to keep packed.
+    assert_eq!(plain, stored);
+    assert!(nf4[0].1 != plain[0].1 && (nf4[0].1 - plain[0].1).abs() < 0.1 * plain[0].1, "{nf4:?}");
+    assert!(nf4[39].1 < nf4[0].1 - 0.3, "{nf4:?}");
+    let bad = setup.args("bad", &["method=full", "model.storage=nf4"]);
+    refused(&bad.iter().map(String::as_str).collect::<Vec<_>>(), 2, "model.storage = nf4 is not allowed");
+}
