@@ -10,7 +10,7 @@ use layer::{Masks, Pass};
 use rayon::prelude::*;
 use std::ops::Range;
 use tunesmith_tensor::ops::{attention, embedding, linear, linear_cross_entropy, rmsnorm, rope};
-use tunesmith_tensor::{Tensor, Weight, rng::Rng};
+use tunesmith_tensor::{Tensor, Weight, pool, rng::Rng};
 
 /// A named tensor of the model, under its Hugging Face (or PEFT) name.
 #[derive(Debug)]
@@ -98,9 +98,7 @@ impl Gradients {
 
     /// Sets every gradient to zero.
     pub fn clear(&mut self) {
-        for tensor in self.tensors.iter_mut().flatten() {
-            tensor.data_mut().fill(0.0);
-        }
+        pool::enter(|| self.tensors.iter_mut().flatten().for_each(Tensor::clear));
     }
 }
 
@@ -316,6 +314,10 @@ impl Llama {
 
     /// Forward pass without gradients: fills [`Workspace::losses`] and returns their sum in nats.
     pub fn loss(&self, batch: &Batch, label_smoothing: f32, ws: &mut Workspace) -> f64 {
+        pool::enter(|| self.pooled_loss(batch, label_smoothing, ws))
+    }
+
+    fn pooled_loss(&self, batch: &Batch, label_smoothing: f32, ws: &mut Workspace) -> f64 {
         self.run_layers(batch, None, Pass::Discard, ws);
         self.gather_and_norm(batch, ws);
         let head = self.value(self.head);
@@ -369,7 +371,7 @@ impl Llama {
     ) -> f64 {
         let mut losses = Vec::with_capacity(batch.targets.len());
         for (number, part) in batch.parts(PASS_TOKENS).iter().enumerate() {
-            self.part_gradients(part, number as u64, options, ws, gradients);
+            pool::enter(|| self.part_gradients(part, number as u64, options, ws, gradients));
             losses.extend_from_slice(&ws.losses);
         }
         ws.losses = losses;

@@ -8,6 +8,7 @@ mod cpu;
 mod mapped;
 pub mod nf4;
 pub mod ops;
+pub mod pool;
 pub mod quant;
 pub mod quant_encode;
 pub mod rng;

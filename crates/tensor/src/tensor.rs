@@ -1,6 +1,7 @@
 //! Row-major, contiguous f32 tensors in cache-line-aligned memory.
 
 use bytemuck::{Pod, Zeroable};
+use rayon::prelude::*;
 
 /// One cache line: the unit of allocation, so that every buffer starts on a 64-byte boundary.
 #[derive(Clone, Copy, Pod, Zeroable)]
@@ -8,6 +9,9 @@ use bytemuck::{Pod, Zeroable};
 struct Line([f32; 16]);
 
 const LINE: usize = 16;
+
+/// Elements that a thread copies or clears at a time.
+const CHUNK: usize = 1 << 16;
 
 /// A dense f32 tensor: a shape and row-major elements.
 ///
@@ -51,6 +55,18 @@ impl Tensor {
         self.len = len;
         self.shape.clear();
         self.shape.extend_from_slice(shape);
+    }
+
+    /// Sets every element to zero, on all threads.
+    pub fn clear(&mut self) {
+        self.data_mut().par_chunks_mut(CHUNK).for_each(|part| part.fill(0.0));
+    }
+
+    /// Takes the shape and elements of `from`, on all threads.
+    pub fn assign(&mut self, from: &Self) {
+        self.resize(&from.shape);
+        let parts = self.data_mut().par_chunks_mut(CHUNK).zip(from.data().par_chunks(CHUNK));
+        parts.for_each(|(to, from)| to.copy_from_slice(from));
     }
 
     /// The extents, outermost first.
@@ -123,6 +139,16 @@ mod tests {
         assert_eq!(t.row(1), &[4.0, 5.0, 6.0]);
         assert_eq!(t.data().as_ptr() as usize % 64, 0);
         assert!(!t.is_empty() && Tensor::zeros(&[0, 4]).is_empty());
+    }
+
+    #[test]
+    fn assigning_and_clearing_cover_every_chunk() {
+        let values: Vec<f32> = (0..2 * CHUNK + 5).map(|i| i as f32).collect();
+        let mut t = Tensor::zeros(&[3]);
+        t.assign(&Tensor::from_slice(&[1, values.len()], &values));
+        assert_eq!((t.shape(), t.data()), (&[1, values.len()][..], &values[..]));
+        t.clear();
+        assert!(t.data().iter().all(|x| *x == 0.0));
     }
 
     #[test]

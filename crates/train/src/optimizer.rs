@@ -3,7 +3,7 @@
 use crate::{Error, Result};
 use std::collections::HashMap;
 use tunesmith_model::{Gradients, Llama};
-use tunesmith_tensor::{Tensor, ops::adamw, ops::grad_norm};
+use tunesmith_tensor::{Tensor, ops::adamw, ops::grad_norm, pool};
 
 /// The constants of AdamW, under Hugging Face's names.
 #[derive(Clone, Copy, Debug)]
@@ -38,6 +38,10 @@ impl AdamW {
 
     /// One update with `learning_rate`; every gradient is multiplied by `grad_scale` (the clipping coefficient).
     pub fn update(&mut self, model: &mut Llama, gradients: &Gradients, learning_rate: f64, grad_scale: f64) {
+        pool::enter(|| self.pooled_update(model, gradients, learning_rate, grad_scale));
+    }
+
+    fn pooled_update(&mut self, model: &mut Llama, gradients: &Gradients, learning_rate: f64, grad_scale: f64) {
         self.updates += 1;
         let options = &self.options;
         for ((parameter, gradient), moments) in
@@ -100,7 +104,7 @@ impl AdamW {
 
 /// Euclidean norm over all gradients together.
 pub fn gradient_norm(gradients: &Gradients) -> f64 {
-    gradients.tensors.iter().flatten().map(grad_norm::sum_of_squares).sum::<f64>().sqrt()
+    pool::enter(|| gradients.tensors.iter().flatten().map(grad_norm::sum_of_squares).sum::<f64>().sqrt())
 }
 
 /// The factor that brings a gradient of norm `norm` down to `max_norm` (PyTorch's `clip_grad_norm_`); 1 when it is shorter

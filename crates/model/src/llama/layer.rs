@@ -64,7 +64,7 @@ impl Llama {
         let (layer, eps) = (&self.layers[l], self.config.rms_norm_eps);
         let masks = if let Pass::Keep(masks) = pass { masks } else { None };
         if matches!(pass, Pass::Keep(_)) {
-            copy(stream_td, &mut act.x_td);
+            act.x_td.assign(stream_td);
         }
         rmsnorm::forward(stream_td, self.tensor(layer.input_norm), eps, normed_td, &mut act.rstd1_t);
         let mut apply = |i: usize, x: &Tensor, y: &mut Tensor, into, xa: &mut Tensor| {
@@ -83,7 +83,7 @@ impl Llama {
         attention::forward(&act.q_th, k, v, &batch.segments, self.heads(), &mut act.o_th, &mut act.lse);
         apply(O, &act.o_th, stream_td, Accumulate, &mut act.xa_tr[O]);
         if matches!(pass, Pass::Keep(_)) {
-            copy(stream_td, &mut act.x2_td);
+            act.x2_td.assign(stream_td);
         }
         rmsnorm::forward(stream_td, self.tensor(layer.post_norm), eps, normed_td, &mut act.rstd2_t);
         apply(GATE, normed_td, &mut act.gate_tf, Overwrite, &mut act.xa_tr[GATE]);
@@ -157,20 +157,24 @@ impl Llama {
         mask: Option<MaskSource>,
         dropped: &mut Tensor,
     ) {
-        linear::forward(x, self.value(layer.weight), 1.0, y, into);
+        let weight = self.value(layer.weight);
+        match layer.lora.as_ref().filter(|_| self.adapter_enabled) {
+            Some(lora) => {
+                let x_a = match mask.and_then(|m| m.for_rate(lora.dropout)) {
+                    Some(mask) => {
+                        dropout::forward(x, mask, dropped);
+                        &*dropped
+                    }
+                    None => x,
+                };
+                linear::matmul(x_a, self.tensor(lora.a), 1.0, xa_tr, linear::Into::Overwrite);
+                let adapter = linear::Adapter { inner: xa_tr, outer: self.tensor(lora.b), scale: lora.scale };
+                linear::forward_adapted(x, weight, adapter, y, into);
+            }
+            None => linear::forward(x, weight, 1.0, y, into),
+        }
         if let Some(bias) = layer.bias {
             linear::add_bias(self.tensor(bias), y);
-        }
-        if let Some(lora) = layer.lora.as_ref().filter(|_| self.adapter_enabled) {
-            let x = match mask.and_then(|m| m.for_rate(lora.dropout)) {
-                Some(mask) => {
-                    dropout::forward(x, mask, dropped);
-                    &*dropped
-                }
-                None => x,
-            };
-            linear::matmul(x, self.tensor(lora.a), 1.0, xa_tr, linear::Into::Overwrite);
-            linear::matmul(xa_tr, self.tensor(lora.b), lora.scale, y, linear::Into::Accumulate);
         }
     }
 
@@ -185,14 +189,16 @@ impl Llama {
         mask: Option<MaskSource>,
         gradients: &mut Gradients,
     ) {
-        linear::input_gradient(d_y, self.value(layer.weight), 1.0, d_x, into);
+        let weight = self.value(layer.weight);
         if let Some(d_w) = gradients.tensors[layer.weight].as_mut() {
             linear::matmul_weight_gradient(d_y, x, 1.0, d_w);
         }
         if let Some(d_bias) = layer.bias.and_then(|b| gradients.tensors[b].as_mut()) {
             linear::bias_gradient(d_y, d_bias);
         }
-        let Some(lora) = layer.lora.as_ref().filter(|_| self.adapter_enabled) else { return };
+        let Some(lora) = layer.lora.as_ref().filter(|_| self.adapter_enabled) else {
+            return linear::input_gradient(d_y, weight, 1.0, d_x, into);
+        };
         let LinearBuffers { xa, d_xa, dropped, d_dropped } = buffers;
         let (a, b) = (self.tensor(lora.a), self.tensor(lora.b));
         linear::matmul_input_gradient(d_y, b, lora.scale, d_xa, linear::Into::Overwrite);
@@ -212,15 +218,14 @@ impl Llama {
         }
         match mask {
             Some(mask) => {
+                linear::input_gradient(d_y, weight, 1.0, d_x, into);
                 linear::matmul_input_gradient(d_xa, a, 1.0, d_dropped, linear::Into::Overwrite);
                 dropout::backward(d_dropped, mask, d_x);
             }
-            None => linear::matmul_input_gradient(d_xa, a, 1.0, d_x, linear::Into::Accumulate),
+            None => {
+                let adapter = linear::Adapter { inner: d_xa, outer: a, scale: 1.0 };
+                linear::input_gradient_adapted(d_y, weight, adapter, d_x, into);
+            }
         }
     }
-}
-
-fn copy(from: &Tensor, to: &mut Tensor) {
-    to.resize(from.shape());
-    to.data_mut().copy_from_slice(from.data());
 }

@@ -1,8 +1,17 @@
-//! Matrix products by the `gemm` crate, and the product with few rows that decoding needs.
+//! Matrix products on all threads, and the product with few rows that decoding needs.
+//!
+//! A task owns a block of columns of the result. It packs its columns of `b` into panels that fill half of the second-level
+//! cache, and lets the rows of `a` go by, read where they lie; `tile.rs` does the arithmetic. Packing turns `b` when its
+//! columns are not side by side (a weight in the forward pass), and keeps strides of a power of two, which fall on few
+//! cache sets, out of the inner loop. On the shapes of a training step this reaches more of the processor's peak than
+//! the `gemm` crate, which packs both operands and shares the blocks among threads (docs/benchmarks.md).
 
-use crate::Packed;
-use crate::cpu::simd::{multiversion, reduce2};
+use crate::cpu::simd::{Level, level, multiversion, reduce2};
+use crate::cpu::tile::{Panels, panel_width, product, tile_rows};
+use crate::cpu::transpose::transpose;
+use crate::{Packed, Tensor};
 use rayon::prelude::*;
+use std::cell::RefCell;
 use std::ops::Range;
 
 /// A read-only matrix inside a slice: element (i, j) is `data[i * row_stride + j * col_stride]`.
@@ -24,17 +33,257 @@ impl<'a> View<'a> {
         Self { data: self.data, row_stride: self.col_stride, col_stride: self.row_stride }
     }
 
-    fn check(&self, rows: usize, cols: usize) {
+    /// The matrix without its first `row` rows and `col` columns.
+    fn part(&self, row: usize, col: usize) -> Self {
+        Self { data: &self.data[row * self.row_stride + col * self.col_stride..], ..*self }
+    }
+
+    pub(crate) fn check(&self, rows: usize, cols: usize) {
         let last = (rows.max(1) - 1) * self.row_stride + (cols.max(1) - 1) * self.col_stride;
         assert!(rows == 0 || cols == 0 || last < self.data.len(), "matrix {rows} x {cols} exceeds its slice");
     }
 }
 
+/// One summand of a product: `alpha · a[m, k] · b[k, n]`.
+#[derive(Clone, Copy)]
+pub(crate) struct Term<'a> {
+    pub a: View<'a>,
+    pub b: View<'a>,
+    pub k: usize,
+    pub alpha: f32,
+}
+
+/// Elements of a packed block of `b`: about half of a 1 MiB L2 cache, where it stays while the rows of `a` go by.
+const BLOCK: usize = 112 * 1024;
+
+/// Inner dimensions up to this go in one pass over the destination; longer ones in passes of [`PASS`].
+const ONE_PASS: usize = 2048;
+const PASS: usize = 384;
+
+/// Rows of `a` that meet a packed block at a time: a multiple of every tile's rows.
+const ROWS: usize = 48;
+
+/// With fewer rows than this, a `b` whose columns lie side by side is used where it lies.
+const PACKING_PAYS: usize = 64;
+
+thread_local! {
+    /// The packed block of `b` and transposed rows of `a` of each thread, kept between calls.
+    static PACKED: RefCell<(Tensor, Tensor)> = RefCell::default();
+}
+
 /// `dst[m, n] = accumulate · dst + alpha · a[m, k] · b[k, n]`, where `dst` has rows `dst_stride` apart.
 ///
-/// Cuts the work among `threads` threads of the current rayon pool; one thread computes each element.
-#[allow(unsafe_code)]
+/// Cuts the work among the threads of the current rayon pool; one thread computes each element, in an order that does
+/// not depend on their number.
 pub(crate) fn gemm(
+    mn_k: (usize, usize, usize),
+    dst: &mut [f32],
+    dst_stride: usize,
+    accumulate: bool,
+    alpha: f32,
+    a: View<'_>,
+    b: View<'_>,
+) {
+    let (m, n, k) = mn_k;
+    gemm_sum((m, n), dst, dst_stride, accumulate, &[Term { a, b, k, alpha }]);
+}
+
+/// `dst[m, n] = accumulate · dst + Σ terms`: one pass over the destination for all of them, as if their inner dimensions
+/// lay one behind the other.
+pub(crate) fn gemm_sum(
+    (m, n): (usize, usize),
+    dst: &mut [f32],
+    dst_stride: usize,
+    accumulate: bool,
+    terms: &[Term<'_>],
+) {
+    if m == 0 || n == 0 {
+        return;
+    }
+    assert!((m - 1) * dst_stride + n <= dst.len() && dst_stride >= n, "destination {m} x {n} exceeds its slice");
+    for term in terms {
+        term.a.check(m, term.k);
+        term.b.check(term.k, n);
+    }
+    let total: usize = terms.iter().map(|t| t.k).sum();
+    if total == 0 {
+        if !accumulate {
+            dst.chunks_mut(dst_stride).take(m).for_each(|row| row[..n].fill(0.0));
+        }
+        return;
+    }
+    if level() == Level::Baseline {
+        for (i, t) in terms.iter().enumerate() {
+            library((m, n, t.k), dst, dst_stride, accumulate || i > 0, t.alpha, t.a, t.b, threads());
+        }
+        return;
+    }
+    let grid = Grid::new(m, n, total);
+    let dst = Shared::new(dst);
+    (0..grid.tasks()).into_par_iter().with_max_len(1).for_each(|task| {
+        let (rows, cols) = grid.task(task);
+        PACKED.with_borrow_mut(|(block, turned)| {
+            product_block(&grid, rows, cols, dst, dst_stride, accumulate, terms, block, turned);
+        });
+    });
+}
+
+/// How a product is cut into tasks: blocks of rows by blocks of columns, as even as they go.
+struct Grid {
+    m: usize,
+    n: usize,
+    total: usize,
+    row_tasks: usize,
+    col_tasks: usize,
+    /// Inner steps of one pass.
+    pass: usize,
+}
+
+impl Grid {
+    fn new(m: usize, n: usize, total: usize) -> Self {
+        let threads = threads();
+        let panels = n.div_ceil(panel_width());
+        let pass = if total <= ONE_PASS { total } else { total.div_ceil(total.div_ceil(PASS)) };
+        // Columns are cut first, so that each part of `b` is packed once; rows when that leaves a thread without its
+        // even share.
+        let even = panels.is_multiple_of(threads) || panels >= 16 * threads;
+        let shares = if even { threads } else { 1 };
+        let widest = (BLOCK / pass / panel_width()).max(1);
+        // More tasks than their size asks for, so that a thread that is held up is waited for less.
+        let share = panels.div_ceil(shares);
+        let col_tasks = shares * share.div_ceil(widest).max(share.min(4));
+        let row_tasks = if even { 1 } else { (2 * threads).min(m.div_ceil(ROWS)) };
+        Self { m, n, total, row_tasks, col_tasks, pass }
+    }
+
+    fn tasks(&self) -> usize {
+        self.row_tasks * self.col_tasks
+    }
+
+    /// Rows and columns of task `task`.
+    fn task(&self, task: usize) -> (Range<usize>, Range<usize>) {
+        let part = |number: usize, parts: usize, units: usize, unit: usize, end: usize| {
+            (number * units / parts * unit).min(end)..((number + 1) * units / parts * unit).min(end)
+        };
+        let (width, tile) = (panel_width(), tile_rows());
+        let (row, col) = (task / self.col_tasks, task % self.col_tasks);
+        (
+            part(row, self.row_tasks, self.m.div_ceil(tile), tile, self.m),
+            part(col, self.col_tasks, self.n.div_ceil(width), width, self.n),
+        )
+    }
+}
+
+/// The part of the product in `rows` and `cols`.
+#[allow(unsafe_code)]
+fn product_block(
+    grid: &Grid,
+    rows: Range<usize>,
+    cols: Range<usize>,
+    dst: Shared,
+    dst_stride: usize,
+    accumulate: bool,
+    terms: &[Term<'_>],
+    block: &mut Tensor,
+    turned: &mut Tensor,
+) {
+    if rows.is_empty() || cols.is_empty() {
+        return;
+    }
+    let n = cols.len();
+    let padded = n.next_multiple_of(panel_width());
+    block.resize(&[grid.pass, padded]);
+    for pass_start in (0..grid.total).step_by(grid.pass) {
+        let pass = pass_start..(pass_start + grid.pass).min(grid.total);
+        // The part of each term that falls into this pass, and where its packed form begins.
+        let pieces = |terms: &[Term<'_>], f: &mut dyn FnMut(&Term<'_>, Range<usize>, usize)| {
+            let mut offset = 0;
+            for term in terms {
+                let k = pass.start.max(offset)..pass.end.min(offset + term.k);
+                if !k.is_empty() {
+                    f(term, k.start - offset..k.end - offset, (k.start - pass.start) * padded);
+                }
+                offset += term.k;
+            }
+        };
+        let direct = |b: &View<'_>| b.col_stride == 1 && (rows.len() < PACKING_PAYS || b.row_stride <= panel_width());
+        pieces(terms, &mut |term, k, at| {
+            if !direct(&term.b) {
+                pack(term.b.part(k.start, cols.start), (k.len(), n), &mut block.data_mut()[at..]);
+            }
+        });
+        for first in rows.clone().step_by(ROWS) {
+            let m = ROWS.min(rows.end - first);
+            let at = first * dst_stride + cols.start;
+            // SAFETY: tasks differ in their rows or columns, and each touches only the columns of its own in its rows:
+            // `product` writes nothing else.
+            let dst = unsafe { dst.slice(at, (m - 1) * dst_stride + n) };
+            let mut add = accumulate || pass_start > 0;
+            pieces(terms, &mut |term, k, at| {
+                let mut a = term.a.part(first, k.start);
+                if a.row_stride == 1 && a.col_stride != 1 {
+                    // Steps that lie a row apart would miss the first-level cache at each step, for each panel.
+                    turned.resize(&[k.len(), ROWS]);
+                    for (to, l) in turned.data_mut().chunks_exact_mut(ROWS).zip(0..) {
+                        copy(&a.data[l * a.col_stride..][..m], to);
+                    }
+                    a = View { data: turned.data(), row_stride: 1, col_stride: ROWS };
+                }
+                let b = if direct(&term.b) {
+                    let b = term.b.part(k.start, cols.start);
+                    Panels::rows(b.data, b.row_stride)
+                } else {
+                    Panels::packed(&block.data()[at..], k.len())
+                };
+                product((m, n, k.len()), dst, dst_stride, add, term.alpha, a, b);
+                add = true;
+            });
+        }
+    }
+}
+
+/// Lays the panels of `b` [k, n] one behind the other, each row by row, for [`Panels::packed`].
+fn pack(b: View<'_>, (k, n): (usize, usize), to: &mut [f32]) {
+    let width = panel_width();
+    if b.col_stride == 1 {
+        // Row by row, since that is how `b` comes from memory.
+        for l in 0..k {
+            let mut row = &b.data[l * b.row_stride..][..n];
+            for (panel, to) in to.chunks_mut(k * width).enumerate().take(n.div_ceil(width)) {
+                let (from, rest) = row.split_at(width.min(n - panel * width));
+                copy(from, &mut to[l * width..]);
+                row = rest;
+            }
+        }
+        return;
+    }
+    for (panel, j) in to.chunks_mut(k * width).zip((0..n).step_by(width)) {
+        let cols = width.min(n - j);
+        let b = b.part(0, j);
+        if b.row_stride == 1 {
+            transpose((cols, k), b.data, b.col_stride, panel, width);
+        } else {
+            for (l, row) in panel.chunks_exact_mut(width).enumerate() {
+                for (c, x) in row[..cols].iter_mut().enumerate() {
+                    *x = b.data[l * b.row_stride + c * b.col_stride];
+                }
+            }
+        }
+    }
+}
+
+/// `to[..from.len()] = from` for rows too short for a call to the C library.
+#[inline]
+fn copy(from: &[f32], to: &mut [f32]) {
+    let to = &mut to[..from.len()];
+    let ((from, from_rest), (to, to_rest)) = (from.as_chunks::<16>(), to.as_chunks_mut::<16>());
+    from.iter().zip(to).for_each(|(from, to)| *to = *from);
+    to_rest.copy_from_slice(from_rest);
+}
+
+/// As [`gemm`] by the `gemm` crate, among `threads` threads: for processors that `tile.rs` has no tiles for.
+#[allow(unsafe_code)]
+pub(crate) fn library(
     (m, n, k): (usize, usize, usize),
     dst: &mut [f32],
     dst_stride: usize,
@@ -44,20 +293,9 @@ pub(crate) fn gemm(
     b: View<'_>,
     threads: usize,
 ) {
-    if m == 0 || n == 0 {
-        return;
-    }
-    assert!((m - 1) * dst_stride + n <= dst.len() && dst_stride >= n, "destination {m} x {n} exceeds its slice");
+    assert!(m > 0 && n > 0 && k > 0 && dst_stride >= n && (m - 1) * dst_stride + n <= dst.len());
     a.check(m, k);
     b.check(k, n);
-    if k == 0 {
-        if !accumulate {
-            for row in dst.chunks_mut(dst_stride).take(m) {
-                row[..n].fill(0.0);
-            }
-        }
-        return;
-    }
     let parallelism = if threads <= 1 { gemm::Parallelism::None } else { gemm::Parallelism::Rayon(threads) };
     // SAFETY: the three matrices lie inside their slices (checked above), `dst` is borrowed mutably and so overlaps
     // neither `a` nor `b`, and all strides are those of live f32 memory.
@@ -99,7 +337,7 @@ pub(crate) fn matmul_nt(
     w: &[f32],
 ) {
     if m > FEW_ROWS || n < 64 {
-        return gemm((m, n, k), y, n, accumulate, alpha, View::rows(x, k), View::rows(w, k).t(), threads());
+        return gemm((m, n, k), y, n, accumulate, alpha, View::rows(x, k), View::rows(w, k).t());
     }
     few_rows((m, n), y, accumulate, alpha, |columns, out| {
         for j in columns {
@@ -227,9 +465,50 @@ mod tests {
     }
 
     #[test]
+    fn long_and_several_inner_dimensions_add_up() {
+        let mut rng = Rng::new(8, 0);
+        // (m, n, inner dimensions): one pass, several passes with a seam inside a term, rows cut among threads.
+        for (m, n, ks) in [(70, 100, vec![33, 5]), (9, 40, vec![2000, 300, 16]), (130, 16, vec![70, 3])] {
+            let xs: Vec<Vec<f32>> = ks.iter().map(|k| rng.normals(m * k, 1.0)).collect();
+            let ws: Vec<Vec<f32>> = ks.iter().map(|k| rng.normals(n * k, 0.1)).collect();
+            let mut want = vec![1.0f64; m * n];
+            for ((x, w), k) in xs.iter().zip(&ws).zip(&ks) {
+                want.iter_mut().zip(naive(m, n, *k, x, w)).for_each(|(sum, y)| *sum += 0.5 * y);
+            }
+            // Each operand as it is and as a transposed view of its transpose.
+            let turn = |a: &[f32], rows: usize| {
+                let cols = a.len() / rows;
+                (0..a.len()).map(|at| a[at % rows * cols + at / rows]).collect::<Vec<f32>>()
+            };
+            let x_turned: Vec<Vec<f32>> = xs.iter().map(|x| turn(x, m)).collect();
+            let w_turned: Vec<Vec<f32>> = ws.iter().map(|w| turn(w, n)).collect();
+            for (turn_x, turn_w) in [(false, false), (true, false), (false, true), (true, true)] {
+                let terms: Vec<Term<'_>> = (0..ks.len())
+                    .map(|i| {
+                        let a = if turn_x { View::rows(&x_turned[i], m).t() } else { View::rows(&xs[i], ks[i]) };
+                        let b = if turn_w { View::rows(&w_turned[i], n) } else { View::rows(&ws[i], ks[i]).t() };
+                        Term { a, b, k: ks[i], alpha: 0.5 }
+                    })
+                    .collect();
+                let mut y = vec![1.0f32; m * (n + 1)];
+                gemm_sum((m, n), &mut y, n + 1, true, &terms);
+                for (i, row) in y.chunks(n + 1).enumerate() {
+                    assert_eq!(row[n], 1.0, "padding is left alone");
+                    for (a, b) in row[..n].iter().zip(&want[i * n..]) {
+                        assert!((*a as f64 - b).abs() < 1e-4, "{m} {n} {ks:?}: {a} {b}");
+                    }
+                }
+                let mut fresh = vec![f32::NAN; m * (n + 1)];
+                gemm_sum((m, n), &mut fresh, n + 1, false, &terms);
+                assert!((fresh[0] as f64 - (want[0] - 1.0)).abs() < 1e-4);
+            }
+        }
+    }
+
+    #[test]
     fn empty_inner_dimension_clears() {
         let mut y = vec![f32::NAN; 6];
-        gemm((2, 3, 0), &mut y, 3, false, 1.0, View::rows(&[], 0), View::rows(&[], 3), 1);
+        gemm((2, 3, 0), &mut y, 3, false, 1.0, View::rows(&[], 0), View::rows(&[], 3));
         assert_eq!(y, [0.0; 6]);
     }
 }

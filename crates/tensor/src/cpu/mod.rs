@@ -13,6 +13,8 @@ pub(crate) mod rmsnorm;
 pub(crate) mod rope;
 pub(crate) mod simd;
 pub(crate) mod swiglu;
+pub(crate) mod tile;
+pub(crate) mod transpose;
 
 /// Rows of a block that one thread takes at a time, so that a block of `cols` columns is about 16 KiB and stays in L1.
 pub(crate) fn rows_per_task(cols: usize) -> usize {

@@ -2,7 +2,7 @@
 
 use crate::cpu::{
     rows_per_task,
-    simd::{multiversion, reduce2},
+    simd::{multiversion, reduce2, reduce3},
 };
 use rayon::prelude::*;
 
@@ -71,14 +71,10 @@ pub(crate) fn backward(
 multiversion! {
     fn backward_rows(x: &[f32], weight: &[f32], rstd: &[f32], d_y: &[f32], d_x: &mut [f32]) {
         let d = weight.len();
-        let mut weighted = vec![0.0f32; d];
         for (((x, d_y), d_x), r) in x.chunks_exact(d).zip(d_y.chunks_exact(d)).zip(d_x.chunks_exact_mut(d)).zip(rstd) {
-            for ((o, g), w) in weighted.iter_mut().zip(d_y).zip(weight) {
-                *o = g * w;
-            }
-            let mean = reduce2(&weighted, x, |a, b| a * b) * r * r / d as f32;
-            for ((d_x, g), x) in d_x.iter_mut().zip(&weighted).zip(x) {
-                *d_x += r * (g - x * mean);
+            let mean = reduce3(d_y, weight, x, |g, w, x| g * w * x) * r * r / d as f32;
+            for (((d_x, g), w), x) in d_x.iter_mut().zip(d_y).zip(weight).zip(x) {
+                *d_x += r * (g * w - x * mean);
             }
         }
     }

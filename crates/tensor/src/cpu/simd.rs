@@ -75,17 +75,24 @@ pub(crate) const LANES: usize = 32;
 /// Σ f(i) over both slices, in f32 with [`LANES`] partial sums.
 #[inline(always)]
 pub(crate) fn reduce2(a: &[f32], b: &[f32], f: impl Fn(f32, f32) -> f32) -> f32 {
+    reduce3(a, b, b, |a, b, _| f(a, b))
+}
+
+/// As [`reduce2`] over three slices.
+#[inline(always)]
+pub(crate) fn reduce3(a: &[f32], b: &[f32], c: &[f32], f: impl Fn(f32, f32, f32) -> f32) -> f32 {
     let mut sums = [0.0f32; LANES];
     let (a_chunks, a_rest) = a.as_chunks::<LANES>();
     let (b_chunks, b_rest) = b.as_chunks::<LANES>();
-    for (x, y) in a_chunks.iter().zip(b_chunks) {
+    let (c_chunks, c_rest) = c.as_chunks::<LANES>();
+    for ((x, y), z) in a_chunks.iter().zip(b_chunks).zip(c_chunks) {
         for i in 0..LANES {
-            sums[i] += f(x[i], y[i]);
+            sums[i] += f(x[i], y[i], z[i]);
         }
     }
     let mut sum = 0.0;
-    for (x, y) in a_rest.iter().zip(b_rest) {
-        sum += f(*x, *y);
+    for ((x, y), z) in a_rest.iter().zip(b_rest).zip(c_rest) {
+        sum += f(*x, *y, *z);
     }
     let mut width = LANES / 2;
     while width > 0 {

@@ -198,45 +198,50 @@ mod tests {
     }
 
     #[test]
-    fn backward_over_several_tiles_is_the_sum_of_rows() {
-        // Against a second, independent backward: one segment a query, with the other queries' d_o set to zero.
+    fn backward_over_several_tiles_matches_the_closed_form() {
         let mut rng = Rng::new(14, 0);
-        let heads = Heads { num_heads: 2, num_kv_heads: 1, head_dim: 4 };
-        let n = 290;
-        let q = random(&mut rng, n, 8);
-        let [k, v] = [(); 2].map(|_| random(&mut rng, n, 4));
-        let d_o = random(&mut rng, n, 8);
-        let segments = Segment::documents(&[n]);
-        let (mut o, mut lse) = (Tensor::default(), Tensor::default());
-        forward(&q, &k, &v, &segments, heads, &mut o, &mut lse);
-        let (mut d_q, mut d_k, mut d_v) = (Tensor::default(), Tensor::default(), Tensor::default());
-        backward(&q, &k, &v, &o, &lse, &d_o, &segments, heads, &mut d_q, &mut d_k, &mut d_v);
-        // Closed form in f64.
-        let (q64, k64, v64) = (to_f64(q.data()), to_f64(k.data()), to_f64(v.data()));
-        let (mut wq, mut wk, mut wv) = (vec![0.0; n * 8], vec![0.0; n * 4], vec![0.0; n * 4]);
-        for h in 0..2 {
-            for i in 0..n {
-                let s: Vec<f64> = (0..=i)
-                    .map(|j| (0..4).map(|c| q64[i * 8 + h * 4 + c] * k64[j * 4 + c]).sum::<f64>() / 2.0)
-                    .collect();
-                let total: f64 = s.iter().map(|s| s.exp()).sum();
-                let p: Vec<f64> = s.iter().map(|s| s.exp() / total).collect();
-                let g = |c: usize| d_o.data()[i * 8 + h * 4 + c] as f64;
-                let d_p: Vec<f64> = (0..=i).map(|j| (0..4).map(|c| g(c) * v64[j * 4 + c]).sum()).collect();
-                let mean: f64 = p.iter().zip(&d_p).map(|(p, d)| p * d).sum();
-                for j in 0..=i {
-                    let d_s = p[j] * (d_p[j] - mean) / 2.0;
-                    for c in 0..4 {
-                        wv[j * 4 + c] += p[j] * g(c);
-                        wq[i * 8 + h * 4 + c] += d_s * k64[j * 4 + c];
-                        wk[j * 4 + c] += d_s * q64[i * 8 + h * 4 + c];
+        // (query heads, key/value heads, head size, tokens): several tiles and shares, grouped heads, odd sizes.
+        for (num_heads, num_kv_heads, head_dim, n) in [(2, 1, 4, 290), (3, 1, 64, 600), (4, 2, 37, 70)] {
+            let heads = Heads { num_heads, num_kv_heads, head_dim };
+            let (qc, kc) = (heads.q_cols(), heads.kv_cols());
+            let q = random(&mut rng, n, qc);
+            let [k, v] = [(); 2].map(|_| random(&mut rng, n, kc));
+            let d_o = random(&mut rng, n, qc);
+            let segments = Segment::documents(&[n]);
+            let (mut o, mut lse) = (Tensor::default(), Tensor::default());
+            forward(&q, &k, &v, &segments, heads, &mut o, &mut lse);
+            let (mut d_q, mut d_k, mut d_v) = (Tensor::default(), Tensor::default(), Tensor::default());
+            backward(&q, &k, &v, &o, &lse, &d_o, &segments, heads, &mut d_q, &mut d_k, &mut d_v);
+            let [q64, k64, v64, g64] = [&q, &k, &v, &d_o].map(|t| to_f64(t.data()));
+            check_close("o", o.data(), &naive(&q64, &k64, &v64, &segments, heads), 1e-5);
+            let (mut wq, mut wk, mut wv) = (vec![0.0; n * qc], vec![0.0; n * kc], vec![0.0; n * kc]);
+            let root = (head_dim as f64).sqrt();
+            let dot = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f64>();
+            for h in 0..num_heads {
+                for i in 0..n {
+                    let at_q = i * qc + h * head_dim..i * qc + (h + 1) * head_dim;
+                    let at_k = |j: usize| j * kc + h / heads.group() * head_dim;
+                    let row = |x: &[f64], j: usize| x[at_k(j)..at_k(j) + head_dim].to_vec();
+                    let g = &g64[at_q.clone()];
+                    let s: Vec<f64> = (0..=i).map(|j| dot(&q64[at_q.clone()], &row(&k64, j)) / root).collect();
+                    let total: f64 = s.iter().map(|s| s.exp()).sum();
+                    let p: Vec<f64> = s.iter().map(|s| s.exp() / total).collect();
+                    let d_p: Vec<f64> = (0..=i).map(|j| dot(g, &row(&v64, j))).collect();
+                    let mean = dot(&p, &d_p);
+                    for j in 0..=i {
+                        let d_s = p[j] * (d_p[j] - mean) / root;
+                        for c in 0..head_dim {
+                            wv[at_k(j) + c] += p[j] * g[c];
+                            wq[at_q.start + c] += d_s * k64[at_k(j) + c];
+                            wk[at_k(j) + c] += d_s * q64[at_q.start + c];
+                        }
                     }
                 }
             }
+            check_close("d_q", d_q.data(), &wq, 1e-5);
+            check_close("d_k", d_k.data(), &wk, 1e-5);
+            check_close("d_v", d_v.data(), &wv, 1e-5);
         }
-        check_close("d_q", d_q.data(), &wq, 1e-5);
-        check_close("d_k", d_k.data(), &wk, 1e-5);
-        check_close("d_v", d_v.data(), &wv, 1e-5);
     }
 
     proptest! {

@@ -1,70 +1,140 @@
 //! Linear layer with an optional bias and an optional LoRA pair:
 //! y = x Wᵀ + bias + s · (dropout(x) Aᵀ) Bᵀ (Hu et al., "LoRA", 2021). Weights are stored [out, in], A [r, in], B [out, r].
 
-use crate::cpu::matmul::{FEW_ROWS, View, gemm, matmul_nt, matmul_nt_packed, threads};
+use crate::cpu::matmul::{FEW_ROWS, Term, View, gemm, gemm_sum, matmul_nt, matmul_nt_packed};
 use crate::{Packed, Tensor, Weight, cpu};
 use rayon::prelude::*;
-use std::cell::RefCell;
+use std::cell::Cell;
 
 /// Elements of a packed weight that are decoded at a time (4 MiB of f32).
 pub const PANEL: usize = 1 << 20;
 
 thread_local! {
-    /// The decoded panel, kept between products.
-    static DECODED: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+    /// The decoded panel, kept between products. Taken out while it is in use: a thread that waits for others may begin
+    /// another product meanwhile.
+    static DECODED: Cell<Vec<f32>> = Cell::default();
 }
 
 /// Calls `f(first row, rows, decoded rows)` for one panel of `w` after the other.
 fn panels(w: &Packed, mut f: impl FnMut(usize, usize, &[f32])) {
     let [rows, cols] = w.shape();
     let step = (PANEL / cols.max(1)).max(1).min(rows);
-    DECODED.with_borrow_mut(|panel| {
-        panel.resize(panel.len().max(step * cols), 0.0);
-        for first in (0..rows).step_by(step.max(1)) {
-            let count = step.min(rows - first);
-            let panel = &mut panel[..count * cols];
-            w.decode_rows_parallel(first..first + count, panel);
-            f(first, count, panel);
-        }
-    });
+    let mut panel = DECODED.take();
+    panel.resize(panel.len().max(step * cols), 0.0);
+    for first in (0..rows).step_by(step.max(1)) {
+        let count = step.min(rows - first);
+        let panel = &mut panel[..count * cols];
+        w.decode_rows_parallel(first..first + count, panel);
+        f(first, count, panel);
+    }
+    DECODED.set(panel);
+}
+
+/// The second product of an adapter. It joins the layer's own, so that the destination is passed over once.
+#[derive(Clone, Copy, Debug)]
+pub struct Adapter<'a> {
+    /// x Aᵀ [T, r] in [`forward_adapted`], its gradient in [`input_gradient_adapted`].
+    pub inner: &'a Tensor,
+    /// B [out, r] in [`forward_adapted`], A [r, in] in [`input_gradient_adapted`].
+    pub outer: &'a Tensor,
+    /// Factor on their product.
+    pub scale: f32,
 }
 
 /// `y` [T, out] = or += `alpha` · `x` [T, in] · `w` [out, in]ᵀ. A packed weight is decoded panel by panel, a strip of output
 /// columns each.
 pub fn forward(x: &Tensor, w: &Weight, alpha: f32, y: &mut Tensor, into: Into) {
-    let w = match w {
-        Weight::Dense(w) => return matmul(x, w, alpha, y, into),
-        Weight::Packed(w) => w,
-    };
-    let [n, k] = w.shape();
-    let m = x.rows();
-    assert_eq!(k, x.cols(), "x {:?} against weight [{n}, {k}]", x.shape());
-    prepare(y, m, n, into);
-    let accumulate = into == Into::Accumulate;
+    assert_eq!(w.cols(), x.cols(), "x {:?} against weight {:?}", x.shape(), w.shape());
+    prepare(y, x.rows(), w.rows(), into);
+    forward_rows(x.data(), w, alpha, None, y.data_mut(), into);
+}
+
+/// As [`forward`] with `alpha` 1, plus `scale` · `inner` · `outer`ᵀ of the adapter.
+pub fn forward_adapted(x: &Tensor, w: &Weight, adapter: Adapter<'_>, y: &mut Tensor, into: Into) {
+    assert_eq!(w.cols(), x.cols(), "x {:?} against weight {:?}", x.shape(), w.shape());
+    let Adapter { inner, outer, .. } = adapter;
+    assert!(inner.rows() == x.rows() && outer.shape() == [w.rows(), inner.cols()], "{inner:?} against {outer:?}");
+    prepare(y, x.rows(), w.rows(), into);
+    forward_rows(x.data(), w, 1.0, Some(adapter), y.data_mut(), into);
+}
+
+/// [`forward`] over rows that lie one behind the other in `x` and `y`.
+pub(crate) fn forward_rows(x: &[f32], w: &Weight, alpha: f32, adapter: Option<Adapter<'_>>, y: &mut [f32], into: Into) {
+    let (n, k) = (w.rows(), w.cols());
+    let (m, accumulate) = (x.len() / k.max(1), into == Into::Accumulate);
     if m <= FEW_ROWS {
-        return matmul_nt_packed(m, y.data_mut(), accumulate, alpha, x.data(), w);
+        match w {
+            Weight::Dense(w) => matmul_nt((m, n, k), y, accumulate, alpha, x, w.data()),
+            Weight::Packed(w) => matmul_nt_packed(m, y, accumulate, alpha, x, w),
+        }
+        if let Some(Adapter { inner, outer, scale }) = adapter {
+            matmul_nt((m, n, inner.cols()), y, true, scale, inner.data(), outer.data());
+        }
+        return;
     }
-    panels(w, |first, count, panel| {
-        let (a, b) = (View::rows(x.data(), k), View::rows(panel, k).t());
-        gemm((m, count, k), &mut y.data_mut()[first..], n, accumulate, alpha, a, b, threads());
-    });
+    let mut columns = |first: usize, count: usize, panel: &[f32]| {
+        let own = Term { a: View::rows(x, k), b: View::rows(panel, k).t(), k, alpha };
+        let y = &mut y[first..];
+        match adapter {
+            None => gemm_sum((m, count), y, n, accumulate, &[own]),
+            Some(Adapter { inner, outer, scale }) => {
+                let r = inner.cols();
+                let b = View::rows(&outer.data()[first * r..], r).t();
+                let added = Term { a: View::rows(inner.data(), r), b, k: r, alpha: scale };
+                gemm_sum((m, count), y, n, accumulate, &[own, added]);
+            }
+        }
+    };
+    match w {
+        Weight::Dense(w) => columns(0, n, w.data()),
+        Weight::Packed(w) => panels(w, columns),
+    }
 }
 
 /// Gradient of the input: `d_x` [T, in] = or += `alpha` · `d_y` [T, out] · `w` [out, in]; a packed weight as in [`forward`].
 pub fn input_gradient(d_y: &Tensor, w: &Weight, alpha: f32, d_x: &mut Tensor, into: Into) {
-    let w = match w {
-        Weight::Dense(w) => return matmul_input_gradient(d_y, w, alpha, d_x, into),
-        Weight::Packed(w) => w,
-    };
-    let [k, n] = w.shape();
-    let m = d_y.rows();
-    assert_eq!(k, d_y.cols(), "d_y {:?} against weight [{k}, {n}]", d_y.shape());
-    prepare(d_x, m, n, into);
-    panels(w, |first, count, panel| {
-        let a = View { data: &d_y.data()[first..], row_stride: k, col_stride: 1 };
+    assert_eq!(w.rows(), d_y.cols(), "d_y {:?} against weight {:?}", d_y.shape(), w.shape());
+    prepare(d_x, d_y.rows(), w.cols(), into);
+    input_gradient_rows(d_y.data(), w, alpha, None, d_x.data_mut(), into);
+}
+
+/// As [`input_gradient`] with `alpha` 1, plus `scale` · `inner` · `outer` of the adapter.
+pub fn input_gradient_adapted(d_y: &Tensor, w: &Weight, adapter: Adapter<'_>, d_x: &mut Tensor, into: Into) {
+    assert_eq!(w.rows(), d_y.cols(), "d_y {:?} against weight {:?}", d_y.shape(), w.shape());
+    let Adapter { inner, outer, .. } = adapter;
+    assert!(inner.rows() == d_y.rows() && outer.shape() == [inner.cols(), w.cols()], "{inner:?} against {outer:?}");
+    prepare(d_x, d_y.rows(), w.cols(), into);
+    input_gradient_rows(d_y.data(), w, 1.0, Some(adapter), d_x.data_mut(), into);
+}
+
+/// [`input_gradient`] over rows that lie one behind the other in `d_y` and `d_x`.
+pub(crate) fn input_gradient_rows(
+    d_y: &[f32],
+    w: &Weight,
+    alpha: f32,
+    adapter: Option<Adapter<'_>>,
+    d_x: &mut [f32],
+    into: Into,
+) {
+    let (k, n) = (w.rows(), w.cols());
+    let m = d_y.len() / k.max(1);
+    let mut rows = |first: usize, count: usize, panel: &[f32]| {
+        let a = View { data: &d_y[first..], row_stride: k, col_stride: 1 };
+        let own = Term { a, b: View::rows(panel, n), k: count, alpha };
         let accumulate = into == Into::Accumulate || first > 0;
-        gemm((m, n, count), d_x.data_mut(), n, accumulate, alpha, a, View::rows(panel, n), threads());
-    });
+        match adapter.filter(|_| first == 0) {
+            None => gemm_sum((m, n), d_x, n, accumulate, &[own]),
+            Some(Adapter { inner, outer, scale }) => {
+                let r = inner.cols();
+                let (a, b) = (View::rows(inner.data(), r), View::rows(outer.data(), n));
+                gemm_sum((m, n), d_x, n, accumulate, &[own, Term { a, b, k: r, alpha: scale }]);
+            }
+        }
+    };
+    match w {
+        Weight::Dense(w) => rows(0, k, w.data()),
+        Weight::Packed(w) => panels(w, rows),
+    }
 }
 
 /// What a product does to its destination.
@@ -90,15 +160,21 @@ pub fn matmul_input_gradient(d_y: &Tensor, w: &Tensor, alpha: f32, d_x: &mut Ten
     assert_eq!(k, d_y.cols(), "d_y {:?} against weight {:?}", d_y.shape(), w.shape());
     prepare(d_x, m, n, into);
     let (a, b) = (View::rows(d_y.data(), k), View::rows(w.data(), n));
-    gemm((m, n, k), d_x.data_mut(), n, into == Into::Accumulate, alpha, a, b, threads());
+    gemm((m, n, k), d_x.data_mut(), n, into == Into::Accumulate, alpha, a, b);
 }
 
 /// Gradient of the weight: `d_w` [out, in] **+=** `alpha` · `d_y` [T, out]ᵀ · `x` [T, in].
 pub fn matmul_weight_gradient(d_y: &Tensor, x: &Tensor, alpha: f32, d_w: &mut Tensor) {
-    let (m, n, k) = (d_y.cols(), x.cols(), x.rows());
-    assert!(d_y.rows() == k && d_w.rows() == m && d_w.cols() == n, "d_w {:?}", d_w.shape());
-    let (a, b) = (View::rows(d_y.data(), m).t(), View::rows(x.data(), n));
-    gemm((m, n, k), d_w.data_mut(), n, true, alpha, a, b, threads());
+    assert!(d_y.rows() == x.rows() && d_w.shape() == [d_y.cols(), x.cols()], "d_w {:?}", d_w.shape());
+    weight_gradient_rows(d_y.data(), x.data(), alpha, d_w);
+}
+
+/// [`matmul_weight_gradient`] over rows that lie one behind the other.
+pub(crate) fn weight_gradient_rows(d_y: &[f32], x: &[f32], alpha: f32, d_w: &mut Tensor) {
+    let (m, n) = (d_w.rows(), d_w.cols());
+    let k = x.len() / n.max(1);
+    let (a, b) = (View::rows(d_y, m).t(), View::rows(x, n));
+    gemm((m, n, k), d_w.data_mut(), n, true, alpha, a, b);
 }
 
 /// Adds `bias` [out] to each row of `y` [T, out].
@@ -201,6 +277,35 @@ mod tests {
         check("d_x", x.data(), d_x.data(), 1e-5, |x| weighted(&full(x, &a64, &b64), d_y.data()));
         check("d_a", a.data(), d_a.data(), 1e-5, |a| weighted(&full(&xs, a, &b64), d_y.data()));
         check("d_b", b.data(), d_b.data(), 1e-5, |b| weighted(&full(&xs, &a64, b), d_y.data()));
+    }
+
+    #[test]
+    fn adapters_join_the_layers_own_product() {
+        let mut rng = Rng::new(9, 0);
+        let (n, k, r, scale) = (70, 33, 5, 0.5);
+        for (t, packed) in [(2, false), (9, false), (2, true), (9, true)] {
+            let [w, b] = [k, r].map(|cols| Tensor::from_slice(&[n, cols], &rng.normals(n * cols, 0.3)));
+            let a = Tensor::from_slice(&[r, k], &rng.normals(r * k, 0.3));
+            let [x, d_y] = [k, n].map(|cols| Tensor::from_slice(&[t, cols], &rng.normals(t * cols, 1.0)));
+            let [xa, d_xa] = [(); 2].map(|_| Tensor::from_slice(&[t, r], &rng.normals(t * r, 1.0)));
+            let weight = if packed {
+                let bytes = w.data().iter().flat_map(|x| x.to_le_bytes()).collect();
+                Weight::Packed(Packed::from_blocks([n, k], BlockType::F32, Bytes::Owned(bytes), None))
+            } else {
+                Weight::Dense(w.clone())
+            };
+            let (mut y, mut want_y) = (Tensor::default(), Tensor::default());
+            forward_adapted(&x, &weight, Adapter { inner: &xa, outer: &b, scale }, &mut y, Into::Overwrite);
+            forward(&x, &weight, 1.0, &mut want_y, Into::Overwrite);
+            matmul(&xa, &b, scale, &mut want_y, Into::Accumulate);
+            check_close("y", y.data(), &to_f64(want_y.data()), 1e-5);
+            let (mut d_x, mut want_d_x) = (Tensor::default(), Tensor::default());
+            let adapter = Adapter { inner: &d_xa, outer: &a, scale };
+            input_gradient_adapted(&d_y, &weight, adapter, &mut d_x, Into::Overwrite);
+            input_gradient(&d_y, &weight, 1.0, &mut want_d_x, Into::Overwrite);
+            matmul_input_gradient(&d_xa, &a, scale, &mut want_d_x, Into::Accumulate);
+            check_close("d_x", d_x.data(), &to_f64(want_d_x.data()), 1e-5);
+        }
     }
 
     /// Products over a packed weight are those over its decoded form, both ways, for one row and for many, in one panel and

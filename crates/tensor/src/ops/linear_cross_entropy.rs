@@ -1,7 +1,7 @@
 //! Output head and cross-entropy in one op, chunk by chunk, so that the logits [N, V] never exist as a whole:
 //! loss_n = (1 − ε) · (logsumexp(z_n) − z_n[target]) + ε · (logsumexp(z_n) − mean(z_n)) with z = h Wᵀ and label smoothing ε.
 
-use crate::ops::linear::{self, Into, matmul_weight_gradient};
+use crate::ops::linear::{Into, forward_rows, input_gradient_rows, weight_gradient_rows};
 use crate::{Tensor, Weight, cpu};
 
 /// Rows of logits that exist at a time. More rows make the products a little faster and the buffer larger
@@ -12,8 +12,6 @@ const CHUNK_ROWS: usize = 256;
 #[derive(Debug, Default)]
 pub struct Scratch {
     logits: Tensor,
-    h: Tensor,
-    d_h: Tensor,
 }
 
 /// `loss` [N] = loss (nats) of each row of `h` [N, d] under head `w` [V, d] and `targets` [N], nothing else kept.
@@ -63,18 +61,18 @@ fn run(
     for start in (0..n).step_by(CHUNK_ROWS) {
         let rows = CHUNK_ROWS.min(n - start);
         let part = start * d..(start + rows) * d;
-        scratch.h.resize(&[rows, d]);
-        scratch.h.data_mut().copy_from_slice(&h.data()[part.clone()]);
-        linear::forward(&scratch.h, w, 1.0, &mut scratch.logits, Into::Overwrite);
+        let h = &h.data()[part.clone()];
+        scratch.logits.resize(&[rows, vocab]);
+        forward_rows(h, w, 1.0, None, scratch.logits.data_mut(), Into::Overwrite);
         let chunk_loss = &mut loss[start..start + rows];
         let targets = &targets[start..start + rows];
         let scale = gradients.as_ref().map(|g| g.scale);
         cpu::cross_entropy::rows(scratch.logits.data_mut(), vocab, targets, smoothing, scale, chunk_loss);
         if let Some(g) = &mut gradients {
-            linear::input_gradient(&scratch.logits, w, 1.0, &mut scratch.d_h, Into::Overwrite);
-            g.d_h.data_mut()[part].copy_from_slice(scratch.d_h.data());
+            let d_h = &mut g.d_h.data_mut()[part];
+            input_gradient_rows(scratch.logits.data(), w, 1.0, None, d_h, Into::Overwrite);
             if let Some(d_w) = g.d_w.as_deref_mut() {
-                matmul_weight_gradient(&scratch.logits, &scratch.h, 1.0, d_w);
+                weight_gradient_rows(scratch.logits.data(), h, 1.0, d_w);
             }
         }
     }
