@@ -8,6 +8,7 @@ mod cpu;
 mod mapped;
 pub mod nf4;
 pub mod ops;
+pub mod packed_int;
 pub mod pool;
 pub mod quant;
 pub mod quant_encode;

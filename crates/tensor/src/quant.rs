@@ -129,6 +129,32 @@ impl BlockType {
     }
 }
 
+impl BlockType {
+    /// Scale, minimum (0 where the format has none) and signed codes of one block of 32: an element is d · code + m.
+    ///
+    /// # Panics
+    /// For other types than Q4_0, Q4_1, Q5_0, Q5_1 and Q8_0, and when `b` is shorter than a block.
+    pub(crate) fn codes(self, b: &[u8]) -> (f16, f16, [i8; 32]) {
+        let half = |at: usize| f16::from_le_bytes([b[at], b[at + 1]]);
+        let nibble = |i: usize, first: usize| if i < 16 { b[first + i] & 15 } else { b[first + i - 16] >> 4 };
+        let (d, none) = (half(0), f16::ZERO);
+        match self {
+            Self::Q4_0 => (d, none, std::array::from_fn(|i| nibble(i, 2) as i8 - 8)),
+            Self::Q4_1 => (d, half(2), std::array::from_fn(|i| nibble(i, 4) as i8)),
+            Self::Q5_0 => {
+                let high = bits_at(b, 2);
+                (d, none, std::array::from_fn(|i| (nibble(i, 6) | fifth(high, i)) as i8 - 16))
+            }
+            Self::Q5_1 => {
+                let high = bits_at(b, 4);
+                (d, half(2), std::array::from_fn(|i| (nibble(i, 8) | fifth(high, i)) as i8))
+            }
+            Self::Q8_0 => (d, none, std::array::from_fn(|i| b[2 + i] as i8)),
+            _ => panic!("{} has no codes of its own in blocks of 32", self.name()),
+        }
+    }
+}
+
 /// Decodes `bytes`, whole blocks of `kind`, into `out`, on all cores when there is much of it.
 ///
 /// # Panics

@@ -8,6 +8,12 @@ pub(crate) mod adamw;
 pub(crate) mod attention;
 pub(crate) mod cross_entropy;
 pub(crate) mod dropout;
+pub(crate) mod int8;
+#[cfg(target_arch = "x86_64")]
+mod int8_avx2;
+#[cfg(target_arch = "x86_64")]
+mod int8_avx512;
+pub(crate) mod int8_rows;
 pub(crate) mod matmul;
 pub(crate) mod rmsnorm;
 pub(crate) mod rope;
