@@ -176,6 +176,15 @@ impl From<StorageName> for tunesmith_model::Storage {
     }
 }
 
+/// How frozen weights multiply.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum ComputeName {
+    /// In f32.
+    F32,
+    /// Rounded to 8 bits, as are their inputs: faster, a little less exact.
+    Int8,
+}
+
 /// `tunesmith evaluate`
 #[derive(Args, Debug)]
 pub struct EvaluateArgs {
@@ -185,6 +194,9 @@ pub struct EvaluateArgs {
     /// How the weights are kept in memory.
     #[arg(long, value_enum, default_value = "f32")]
     pub storage: StorageName,
+    /// How the weights multiply.
+    #[arg(long, value_enum, default_value = "f32")]
+    pub compute: ComputeName,
     /// Compare with this model instead of with the model without its adapter (it must have the same tokenizer).
     #[arg(long, value_name = "SOURCE", conflicts_with = "adapter")]
     pub base: Option<String>,
@@ -392,6 +404,9 @@ pub struct BenchTrainArgs {
     /// How frozen weights are kept in memory.
     #[arg(long, value_enum, default_value = "f32")]
     pub storage: StorageName,
+    /// How frozen weights multiply.
+    #[arg(long, value_enum, default_value = "f32")]
+    pub compute: ComputeName,
     /// Rows of a step.
     #[arg(long, default_value_t = 4)]
     pub batch: usize,

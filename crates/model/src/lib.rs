@@ -11,6 +11,7 @@ mod export;
 mod export_gguf;
 mod generate;
 mod import;
+mod int8;
 pub mod llama;
 mod lora;
 

@@ -73,10 +73,12 @@ pub struct Llama {
     /// All tensors; adapter tensors come last.
     pub parameters: Vec<Parameter>,
     pub(crate) layers: Vec<Layer>,
-    embed: usize,
+    pub(crate) embed: usize,
     norm: usize,
     /// The same index as `embed` when the head is tied: one tensor, one gradient, one update.
-    head: usize,
+    pub(crate) head: usize,
+    /// What multiplies in place of a tied head that is rounded to 8 bits: rows of the embedding stay exact.
+    pub(crate) int8_head: Option<Weight>,
     frequencies: Vec<f32>,
     pub(crate) adapter: Option<crate::AdapterConfig>,
     adapter_enabled: bool,
@@ -261,12 +263,27 @@ impl Llama {
         let head = if config.tie_word_embeddings { embed } else { index["lm_head.weight"] };
         let norm = index["model.norm.weight"];
         let frequencies = config.inverse_frequencies();
-        Self { config, layers, embed, norm, head, frequencies, adapter: None, adapter_enabled: true, parameters }
+        Self {
+            config,
+            layers,
+            embed,
+            norm,
+            head,
+            int8_head: None,
+            frequencies,
+            adapter: None,
+            adapter_enabled: true,
+            parameters,
+        }
     }
 
     /// Makes every parameter of the base model train (full fine-tuning or pre-training). Packed weights are decoded: only f32
     /// trains.
+    ///
+    /// # Panics
+    /// After [`Llama::compute_int8`].
     pub fn train_all(&mut self) {
+        assert!(!self.computes_int8(), "weights rounded to 8 bits cannot train");
         for parameter in &mut self.parameters {
             if let Weight::Packed(packed) = &parameter.value {
                 parameter.value = packed.to_tensor().into();
@@ -307,6 +324,10 @@ impl Llama {
         &self.parameters[index].value
     }
 
+    fn head_weight(&self) -> &Weight {
+        self.int8_head.as_ref().unwrap_or_else(|| self.value(self.head))
+    }
+
     /// A parameter that is dense in every model: a norm, a bias, an adapter.
     fn tensor(&self, index: usize) -> &Tensor {
         self.parameters[index].value.tensor()
@@ -320,7 +341,7 @@ impl Llama {
     fn pooled_loss(&self, batch: &Batch, label_smoothing: f32, ws: &mut Workspace) -> f64 {
         self.run_layers(batch, None, Pass::Discard, ws);
         self.gather_and_norm(batch, ws);
-        let head = self.value(self.head);
+        let head = self.head_weight();
         linear_cross_entropy::forward(
             &ws.normed_nd,
             head,
@@ -337,7 +358,7 @@ impl Llama {
         self.run_layers(batch, None, Pass::Discard, ws);
         let eps = self.config.rms_norm_eps;
         rmsnorm::forward(&ws.stream_td, self.tensor(self.norm), eps, &mut ws.normed_nd, &mut ws.rstd_n);
-        linear::forward(&ws.normed_nd, self.value(self.head), 1.0, &mut ws.logits, linear::Into::Overwrite);
+        linear::forward(&ws.normed_nd, self.head_weight(), 1.0, &mut ws.logits, linear::Into::Overwrite);
         &ws.logits
     }
 
@@ -353,7 +374,7 @@ impl Llama {
         ws.h_nd.data_mut().copy_from_slice(ws.stream_td.row(ids.len() - 1));
         let eps = self.config.rms_norm_eps;
         rmsnorm::forward(&ws.h_nd, self.tensor(self.norm), eps, &mut ws.normed_nd, &mut ws.rstd_n);
-        linear::forward(&ws.normed_nd, self.value(self.head), 1.0, &mut ws.logits, linear::Into::Overwrite);
+        linear::forward(&ws.normed_nd, self.head_weight(), 1.0, &mut ws.logits, linear::Into::Overwrite);
         ws.logits.data()
     }
 
@@ -398,15 +419,7 @@ impl Llama {
             d_w: gradients.tensors[self.head].as_mut(),
         };
         let smoothing = options.label_smoothing;
-        linear_cross_entropy::forward_backward(
-            normed_nd,
-            self.value(self.head),
-            targets,
-            smoothing,
-            head,
-            losses,
-            sums,
-        );
+        linear_cross_entropy::forward_backward(normed_nd, self.head_weight(), targets, smoothing, head, losses, sums);
         back.d_h_nd.resize(h_nd.shape());
         back.d_h_nd.data_mut().fill(0.0);
         let norm = self.tensor(self.norm);

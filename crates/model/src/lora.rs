@@ -91,7 +91,7 @@ impl Llama {
         self.layers[i / 7].linears[i % 7].lora = Some(Lora { a: next, b: next + 1, scale, dropout });
     }
 
-    fn linears(&self) -> impl Iterator<Item = &crate::llama::Linear> {
+    pub(crate) fn linears(&self) -> impl Iterator<Item = &crate::llama::Linear> {
         self.layers.iter().flat_map(|l| &l.linears)
     }
 
@@ -106,9 +106,12 @@ impl Llama {
     /// The tensor `name` (a Hugging Face name) of the base model.
     ///
     /// # Errors
-    /// When the model has none of that name.
+    /// When the model has none of that name, or only one rounded to 8 bits.
     pub fn base_tensor(&self, name: &str) -> Result<&Weight> {
         let found = self.parameters.iter().find(|p| p.name == name).map(|p| &p.value);
+        if let Some(Weight::Int8(_)) = found {
+            return Err(crate::int8::values_are_gone(name));
+        }
         found.ok_or_else(|| Error::Failure(format!("the model has no tensor {name}")))
     }
 
@@ -116,8 +119,11 @@ impl Llama {
     /// are adapted become dense.
     ///
     /// # Errors
-    /// When no adapter is attached.
+    /// When no adapter is attached, or the weights are rounded to 8 bits.
     pub fn merge_adapter(&mut self) -> Result<()> {
+        if self.computes_int8() {
+            return Err(crate::int8::values_are_gone("the base model"));
+        }
         if self.adapter.take().is_none() {
             return Err(Error::Input("there is no adapter to merge".into()));
         }

@@ -5,6 +5,7 @@
 //! function says.
 
 mod cpu;
+mod int8_weight;
 mod mapped;
 pub mod nf4;
 pub mod ops;
@@ -15,6 +16,7 @@ pub mod quant_encode;
 pub mod rng;
 mod tensor;
 mod weight;
+pub use int8_weight::Int8Weight;
 pub use mapped::MappedFile;
 pub use tensor::Tensor;
 pub use weight::{Bytes, Packed, Weight};

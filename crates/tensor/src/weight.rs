@@ -5,7 +5,7 @@
 
 use crate::nf4::Nf4;
 use crate::quant::{BlockType, all_finite, dequantize};
-use crate::{MappedFile, Tensor};
+use crate::{Int8Weight, MappedFile, Tensor};
 use rayon::prelude::*;
 use std::ops::Range;
 use std::sync::Arc;
@@ -17,6 +17,8 @@ pub enum Weight {
     Dense(Tensor),
     /// A frozen matrix in a smaller encoding.
     Packed(Packed),
+    /// A frozen matrix rounded to 8 bits, multiplied as integers.
+    Int8(Int8Weight),
 }
 
 impl Weight {
@@ -25,6 +27,7 @@ impl Weight {
         match self {
             Self::Dense(tensor) => tensor.shape(),
             Self::Packed(packed) => &packed.shape,
+            Self::Int8(int8) => int8.shape(),
         }
     }
 
@@ -52,19 +55,19 @@ impl Weight {
     pub fn dense(&self) -> Option<&Tensor> {
         match self {
             Self::Dense(tensor) => Some(tensor),
-            Self::Packed(_) => None,
+            Self::Packed(_) | Self::Int8(_) => None,
         }
     }
 
     /// The dense tensor of a weight that cannot be packed: an adapter, a norm, a bias, anything that trains.
     ///
     /// # Panics
-    /// When the weight is packed.
+    /// When the weight is not dense.
     pub fn tensor(&self) -> &Tensor {
         match self {
             Self::Dense(tensor) => tensor,
-            Self::Packed(packed) => {
-                panic!("a weight of shape {:?} is packed where a dense one is needed", packed.shape)
+            Self::Packed(_) | Self::Int8(_) => {
+                panic!("a weight of shape {:?} is {} where a dense one is needed", self.shape(), self.encoding())
             }
         }
     }
@@ -72,29 +75,37 @@ impl Weight {
     /// As [`Weight::tensor`], to be changed.
     ///
     /// # Panics
-    /// When the weight is packed.
+    /// When the weight is not dense.
     pub fn tensor_mut(&mut self) -> &mut Tensor {
         match self {
             Self::Dense(tensor) => tensor,
-            Self::Packed(packed) => {
-                panic!("a weight of shape {:?} is packed where a dense one is needed", packed.shape)
+            Self::Packed(_) | Self::Int8(_) => {
+                panic!("a weight of shape {:?} is {} where a dense one is needed", self.shape(), self.encoding())
             }
         }
     }
 
     /// All elements as f32: a copy of a dense weight, a packed one decoded.
+    ///
+    /// # Panics
+    /// When the weight is rounded to 8 bits for products: its values are gone.
     pub fn to_tensor(&self) -> Tensor {
         match self {
             Self::Dense(tensor) => tensor.clone(),
             Self::Packed(packed) => packed.to_tensor(),
+            Self::Int8(_) => panic!("the values of an int8 weight of shape {:?} are gone", self.shape()),
         }
     }
 
     /// Copies row `i` [cols] into `out` as f32.
+    ///
+    /// # Panics
+    /// As [`Weight::to_tensor`].
     pub fn row_into(&self, i: usize, out: &mut [f32]) {
         match self {
             Self::Dense(tensor) => out.copy_from_slice(tensor.row(i)),
             Self::Packed(packed) => packed.decode_rows(i..i + 1, out),
+            Self::Int8(_) => panic!("the values of an int8 weight of shape {:?} are gone", self.shape()),
         }
     }
 
@@ -103,6 +114,7 @@ impl Weight {
         match self {
             Self::Dense(tensor) => 4 * tensor.len(),
             Self::Packed(packed) => packed.num_bytes(),
+            Self::Int8(int8) => int8.num_bytes(),
         }
     }
 
@@ -111,6 +123,7 @@ impl Weight {
         match self {
             Self::Dense(_) => BlockType::F32.name(),
             Self::Packed(packed) => packed.encoding(),
+            Self::Int8(_) => "int8",
         }
     }
 }

@@ -20,6 +20,9 @@ pub struct Config {
     pub output_dir: PathBuf,
     /// What trains: `lora` (adapters on frozen weights) or `full` (every weight).
     pub method: Method,
+    /// How frozen weights multiply: `f32`, or `int8` (rounded to 8 bits, as are their inputs and incoming gradients: faster,
+    /// a little less exact; only with `lora`).
+    pub compute: Compute,
     /// Seed of adapter initialisation, data order and dropout.
     pub seed: u64,
     /// The model to start from.
@@ -40,6 +43,7 @@ impl Default for Config {
             version: VERSION,
             output_dir: PathBuf::from("runs/run"),
             method: Method::Lora,
+            compute: Compute::F32,
             seed: 42,
             model: ModelConfig::default(),
             data: PrepareOptions::default(),
@@ -58,6 +62,17 @@ pub enum Method {
     Lora,
     /// Every weight.
     Full,
+}
+
+/// How frozen weights multiply.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Compute {
+    /// In f32.
+    #[default]
+    F32,
+    /// In 8-bit integers.
+    Int8,
 }
 
 /// The model to start from.
@@ -340,6 +355,13 @@ impl Config {
                 "method = \"full\" trains every weight, in f32; leave it at \"f32\", or use method = \"lora\"",
             );
         }
+        if self.compute == Compute::Int8 && self.method == Method::Full {
+            return fail(
+                "compute",
+                "\"int8\"".into(),
+                "method = \"full\" changes the weights, which int8 rounds; use compute = \"f32\" or method = \"lora\"",
+            );
+        }
         if t.load_best_model_at_end
             && (t.eval_steps == 0 || t.save_steps == 0 || !t.save_steps.is_multiple_of(t.eval_steps))
         {
@@ -442,6 +464,8 @@ mod tests {
         }
         assert!(error(MINIMAL, &["model.storage=q5"]).contains("unknown variant `q5`"));
         assert!(error(MINIMAL, &["model.storage=nf4", "method=full"]).contains("model.storage = nf4 is not allowed"));
+        assert!(error(MINIMAL, &["compute=int4"]).contains("int4"));
+        assert!(error(MINIMAL, &["compute=int8", "method=full"]).contains("compute = \"int8\" is not allowed"));
         assert!(
             error(MINIMAL, &["training.load_best_model_at_end=true", "training.save_steps=150"])
                 .contains("multiple of eval_steps")

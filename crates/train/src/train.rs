@@ -1,7 +1,7 @@
 //! The training loop: full fine-tuning and LoRA are the same lines, they differ only in which tensors train.
 
 use crate::checkpoint::{self, Contents, RunState};
-use crate::config::{Config, Method};
+use crate::config::{Compute, Config, Method};
 use crate::evaluate::{batch_of, continuation, document_losses, mean_loss};
 use crate::metrics::{MetricRecord, MetricsWriter, read_metrics};
 use crate::optimizer::{AdamW, AdamWOptions, clip_coefficient, gradient_norm};
@@ -101,6 +101,9 @@ pub fn prepare_model(config: &Config, base: &str, model: &mut Llama) -> Result<(
             };
             model.add_adapter(&adapter, config.seed)?;
         }
+    }
+    if config.compute == Compute::Int8 {
+        model.compute_int8(true)?;
     }
     Ok(())
 }

@@ -1,6 +1,6 @@
 //! `tunesmith bench`: speed and memory of training steps.
 
-use crate::args::{Bench, BenchArgs, BenchMethod, BenchTrainArgs, StorageName};
+use crate::args::{Bench, BenchArgs, BenchMethod, BenchTrainArgs, ComputeName, StorageName};
 use crate::error::{Error, Result};
 use crate::load::{self, Opened};
 use crate::source::Settings;
@@ -36,6 +36,9 @@ fn train(args: &BenchTrainArgs, settings: &Settings) -> Result<()> {
     if args.method == BenchMethod::Full && args.storage != StorageName::F32 {
         return Err(Error::Input("--storage is for frozen weights; with --method full leave it at f32".into()));
     }
+    if args.method == BenchMethod::Full && args.compute == ComputeName::Int8 {
+        return Err(Error::Input("--compute int8 is for frozen weights; with --method full leave it at f32".into()));
+    }
     let mut model = opened.llama(args.storage.into())?;
     drop(opened);
     match args.method {
@@ -47,6 +50,9 @@ fn train(args: &BenchTrainArgs, settings: &Settings) -> Result<()> {
                 0,
             )?;
         }
+    }
+    if args.compute == ComputeName::Int8 {
+        model.compute_int8(true)?;
     }
     let mut seconds = steps(&mut model, args.batch, args.seq, args.steps + 1);
     seconds.remove(0);

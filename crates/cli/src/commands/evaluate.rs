@@ -1,6 +1,6 @@
 //! `tunesmith evaluate`, and the comparison of base and tuned that `train` ends with.
 
-use crate::args::{EvaluateArgs, SplitName};
+use crate::args::{ComputeName, EvaluateArgs, SplitName};
 use crate::error::{Error, Result};
 use crate::load::{self, Opened};
 use crate::source::Settings;
@@ -51,7 +51,14 @@ pub(crate) fn run(args: &EvaluateArgs, settings: &Settings) -> Result<()> {
     let prompts = prompts(&split, &opened.tokenizer, args.samples)?;
     let score = |model: &Llama, what: &str| score(model, &opened, &split, &prompts, args.max_new_tokens, what);
 
-    let mut model = opened.llama_with(args.model.adapter.as_deref(), args.storage.into(), settings)?;
+    let ready = |opened: &Opened, adapter: Option<&str>| -> Result<Llama> {
+        let mut model = opened.llama_with(adapter, args.storage.into(), settings)?;
+        if args.compute == ComputeName::Int8 {
+            model.compute_int8(false)?;
+        }
+        Ok(model)
+    };
+    let mut model = ready(&opened, args.model.adapter.as_deref())?;
     let tuned = score(&model, "scoring")?;
     let base = if args.model.adapter.is_some() {
         model.enable_adapter(false);
@@ -66,7 +73,7 @@ pub(crate) fn run(args: &EvaluateArgs, settings: &Settings) -> Result<()> {
                 args.model.model
             )));
         }
-        Some(score(&other.llama(args.storage.into())?, "scoring the base")?)
+        Some(score(&ready(&other, None)?, "scoring the base")?)
     } else {
         None
     };

@@ -11,10 +11,10 @@ use serde::Serialize;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use tunesmith_model::{Llama, Storage};
+use tunesmith_model::{AdapterFile, Llama, Storage};
 use tunesmith_text::{PreparedSplit, Report, Split};
 use tunesmith_train::checkpoint::sha256;
-use tunesmith_train::config::{Config, Method};
+use tunesmith_train::config::{Compute, Config, Method};
 use tunesmith_train::metrics::{MetricRecord, read_metrics};
 use tunesmith_train::report::{self, ModelFacts, RunReport, SplitCounts};
 use tunesmith_train::train::{Event, Job, Outcome, prepare_model, train};
@@ -73,6 +73,12 @@ pub(crate) fn train_and_report(config: &Config, opened: &Opened, resume: bool, s
             outcome.weights.display()
         );
         return Err(Error::Interrupted);
+    }
+    if config.compute == Compute::Int8 {
+        // What was trained is compared as it will be used: in f32. One model in memory at a time.
+        drop(model);
+        model = opened.llama(config.model.storage)?;
+        model.attach_adapter(AdapterFile::open(&outcome.weights)?, false)?;
     }
     let evaluation = compare(config, opened, model, &data, &data_folder)?;
     if let Some((_, evaluation)) = &evaluation {

@@ -62,10 +62,12 @@ pub fn forward_adapted(x: &Tensor, w: &Weight, adapter: Adapter<'_>, y: &mut Ten
 pub(crate) fn forward_rows(x: &[f32], w: &Weight, alpha: f32, adapter: Option<Adapter<'_>>, y: &mut [f32], into: Into) {
     let (n, k) = (w.rows(), w.cols());
     let (m, accumulate) = (x.len() / k.max(1), into == Into::Accumulate);
+    assert!(alpha == 1.0 || !matches!(w, Weight::Int8(_)), "int8 products have no factor");
     if m <= FEW_ROWS {
         match w {
             Weight::Dense(w) => matmul_nt((m, n, k), y, accumulate, alpha, x, w.data()),
             Weight::Packed(w) => matmul_nt_packed(m, y, accumulate, alpha, x, w),
+            Weight::Int8(w) => w.forward(x, y, into),
         }
         if let Some(Adapter { inner, outer, scale }) = adapter {
             matmul_nt((m, n, inner.cols()), y, true, scale, inner.data(), outer.data());
@@ -88,6 +90,12 @@ pub(crate) fn forward_rows(x: &[f32], w: &Weight, alpha: f32, adapter: Option<Ad
     match w {
         Weight::Dense(w) => columns(0, n, w.data()),
         Weight::Packed(w) => panels(w, columns),
+        Weight::Int8(w) => {
+            w.forward(x, y, into);
+            if let Some(Adapter { inner, outer, scale }) = adapter {
+                matmul_nt((m, n, inner.cols()), y, true, scale, inner.data(), outer.data());
+            }
+        }
     }
 }
 
@@ -118,6 +126,7 @@ pub(crate) fn input_gradient_rows(
 ) {
     let (k, n) = (w.rows(), w.cols());
     let m = d_y.len() / k.max(1);
+    assert!(alpha == 1.0 || !matches!(w, Weight::Int8(_)), "int8 products have no factor");
     let mut rows = |first: usize, count: usize, panel: &[f32]| {
         let a = View { data: &d_y[first..], row_stride: k, col_stride: 1 };
         let own = Term { a, b: View::rows(panel, n), k: count, alpha };
@@ -134,6 +143,13 @@ pub(crate) fn input_gradient_rows(
     match w {
         Weight::Dense(w) => rows(0, k, w.data()),
         Weight::Packed(w) => panels(w, rows),
+        Weight::Int8(w) => {
+            w.input_gradient(d_y, d_x, into);
+            if let Some(Adapter { inner, outer, scale }) = adapter {
+                let (a, b) = (View::rows(inner.data(), inner.cols()), View::rows(outer.data(), n));
+                gemm((m, n, inner.cols()), d_x, n, true, scale, a, b);
+            }
+        }
     }
 }
 
