@@ -6,9 +6,11 @@ use crate::load::{self, Opened};
 use crate::source::Settings;
 use serde::Serialize;
 use std::time::Instant;
-use tunesmith_model::{AdapterConfig, Batch, Gradients, LINEAR_NAMES, Llama, LossOptions, Modules, Workspace};
+use tunesmith_model::{
+    AdapterConfig, Batch, Gradients, LINEAR_NAMES, Llama, LossOptions, Modules, Recompute, Workspace,
+};
 use tunesmith_tensor::rng::Rng;
-use tunesmith_train::optimizer::{AdamW, AdamWOptions, clip_coefficient, gradient_norm};
+use tunesmith_train::optimizer::{AdamW, AdamWOptions, Optim, clip_coefficient, gradient_norm};
 
 pub(crate) fn run(args: &BenchArgs, settings: &Settings) -> Result<()> {
     match &args.what {
@@ -54,7 +56,7 @@ fn train(args: &BenchTrainArgs, settings: &Settings) -> Result<()> {
     if args.compute == ComputeName::Int8 {
         model.compute_int8(true)?;
     }
-    let mut seconds = steps(&mut model, args.batch, args.seq, args.steps + 1);
+    let mut seconds = steps(&mut model, args.batch, args.seq, args.steps + 1, args.recompute.into(), args.optim.into());
     seconds.remove(0);
     seconds.sort_by(f64::total_cmp);
     let tokens = (args.batch * args.seq) as f64;
@@ -65,7 +67,7 @@ fn train(args: &BenchTrainArgs, settings: &Settings) -> Result<()> {
         threads: std::thread::available_parallelism().map_or(1, |n| n.get()),
         tokens_per_s: tokens / seconds[seconds.len() / 2],
         best: tokens / seconds[0],
-        peak_rss_gb: peak_rss().map(|b| b as f64 / 1e9),
+        peak_rss_gb: super::plan::peak_resident().map(|b| b as f64 / 1e9),
     };
     match &args.json {
         None => {
@@ -90,20 +92,21 @@ fn train(args: &BenchTrainArgs, settings: &Settings) -> Result<()> {
 }
 
 /// Seconds that each of `num_steps` training steps on random tokens takes.
-pub(crate) fn steps(model: &mut Llama, batch_size: usize, seq: usize, num_steps: usize) -> Vec<f64> {
-    let options = AdamWOptions {
-        adam_beta1: 0.9,
-        adam_beta2: 0.999,
-        adam_epsilon: 1e-8,
-        weight_decay: 0.0,
-        decay_vectors: false,
-    };
+pub(crate) fn steps(
+    model: &mut Llama,
+    batch_size: usize,
+    seq: usize,
+    num_steps: usize,
+    recompute: Recompute,
+    optim: Optim,
+) -> Vec<f64> {
+    let options = AdamWOptions { optim, ..AdamWOptions::default() };
     let mut optimizer = AdamW::new(model, options);
     let mut gradients = Gradients::new(model);
-    let mut ws = Workspace::default();
+    let mut ws = Workspace::new(recompute);
     let mut rng = Rng::new(0, 0);
     let vocab = model.config.vocab_size as u32;
-    let step = |pass| {
+    let step = |number| {
         let mut batch = Batch::default();
         for _ in 0..batch_size {
             let ids: Vec<u32> = (0..seq).map(|_| rng.below(vocab)).collect();
@@ -112,18 +115,11 @@ pub(crate) fn steps(model: &mut Llama, batch_size: usize, seq: usize, num_steps:
         let start = Instant::now();
         let scale = 1.0 / batch.targets.len() as f32;
         gradients.clear();
-        let options = LossOptions { scale, label_smoothing: 0.0, dropout_seed: None, pass };
+        let options = LossOptions { scale, label_smoothing: 0.0, dropout_seed: None, step: number, first_token: 0 };
         model.loss_and_gradients(&batch, options, &mut ws, &mut gradients);
         let norm = gradient_norm(&gradients);
         optimizer.update(model, &gradients, 2e-4, clip_coefficient(norm, 1.0));
         start.elapsed().as_secs_f64()
     };
     (0..num_steps as u64).map(step).collect()
-}
-
-/// Largest resident memory of this process so far, in bytes, where the system tells (Linux).
-fn peak_rss() -> Option<u64> {
-    let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let line = status.lines().find_map(|l| l.strip_prefix("VmHWM:"))?;
-    line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok().map(|kb| kb * 1024)
 }
