@@ -24,6 +24,8 @@ pub enum Command {
     Init(InitArgs),
     /// Turn rows of text into blocks of tokens, and show counts or a preview.
     Prepare(PrepareArgs),
+    /// What a run will need of memory, time and disk, without loading the weights.
+    Plan(PlanArgs),
     /// Train as a configuration file says.
     Train(TrainArgs),
     /// Loss, perplexity and bits per byte on held-out data; with an adapter, base against tuned.
@@ -131,6 +133,19 @@ pub struct PrepareArgs {
     /// Show the tokens of this many rows of each split, coloured by trained or not.
     #[arg(long, value_name = "N")]
     pub preview: Option<usize>,
+}
+
+/// `tunesmith plan`
+#[derive(Args, Debug)]
+pub struct PlanArgs {
+    /// Configuration file (the same as for `train`); its data is prepared if it is not yet.
+    pub config: PathBuf,
+    /// Set a field of the configuration, such as --set memory_limit=4GB; may be repeated.
+    #[arg(long, value_name = "KEY=VALUE")]
+    pub set: Vec<String>,
+    /// Write the plan as JSON to this file, or to standard output for `-`.
+    #[arg(long, value_name = "FILE")]
+    pub json: Option<PathBuf>,
 }
 
 /// `tunesmith train`
@@ -393,6 +408,46 @@ pub enum BenchMethod {
     Full,
 }
 
+/// What the backward pass makes again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum RecomputeName {
+    /// Nothing.
+    None,
+    /// The outputs of norms and SwiGLU.
+    Norms,
+    /// Whole blocks.
+    Block,
+}
+
+impl From<RecomputeName> for tunesmith_model::Recompute {
+    fn from(name: RecomputeName) -> Self {
+        match name {
+            RecomputeName::None => Self::None,
+            RecomputeName::Norms => Self::Norms,
+            RecomputeName::Block => Self::Block,
+        }
+    }
+}
+
+/// The optimizer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum OptimName {
+    /// AdamW with moments in f32.
+    Adamw,
+    /// AdamW with moments of 8 bits.
+    #[value(name = "adamw_8bit")]
+    Adamw8bit,
+}
+
+impl From<OptimName> for tunesmith_train::optimizer::Optim {
+    fn from(name: OptimName) -> Self {
+        match name {
+            OptimName::Adamw => Self::AdamW,
+            OptimName::Adamw8bit => Self::AdamW8bit,
+        }
+    }
+}
+
 /// `tunesmith bench`
 #[derive(Args, Debug)]
 #[command(args_conflicts_with_subcommands = true)]
@@ -453,6 +508,12 @@ pub struct BenchTrainArgs {
     /// Tokens of a row.
     #[arg(long, default_value_t = 512)]
     pub seq: usize,
+    /// What the backward pass makes again instead of keeping it.
+    #[arg(long, value_enum, default_value = "norms", value_name = "LEVEL")]
+    pub recompute: RecomputeName,
+    /// The optimizer.
+    #[arg(long, value_enum, default_value = "adamw")]
+    pub optim: OptimName,
     /// Measured steps, after one that warms up.
     #[arg(long, default_value_t = 4, conflicts_with = "data")]
     pub steps: usize,

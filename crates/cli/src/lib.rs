@@ -34,6 +34,7 @@ fn dispatch(cli: Cli) -> Result<ExitCode> {
         Command::Quickstart(args) => commands::quickstart::run(&args, &settings).map(done),
         Command::Init(args) => commands::init::run(&args, &settings).map(done),
         Command::Prepare(args) => commands::prepare::run(&args, &settings).map(done),
+        Command::Plan(args) => commands::plan::run(&args, &settings).map(done),
         Command::Train(args) => commands::train::run(&args, &settings).map(done),
         Command::Evaluate(args) => commands::evaluate::run(&args, &settings).map(done),
         Command::Generate(args) => commands::generate::run(&args, &settings).map(done),

@@ -130,10 +130,10 @@ fn a_run_writes_what_it_should_and_learns() {
 
 #[test]
 fn resuming_goes_on_with_the_same_run_to_the_bit() {
-    for method in ["full", "lora"] {
+    for (method, optim) in [("full", "adamw"), ("lora", "adamw"), ("full", "adamw_8bit")] {
         let setup = Setup::new();
-        let method = format!("method={method}");
-        let set = [method.as_str(), "lora.lora_dropout=0.1", "lora.r=4"];
+        let (method, optim) = (format!("method={method}"), format!("training.optim={optim}"));
+        let set = [method.as_str(), optim.as_str(), "lora.lora_dropout=0.1", "lora.r=4"];
         assert_eq!(setup.train("whole", &set).code, 0);
         // Killed (no chance to tidy up) as soon as its first checkpoint is there.
         let slow = [&set[..], &["training.max_steps=12"]].concat();
@@ -156,6 +156,15 @@ fn resuming_goes_on_with_the_same_run_to_the_bit() {
         assert!(resumed.stdout.contains("from step 8"), "{resumed:?}");
         assert_eq!(curve(&setup.dir("killed")), curve(&setup.dir("whole")));
     }
+}
+
+#[test]
+fn another_optimizer_cannot_go_on() {
+    let setup = Setup::new();
+    assert_eq!(setup.train("run", &["training.optim=adamw_8bit"]).code, 0);
+    let resumed = setup.resume("run", &["training.max_steps=20"]);
+    assert!(resumed.code == 2 && resumed.stderr.contains("training.optim"), "{resumed:?}");
+    assert_eq!(setup.resume("run", &["training.max_steps=20", "training.optim=adamw_8bit"]).code, 0);
 }
 
 #[test]

@@ -1,5 +1,6 @@
 //! A micro-batch: documents one behind the other, without padding.
 
+use crate::llama::PASS_TOKENS;
 use tunesmith_tensor::ops::attention::Segment;
 
 /// Token ids of several documents with what the model must know of them. Attention stays inside each document and
@@ -58,7 +59,7 @@ impl Batch {
         let mut losses = self.loss_rows.iter().zip(&self.targets).peekable();
         for segment in &self.segments {
             let rows = segment.queries.clone();
-            if parts.last().is_none_or(|p| p.len() + rows.len() > max_tokens) {
+            if parts.last().is_none_or(|p| begins_part(p.len(), rows.len(), max_tokens)) {
                 parts.push(Self::default());
             }
             let Some(part) = parts.last_mut() else { continue };
@@ -96,6 +97,21 @@ impl Batch {
     }
 }
 
+/// Whether a document of `length` tokens begins a new part behind one that has `filled` tokens.
+fn begins_part(filled: usize, length: usize, max_tokens: usize) -> bool {
+    filled + length > max_tokens
+}
+
+/// Tokens of the largest part that a training pass over documents of these `lengths` takes at once: what sizes its buffers.
+pub fn largest_part(lengths: impl IntoIterator<Item = usize>) -> usize {
+    let (mut filled, mut largest) = (0, 0);
+    for length in lengths {
+        filled = if begins_part(filled, length, PASS_TOKENS) { length } else { filled + length };
+        largest = largest.max(filled);
+    }
+    largest
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -126,5 +142,15 @@ mod tests {
         let want = [&documents[..2], &documents[2..3], &documents[3..5], &documents[5..]].map(batch);
         assert_eq!(parts, want);
         assert!(Batch::default().parts(6).is_empty());
+    }
+
+    #[test]
+    fn the_largest_part_is_known_from_lengths() {
+        for lengths in [&[500usize, 500, 500][..], &[1024, 1], &[3000, 10], &[700, 400, 600], &[1, 1, 1], &[]] {
+            let mut batch = Batch::default();
+            lengths.iter().for_each(|n| batch.push(&vec![1; *n], &vec![true; *n]));
+            let want = batch.parts(PASS_TOKENS).iter().map(Batch::len).max().unwrap_or(0);
+            assert_eq!(largest_part(lengths.iter().copied()), want);
+        }
     }
 }

@@ -14,9 +14,10 @@ mod import;
 mod int8;
 pub mod llama;
 mod lora;
+pub mod memory;
 
 pub use adapter::{AdapterConfig, AdapterFile, Modules, save_adapter};
-pub use batch::Batch;
+pub use batch::{Batch, largest_part};
 pub use cache::KvCache;
 pub use config::{Config, Rope, RopeScaling};
 pub use error::{Error, Result};
@@ -25,3 +26,4 @@ pub use export_gguf::{GgufOptions, save_gguf};
 pub use generate::{FinishReason, Sampler, Sampling, argmax, generate};
 pub use import::{Checkpoint, GgufMetadata, Storage};
 pub use llama::{Gradients, LINEAR_NAMES, Llama, LossOptions, Parameter, Workspace, initial_rows};
+pub use memory::Recompute;

@@ -5,8 +5,8 @@
 
 mod layer;
 
-use crate::{Checkpoint, Config, Result, Storage, batch::Batch, cache::KvCache};
-use layer::{Masks, Pass};
+use crate::{Checkpoint, Config, Recompute, Result, Storage, batch::Batch, cache::KvCache};
+use layer::{ForwardBuffers, KeptActivations, Masks, Pass};
 use rayon::prelude::*;
 use std::ops::Range;
 use tunesmith_tensor::ops::{attention, embedding, linear, linear_cross_entropy, rmsnorm, rope};
@@ -126,7 +126,8 @@ pub fn initial_rows(config: &Config, seed: u64, name: &str, rows: Range<usize>, 
     });
 }
 
-/// How one training pass computes its loss.
+/// How one training pass computes its loss. Dropout is a function of the seed, the step and the place of a token in it: cutting a
+/// step into passes does not change it.
 #[derive(Clone, Copy, Debug)]
 pub struct LossOptions {
     /// Factor on the summed loss before the backward pass: 1 / trained tokens of the whole optimizer step.
@@ -135,15 +136,15 @@ pub struct LossOptions {
     pub label_smoothing: f32,
     /// Seed of dropout masks; `None` turns dropout off.
     pub dropout_seed: Option<u64>,
-    /// Number of this micro-batch in the run, so that no two passes share a mask.
-    pub pass: u64,
+    /// Number of the optimizer step.
+    pub step: u64,
+    /// Tokens of this step that went before this batch.
+    pub first_token: u64,
 }
 
-/// What a layer keeps for its backward pass. The outputs of norms and of SwiGLU are not kept: they are the larger part and
-/// cost one pass over memory to make again.
+/// What a layer makes in its forward pass and needs in its backward pass, but for its input.
 #[derive(Debug, Default)]
 struct LayerActivations {
-    x_td: Tensor,
     rstd1_t: Tensor,
     q_th: Tensor,
     k_tk: Tensor,
@@ -158,21 +159,28 @@ struct LayerActivations {
     xa_tr: [Tensor; 7],
 }
 
-/// What layers use one after the other.
+/// What follows from [`LayerActivations`] by one pass over memory each: made again in the backward pass or kept too.
 #[derive(Debug, Default)]
-struct SharedActivations {
-    /// Output of the norm in front of attention or of the MLP.
+struct MadeActivations {
+    /// Output of the norm in front of attention.
     normed_td: Tensor,
+    /// Output of the norm in front of the MLP.
+    normed2_td: Tensor,
     /// Output of SwiGLU.
     act_tf: Tensor,
-    /// Input of an adapter after dropout.
-    dropped: Tensor,
 }
 
-/// Every buffer of a pass, kept from step to step: memory is asked for once.
+/// Every buffer of a pass, kept from step to step: memory is asked for once. What layers share has one buffer, what is kept
+/// for the backward pass one for each layer.
 #[derive(Debug, Default)]
 pub struct Workspace {
+    recompute: Recompute,
+    /// Input of each layer.
+    inputs_td: Vec<Tensor>,
     layers: Vec<LayerActivations>,
+    made: Vec<MadeActivations>,
+    /// Input of an adapter after dropout.
+    dropped: Tensor,
     stream_td: Tensor,
     angles: rope::Angles,
     h_nd: Tensor,
@@ -182,7 +190,6 @@ pub struct Workspace {
     losses: Vec<f32>,
     head: linear_cross_entropy::Scratch,
     back: BackwardBuffers,
-    shared: SharedActivations,
 }
 
 #[derive(Debug, Default)]
@@ -203,6 +210,31 @@ struct BackwardBuffers {
 }
 
 impl Workspace {
+    /// Buffers for passes that make again what `recompute` says.
+    pub fn new(recompute: Recompute) -> Self {
+        Self { recompute, ..Self::default() }
+    }
+
+    /// Bytes of all buffers.
+    pub fn num_bytes(&self) -> usize {
+        let layer = |act: &LayerActivations| {
+            let LayerActivations { rstd1_t, q_th, k_tk, v_tk, o_th, lse, x2_td, rstd2_t, gate_tf, up_tf, xa_tr } = act;
+            let one = [rstd1_t, q_th, k_tk, v_tk, o_th, lse, x2_td, rstd2_t, gate_tf, up_tf];
+            one.into_iter().chain(xa_tr).map(Tensor::capacity_bytes).sum::<usize>()
+        };
+        let made = |m: &MadeActivations| {
+            [&m.normed_td, &m.normed2_td, &m.act_tf].map(Tensor::capacity_bytes).iter().sum::<usize>()
+        };
+        let Self { inputs_td, dropped, stream_td, h_nd, rstd_n, normed_nd, logits, .. } = self;
+        let BackwardBuffers { d_stream_td, d_normed_nd, d_h_nd, d_n_td, d_act_tf, d_gate_tf, d_up_tf, .. } = &self.back;
+        let BackwardBuffers { d_o_th, d_q_th, d_k_tk, d_v_tk, d_xa_tr, d_dropped, .. } = &self.back;
+        let one = [dropped, stream_td, h_nd, rstd_n, normed_nd, logits, d_stream_td, d_normed_nd, d_h_nd, d_n_td];
+        let two = [d_act_tf, d_gate_tf, d_up_tf, d_o_th, d_q_th, d_k_tk, d_v_tk, d_xa_tr, d_dropped];
+        let tensors = inputs_td.iter().chain(one).chain(two).map(Tensor::capacity_bytes).sum::<usize>();
+        let layers = self.layers.iter().map(layer).sum::<usize>() + self.made.iter().map(made).sum::<usize>();
+        tensors + layers + self.angles.num_bytes() + self.head.num_bytes() + 4 * self.losses.capacity()
+    }
+
     /// Loss (nats) of each position of the last batch that carries loss, in the order of [`Batch::loss_rows`].
     pub fn losses(&self) -> &[f32] {
         &self.losses
@@ -333,23 +365,22 @@ impl Llama {
         self.parameters[index].value.tensor()
     }
 
-    /// Forward pass without gradients: fills [`Workspace::losses`] and returns their sum in nats.
+    /// Forward pass without gradients: fills [`Workspace::losses`] and returns their sum in nats. Goes through the batch in
+    /// parts, as [`Llama::loss_and_gradients`] does.
     pub fn loss(&self, batch: &Batch, label_smoothing: f32, ws: &mut Workspace) -> f64 {
         pool::enter(|| self.pooled_loss(batch, label_smoothing, ws))
     }
 
     fn pooled_loss(&self, batch: &Batch, label_smoothing: f32, ws: &mut Workspace) -> f64 {
-        self.run_layers(batch, None, Pass::Discard, ws);
-        self.gather_and_norm(batch, ws);
-        let head = self.head_weight();
-        linear_cross_entropy::forward(
-            &ws.normed_nd,
-            head,
-            &batch.targets,
-            label_smoothing,
-            &mut ws.head,
-            &mut ws.losses,
-        );
+        let mut losses = Vec::with_capacity(batch.targets.len());
+        for part in batch.parts(PASS_TOKENS) {
+            self.run_layers(&part, None, Pass::Discard, ws);
+            self.gather_and_norm(&part, ws);
+            let (h, head) = (&ws.normed_nd, self.head_weight());
+            linear_cross_entropy::forward(h, head, &part.targets, label_smoothing, &mut ws.head, &mut ws.losses);
+            losses.extend_from_slice(&ws.losses);
+        }
+        ws.losses = losses;
         ws.losses.iter().map(|l| *l as f64).sum()
     }
 
@@ -391,27 +422,25 @@ impl Llama {
         gradients: &mut Gradients,
     ) -> f64 {
         let mut losses = Vec::with_capacity(batch.targets.len());
-        for (number, part) in batch.parts(PASS_TOKENS).iter().enumerate() {
-            pool::enter(|| self.part_gradients(part, number as u64, options, ws, gradients));
+        let mut options = options;
+        for part in batch.parts(PASS_TOKENS) {
+            pool::enter(|| self.part_gradients(&part, options, ws, gradients));
             losses.extend_from_slice(&ws.losses);
+            options.first_token += part.len() as u64;
         }
         ws.losses = losses;
         ws.losses.iter().map(|l| *l as f64).sum()
     }
 
-    /// Part `number` of a pass.
-    fn part_gradients(
-        &self,
-        batch: &Batch,
-        number: u64,
-        options: LossOptions,
-        ws: &mut Workspace,
-        gradients: &mut Gradients,
-    ) {
-        let masks = options.dropout_seed.map(|seed| Masks { seed, pass: options.pass << 16 | number });
+    /// One part of a pass.
+    fn part_gradients(&self, batch: &Batch, options: LossOptions, ws: &mut Workspace, gradients: &mut Gradients) {
+        let LossOptions { step, first_token, .. } = options;
+        let masks = options.dropout_seed.map(|seed| Masks { seed, step, first_token });
         self.run_layers(batch, None, Pass::Keep(masks), ws);
         self.gather_and_norm(batch, ws);
-        let Workspace { layers, stream_td, angles, h_nd, rstd_n, normed_nd, losses, head, back, shared, .. } = ws;
+        let recompute = ws.recompute;
+        let Workspace { inputs_td, layers, made, dropped, .. } = ws;
+        let Workspace { stream_td, angles, h_nd, rstd_n, normed_nd, losses, head, back, .. } = ws;
         let targets = &batch.targets;
         let sums = linear_cross_entropy::Gradients {
             scale: options.scale,
@@ -432,7 +461,21 @@ impl Llama {
         }
         let lowest = self.lowest_trained_layer();
         for l in (lowest..self.layers.len()).rev() {
-            self.layer_backward(l, &layers[l], batch, angles, masks, back, shared, gradients);
+            let act = &mut layers[kept(recompute < Recompute::Block, l)];
+            let made = &mut made[kept(recompute == Recompute::None, l)];
+            match recompute {
+                Recompute::None => {}
+                Recompute::Norms => self.make_again(l, &inputs_td[l], act, made),
+                // The forward pass ended with this layer: its buffers still hold it.
+                Recompute::Block if l + 1 == self.layers.len() => {}
+                Recompute::Block => {
+                    stream_td.assign(&inputs_td[l]);
+                    let buffers = ForwardBuffers { act, made, dropped };
+                    self.layer_forward(l, stream_td, buffers, angles, batch, None, Pass::Again(masks));
+                }
+            }
+            let kept = KeptActivations { x_td: &inputs_td[l], act, made };
+            self.layer_backward(l, kept, batch, angles, masks, back, dropped, gradients);
         }
         if let Some(d_table) = gradients.tensors[self.embed].as_mut() {
             embedding::backward(&back.d_stream_td, &batch.ids, d_table);
@@ -468,16 +511,37 @@ impl Llama {
 
     /// Embedding and all layers: leaves the residual stream [T, d] in `ws.stream_td`.
     fn run_layers(&self, batch: &Batch, mut cache: Option<&mut KvCache>, pass: Pass, ws: &mut Workspace) {
-        let kept = if matches!(pass, Pass::Keep(_)) { self.layers.len() } else { 1 };
-        if ws.layers.len() < kept {
-            ws.layers.resize_with(kept, LayerActivations::default);
-        }
+        let keeps = matches!(pass, Pass::Keep(_));
+        let (keeps_layers, keeps_made) =
+            (keeps && ws.recompute < Recompute::Block, keeps && ws.recompute == Recompute::None);
+        let count = |keeps: bool| if keeps { self.layers.len() } else { 1 };
+        grow(&mut ws.inputs_td, count(keeps));
+        grow(&mut ws.layers, count(keeps_layers));
+        grow(&mut ws.made, count(keeps_made));
         embedding::forward(self.value(self.embed), &batch.ids, &mut ws.stream_td);
         ws.angles.fill(&batch.positions, &self.frequencies);
         for l in 0..self.layers.len() {
-            let activations = &mut ws.layers[l.min(kept - 1)];
+            if keeps {
+                ws.inputs_td[l].assign(&ws.stream_td);
+            }
+            let buffers = ForwardBuffers {
+                act: &mut ws.layers[kept(keeps_layers, l)],
+                made: &mut ws.made[kept(keeps_made, l)],
+                dropped: &mut ws.dropped,
+            };
             let cache = cache.as_deref_mut();
-            self.layer_forward(l, &mut ws.stream_td, activations, &ws.angles, batch, cache, pass, &mut ws.shared);
+            self.layer_forward(l, &mut ws.stream_td, buffers, &ws.angles, batch, cache, pass);
         }
+    }
+}
+
+/// Where what belongs to layer `l` is, among buffers for each layer or in the one that layers share.
+fn kept(each: bool, l: usize) -> usize {
+    if each { l } else { 0 }
+}
+
+fn grow<T: Default>(buffers: &mut Vec<T>, len: usize) {
+    if buffers.len() < len {
+        buffers.resize_with(len, T::default);
     }
 }

@@ -54,7 +54,7 @@ fn adapter_step(model: &mut Llama) -> (f64, Vec<Tensor>) {
         }
     }
     let mut gradients = Gradients::new(model);
-    let options = LossOptions { scale: 1.0 / 24.0, label_smoothing: 0.0, dropout_seed: None, pass: 0 };
+    let options = LossOptions { scale: 1.0 / 24.0, label_smoothing: 0.0, dropout_seed: None, step: 0, first_token: 0 };
     let loss = model.loss_and_gradients(&batch(), options, &mut Workspace::default(), &mut gradients);
     (loss, gradients.tensors.into_iter().flatten().collect())
 }

@@ -191,7 +191,7 @@ fn swiglu_backward(bencher: Bencher<'_, '_>) {
     bencher.counter(bytes(5, F)).bench_local(run);
 }
 
-const MASK: dropout::Mask = dropout::Mask { p: 0.05, seed: 1, stream: 1 };
+const MASK: dropout::Mask = dropout::Mask { p: 0.05, seed: 1, stream: 1, first_row: 0 };
 
 #[divan::bench]
 fn dropout_forward(bencher: Bencher<'_, '_>) {

@@ -16,6 +16,7 @@ pub mod quant_encode;
 pub mod rng;
 mod tensor;
 mod weight;
+pub use cpu::matmul::threads as num_threads;
 pub use int8_weight::Int8Weight;
 pub use mapped::MappedFile;
 pub use tensor::Tensor;

@@ -1,7 +1,7 @@
 //! Read-only memory-mapped files.
 
 use memmap2::Mmap;
-use std::{fs::File, io, ops::Deref, path::Path};
+use std::{fs::File, io, ops::Deref, ops::Range, path::Path};
 
 /// The bytes of a file, mapped into memory and read only when touched.
 ///
@@ -28,6 +28,27 @@ impl MappedFile {
         let map = unsafe { Mmap::map(&file)? };
         Ok(Self(map))
     }
+
+    /// Gives the memory of the bytes in `range` back: they count as this process's no longer, and are read again when they
+    /// are touched again. Whoever has copied or decoded a part of a large file calls this, or the file stays in memory
+    /// beside the copy.
+    ///
+    /// # Panics
+    /// When `range` reaches past the end of the file.
+    #[allow(unsafe_code)]
+    pub fn release(&self, range: Range<usize>) {
+        assert!(range.start <= range.end && range.end <= self.0.len(), "{range:?} of {} bytes", self.0.len());
+        if range.is_empty() {
+            return;
+        }
+        #[cfg(unix)]
+        {
+            // SAFETY: the mapping is read-only and backed by a file, so a page that is dropped comes back with the same
+            // bytes; nothing was written that could be lost. That the advice may fail only costs memory.
+            let _ =
+                unsafe { self.0.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, range.start, range.len()) };
+        }
+    }
 }
 
 impl Deref for MappedFile {
@@ -50,6 +71,17 @@ mod tests {
         let map = MappedFile::open(&path).unwrap();
         shared(&map);
         assert_eq!(&map[..], std::fs::read(&path).unwrap());
+    }
+
+    #[test]
+    fn released_bytes_come_back() {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/mapped.rs");
+        let map = MappedFile::open(&path).unwrap();
+        let before = map.to_vec();
+        map.release(0..map.len());
+        map.release(5..5);
+        map.release(3..100);
+        assert_eq!(&map[..], before);
     }
 
     #[test]

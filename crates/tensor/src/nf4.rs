@@ -79,6 +79,12 @@ impl Nf4 {
         self.packed.len() + scales
     }
 
+    /// What [`Nf4::num_bytes`] will be for `len` elements with doubly quantised scales.
+    pub fn bytes_for(len: usize) -> usize {
+        let blocks = len.div_ceil(BLOCK);
+        len.div_ceil(2) + blocks + 4 * blocks.div_ceil(GROUP)
+    }
+
     /// Decodes the elements `range` into `out`: code · scale of the block.
     ///
     /// # Panics

@@ -50,7 +50,9 @@ impl Tensor {
         let len = shape.iter().product::<usize>();
         let lines = len.div_ceil(LINE);
         if lines > self.lines.len() {
-            self.lines.resize(lines, Line([0.0; LINE]));
+            // What was there need not survive, so the old memory goes first; the new one is not touched before it is used.
+            self.lines = Vec::new();
+            self.lines = bytemuck::zeroed_vec(lines);
         }
         self.len = len;
         self.shape.clear();

@@ -203,11 +203,8 @@ impl PreparedSplit {
         self.header.tokens
     }
 
-    /// Reads block `index`, from 0.
-    ///
-    /// # Errors
-    /// No such block, a damaged file, or a failing disk.
-    pub fn block(&self, index: usize) -> Result<Block> {
+    /// Where the documents and the tokens of block `index` are: (offset, length) in bytes of each.
+    fn place(&self, index: usize) -> Result<[(u64, u64); 2]> {
         let header = &self.header;
         let Some([documents_at, tokens_at, ..]) = header.layout().filter(|_| (index as u64) < header.blocks) else {
             let blocks = header.blocks;
@@ -220,8 +217,30 @@ impl PreparedSplit {
         if !in_order || document > document_end || document_end > header.documents {
             return Err(self.damaged(&format!("the place of block {index} lies outside the file")));
         }
-        let documents = self.read(documents_at + document * DOCUMENT, (document_end - document) * DOCUMENT)?;
-        let tokens = self.read(tokens_at + token * 4, (token_end - token) * 4)?;
+        Ok([
+            (documents_at + document * DOCUMENT, (document_end - document) * DOCUMENT),
+            (tokens_at + token * 4, (token_end - token) * 4),
+        ])
+    }
+
+    /// Lengths in tokens of the documents of block `index`, from 0; its tokens are not read.
+    ///
+    /// # Errors
+    /// As [`PreparedSplit::block`].
+    pub fn document_lengths(&self, index: usize) -> Result<Vec<usize>> {
+        let [(offset, length), _] = self.place(index)?;
+        let documents = self.read(offset, length)?;
+        Ok(documents.chunks_exact(DOCUMENT as usize).map(|document| number(&document[..4]) as usize).collect())
+    }
+
+    /// Reads block `index`, from 0.
+    ///
+    /// # Errors
+    /// No such block, a damaged file, or a failing disk.
+    pub fn block(&self, index: usize) -> Result<Block> {
+        let [documents, tokens] = self.place(index)?;
+        let documents = self.read(documents.0, documents.1)?;
+        let tokens = self.read(tokens.0, tokens.1)?;
         let mut block = Block::default();
         for token in tokens.chunks_exact(4) {
             let token = number(token) as u32;
@@ -305,6 +324,7 @@ mod tests {
             for (index, documents) in plan.iter().enumerate() {
                 let mut expected = Block::default();
                 documents.iter().for_each(|&document| expected.push(&samples[document]));
+                prop_assert_eq!(shard.document_lengths(index).unwrap(), &expected.lengths[..]);
                 prop_assert_eq!(shard.block(index).unwrap(), expected);
             }
             prop_assert!(shard.block(plan.len()).is_err());

@@ -4,21 +4,25 @@
 //! of its files, written last: a folder without it, or that contradicts it, is not a checkpoint. There is no state of a random generator to
 //! save: data order and dropout are functions of the seed and the step.
 
-use crate::{Error, Result, optimizer::AdamW};
-use safetensors::{Dtype, tensor::TensorView};
+use crate::memory::format_bytes;
+use crate::optimizer::{AdamW, StateTensor};
+use crate::{Error, Result};
+use safetensors::{SafeTensors, tensor::TensorView};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap};
 use std::fs::{self, File};
-use std::io::Read;
+use std::io::{Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 use tunesmith_model::{AdapterFile, Checkpoint, Llama, SaveOptions, save_adapter, save_model};
-use tunesmith_tensor::Tensor;
+use tunesmith_tensor::{MappedFile, Tensor};
 use tunesmith_text::Tokenizer;
 
 /// Name of the file that makes a checkpoint complete.
 pub const MARKER: &str = "complete.json";
+/// Bytes of room for tokenizer, configuration and headers.
+pub const SIDE_FILES: u64 = 32 << 20;
 const STATE: &str = "tunesmith_state.json";
 const OPTIMIZER: &str = "optimizer.safetensors";
 
@@ -52,18 +56,60 @@ pub struct Contents<'a> {
     /// Passed through to generation_config.json of full models.
     pub generation_config: Option<&'a serde_json::Value>,
     /// The optimizer and the state; `None` for final weights, which are not resumed.
-    pub training: Option<(&'a AdamW, &'a RunState)>,
+    pub training: Option<(&'a mut AdamW, &'a RunState)>,
     /// Further text files by name, such as trainer_state.json.
     pub files: BTreeMap<String, String>,
+}
+
+impl Contents<'_> {
+    /// About how many bytes the checkpoint takes on the disk, rounded up.
+    fn num_bytes(&mut self) -> u64 {
+        let weights: usize = match self.model.adapter() {
+            Some(_) => self.model.adapter_tensors().map(|(_, a, b)| a.len() + b.len()).sum(),
+            None => self.model.num_params(),
+        };
+        let moments: usize = match &mut self.training {
+            Some((optimizer, _)) => optimizer.state(self.model).iter().map(|t| t.bytes.len()).sum(),
+            None => 0,
+        };
+        (4 * weights + moments) as u64 + SIDE_FILES
+    }
+}
+
+/// Bytes that this user may still write on the file system of `folder`, where the system tells.
+pub fn free_bytes(folder: &Path) -> Option<u64> {
+    #[cfg(unix)]
+    {
+        let stat = rustix::fs::statvfs(folder).ok()?;
+        Some(stat.f_bavail.saturating_mul(stat.f_frsize))
+    }
+    #[cfg(not(unix))]
+    {
+        let _ = folder;
+        None
+    }
+}
+
+fn check_space(to: &Path, needed: u64, free: Option<u64>) -> Result<()> {
+    match free {
+        Some(free) if free < needed => Err(Error::Failure(format!(
+            "cannot save {}: it needs {} and {} are free on its disk; make room and go on with --resume",
+            to.display(),
+            format_bytes(needed),
+            format_bytes(free)
+        ))),
+        _ => Ok(()),
+    }
 }
 
 /// Saves a checkpoint as folder `to`, replacing one of that name.
 ///
 /// # Errors
-/// When a file cannot be written (a full disk, say); an existing `to` is then as it was.
-pub fn save(to: &Path, contents: &Contents<'_>) -> Result<()> {
+/// When there is not enough room, or a file cannot be written; an existing `to` is then as it was.
+pub fn save(to: &Path, mut contents: Contents<'_>) -> Result<()> {
     let parent = to.parent().unwrap_or(Path::new("."));
     fs::create_dir_all(parent).map_err(|e| Error::io("cannot create", parent, e))?;
+    check_space(to, contents.num_bytes(), free_bytes(parent))?;
     let temporary = tempfile::Builder::new()
         .prefix(".saving-")
         .tempdir_in(parent)
@@ -81,7 +127,7 @@ pub fn save(to: &Path, contents: &Contents<'_>) -> Result<()> {
     }
     contents.tokenizer.save(&folder)?;
     if let Some((optimizer, state)) = contents.training {
-        write_tensors(&folder.join(OPTIMIZER), optimizer.state(contents.model))?;
+        write_tensors(&folder.join(OPTIMIZER), &optimizer.state(contents.model))?;
         let state = serde_json::to_string_pretty(state).map_err(|e| Error::Failure(format!("{STATE}: {e}")))?;
         write(&folder.join(STATE), &state)?;
     }
@@ -113,15 +159,15 @@ fn write(path: &Path, text: &str) -> Result<()> {
     go().map_err(|e| Error::io("cannot write", path, e))
 }
 
-fn write_tensors<'a>(path: &Path, tensors: impl Iterator<Item = (String, &'a Tensor)>) -> Result<()> {
+fn write_tensors(path: &Path, tensors: &[StateTensor<'_>]) -> Result<()> {
     let fail = |e: safetensors::SafeTensorError| match e {
         safetensors::SafeTensorError::IoError(e) => Error::io("cannot write", path, e),
         e => Error::Failure(format!("cannot write {}: {e}", path.display())),
     };
     let mut views = Vec::new();
-    for (name, tensor) in tensors {
-        let bytes: &[u8] = bytemuck::cast_slice(tensor.data());
-        views.push((name, TensorView::new(Dtype::F32, tensor.shape().to_vec(), bytes).map_err(fail)?));
+    for tensor in tensors {
+        let view = TensorView::new(tensor.dtype, tensor.shape.clone(), tensor.bytes).map_err(fail)?;
+        views.push((tensor.name.as_str(), view));
     }
     safetensors::serialize_to_file(views, None, path).map_err(fail)
 }
@@ -201,25 +247,27 @@ pub fn prune(checkpoints: &Path, keep: usize, best: Option<u64>) -> Result<()> {
     Ok(())
 }
 
-/// Puts the weights saved in `folder` into `model`, which has the same tensors.
+/// Puts the weights saved in `folder` into `model`, which has the same tensors, one after the other.
 ///
 /// # Errors
 /// When the folder's tensors are not those of the model.
 pub fn restore_weights(folder: &Path, model: &mut Llama) -> Result<()> {
-    let mut saved: HashMap<String, Tensor> = HashMap::new();
+    let mut adapter: HashMap<String, Tensor> = HashMap::new();
+    let mut base = None;
     if model.adapter().is_some() {
         for (module, (a, b)) in AdapterFile::open(folder)?.tensors {
-            saved.insert(format!("base_model.model.{module}.lora_A.weight"), a);
-            saved.insert(format!("base_model.model.{module}.lora_B.weight"), b);
+            adapter.insert(format!("base_model.model.{module}.lora_A.weight"), a);
+            adapter.insert(format!("base_model.model.{module}.lora_B.weight"), b);
         }
     } else {
-        let checkpoint = Checkpoint::open(folder)?;
-        for parameter in &model.parameters {
-            saved.insert(parameter.name.clone(), checkpoint.read(&parameter.name)?);
-        }
+        base = Some(Checkpoint::open(folder)?);
     }
     for parameter in model.parameters.iter_mut().filter(|p| p.trained) {
-        match saved.remove(&parameter.name) {
+        let saved = match &base {
+            Some(checkpoint) => Some(checkpoint.read(&parameter.name)?),
+            None => adapter.remove(&parameter.name),
+        };
+        match saved {
             Some(value) if value.shape() == parameter.value.shape() => parameter.value = value.into(),
             found => {
                 return Err(Error::Input(format!(
@@ -244,18 +292,48 @@ pub fn restore_training(folder: &Path, model: &Llama, optimizer: &mut AdamW) -> 
     let text = fs::read_to_string(&path).map_err(|e| Error::io("cannot read", &path, e))?;
     let state: RunState = serde_json::from_str(&text).map_err(|e| Error::Input(format!("{}: {e}", path.display())))?;
     let path = folder.join(OPTIMIZER);
-    let bytes = fs::read(&path).map_err(|e| Error::io("cannot read", &path, e))?;
+    let cannot = |e| Error::io("cannot read", &path, e);
+    let map = MappedFile::open(&path).map_err(cannot)?;
     let bad = |e| Error::Input(format!("{}: {e}", path.display()));
-    let tensors = safetensors::SafeTensors::deserialize(&bytes).map_err(bad)?;
-    let mut moments = HashMap::new();
-    for (name, view) in tensors.iter() {
-        let (values, _) = view.data().as_chunks::<4>();
-        let values: Vec<f32> = values.iter().map(|b| f32::from_le_bytes(*b)).collect();
-        if view.dtype() != Dtype::F32 {
-            return Err(Error::Input(format!("{}: {name} is {:?}; it must be F32", path.display(), view.dtype())));
+    let (header, metadata) = SafeTensors::read_metadata(&map).map_err(bad)?;
+    // Only the header is looked at through the mapping: the moments go from the file to where they belong, and are in
+    // memory once.
+    drop(map);
+    let mut file = File::open(&path).map_err(cannot)?;
+    for StateTensor { name, dtype, shape, bytes } in optimizer.state(model) {
+        match metadata.info(&name) {
+            Some(info) if info.dtype == dtype && info.shape == shape => {
+                file.seek(SeekFrom::Start((8 + header + info.data_offsets.0) as u64)).map_err(cannot)?;
+                file.read_exact(bytes).map_err(cannot)?;
+            }
+            found => {
+                let found = found.map_or("missing".into(), |i| format!("{:?} of shape {:?}", i.dtype, i.shape));
+                return Err(Error::Input(format!(
+                    "{}: {name} is {found}, this run needs {dtype:?} of shape {shape:?}; the checkpoint was made with \
+                     another training.optim or another model",
+                    path.display()
+                )));
+            }
         }
-        moments.insert(name.to_owned(), Tensor::from_slice(view.shape(), &values));
     }
-    optimizer.restore(model, moments, state.step)?;
+    optimizer.set_updates(state.step);
     Ok(state)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_disk_without_room_is_named_with_what_is_missing() {
+        let to = Path::new("run/step-5");
+        assert!(check_space(to, 10, Some(10)).is_ok() && check_space(to, 10, None).is_ok());
+        let message = check_space(to, 2_500_000_000, Some(40_000_000)).unwrap_err().to_string();
+        assert!(
+            message.contains("run/step-5") && message.contains("2.50 GB") && message.contains("40.0 MB"),
+            "{message}"
+        );
+        let here = free_bytes(Path::new("."));
+        assert!(!cfg!(unix) || here.is_some_and(|free| free > 0), "{here:?}");
+    }
 }

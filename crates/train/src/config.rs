@@ -1,10 +1,11 @@
 //! The configuration of a training run: `train CONFIG.toml`, and the `run.toml` that a run leaves behind.
 
-use crate::{Error, Result, schedule::Schedule};
+use crate::memory::parse_bytes;
+use crate::{Error, Result, optimizer::Optim, schedule::Schedule};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
-use tunesmith_model::{LINEAR_NAMES, Storage};
+use tunesmith_model::{LINEAR_NAMES, Recompute, Storage};
 use tunesmith_text::PrepareOptions;
 
 /// Version of this schema; a file that names another one is refused, so that a run never means something else than written.
@@ -25,6 +26,9 @@ pub struct Config {
     pub compute: Compute,
     /// Seed of adapter initialisation, data order and dropout.
     pub seed: u64,
+    /// Most memory that training may take, such as `4GB`: how many blocks go through the model at once and what the backward
+    /// pass makes again are then chosen to fit, and nothing begins that would not. Results do not depend on it.
+    pub memory_limit: Option<String>,
     /// The model to start from.
     pub model: ModelConfig,
     /// Files, splits, masks and packing.
@@ -45,6 +49,7 @@ impl Default for Config {
             method: Method::Lora,
             compute: Compute::F32,
             seed: 42,
+            memory_limit: None,
             model: ModelConfig::default(),
             data: PrepareOptions::default(),
             lora: LoraConfig::default(),
@@ -133,10 +138,18 @@ pub struct TrainingArguments {
     pub per_device_train_batch_size: usize,
     /// Passes whose gradients are added up for one step; the loss is divided by the trained tokens of the whole step.
     pub gradient_accumulation_steps: usize,
+    /// What the backward pass makes again instead of keeping it: `none`, `norms` (the outputs of norms and SwiGLU) or `block`
+    /// (whole blocks: the least memory, about a third more time). The gradients are the same. `norms` when not set, or what
+    /// `memory_limit` allows. Also understood as Hugging Face's `gradient_checkpointing = true` (`block`).
+    #[serde(alias = "gradient_checkpointing")]
+    #[schemars(with = "Option<String>")]
+    pub recompute: Option<Recompute>,
     /// Passes over the training data; ignored when `max_steps` is set.
     pub num_train_epochs: f64,
     /// Steps in all; -1 = as `num_train_epochs` says.
     pub max_steps: i64,
+    /// The optimizer: `adamw` keeps its two moments in f32 (8 bytes a trained weight), `adamw_8bit` in 8 bits (2 bytes).
+    pub optim: Optim,
     /// AdamW's decoupled weight decay; norms and biases never decay.
     pub weight_decay: f64,
     /// AdamW's decay of the first moment.
@@ -170,8 +183,10 @@ impl Default for TrainingArguments {
             warmup_ratio: 0.03,
             per_device_train_batch_size: 4,
             gradient_accumulation_steps: 4,
+            recompute: None,
             num_train_epochs: 3.0,
             max_steps: -1,
+            optim: Optim::AdamW,
             weight_decay: 0.0,
             adam_beta1: 0.9,
             adam_beta2: 0.999,
@@ -253,6 +268,16 @@ impl Config {
         })
     }
 
+    /// What the backward pass makes again.
+    pub fn recompute(&self) -> Recompute {
+        self.training.recompute.unwrap_or_default()
+    }
+
+    /// The limit of memory in bytes, if there is one.
+    pub fn memory_limit(&self) -> Option<u64> {
+        self.memory_limit.as_deref().and_then(|limit| parse_bytes(limit).ok())
+    }
+
     /// Steps of warm-up in a run of `num_training_steps`.
     pub fn warmup_steps(&self, num_training_steps: u64) -> u64 {
         let by_ratio = (self.training.warmup_ratio * num_training_steps as f64).ceil() as u64;
@@ -276,6 +301,11 @@ impl Config {
         }
         if self.data.train.is_empty() {
             return fail("data.train", "[]".into(), "name at least one file, folder or glob to train on");
+        }
+        if let Some(limit) = &self.memory_limit
+            && let Err(fix) = parse_bytes(limit)
+        {
+            return fail("memory_limit", format!("{limit:?}"), &fix);
         }
         let lr = self.learning_rate();
         if !(lr > 0.0 && lr.is_finite()) {
@@ -429,6 +459,19 @@ mod tests {
     }
 
     #[test]
+    fn well_known_names_are_understood() {
+        let parse = |set: &str| Config::parse(MINIMAL, "c.toml", &[set.to_owned()]).map(|c| c.training);
+        assert_eq!(parse("training.recompute=block").unwrap().recompute, Some(Recompute::Block));
+        assert_eq!(parse("training.gradient_checkpointing=true").unwrap().recompute, Some(Recompute::Block));
+        assert_eq!(parse("training.gradient_checkpointing=false").unwrap().recompute, Some(Recompute::None));
+        assert_eq!(parse("training.optim=adamw_torch").unwrap().optim, Optim::AdamW);
+        assert_eq!(parse("training.optim=adamw_bnb_8bit").unwrap().optim, Optim::AdamW8bit);
+        let message = parse("training.recompute=everything").unwrap_err().to_string();
+        assert!(message.contains("\"none\", \"norms\", \"block\""), "{message}");
+        assert!(parse("training.optim=sgd").unwrap_err().to_string().contains("adamw_8bit"));
+    }
+
+    #[test]
     fn overrides_take_toml_values_and_bare_words() {
         let set = ["training.max_steps=7", "method=full", "lora.target_modules=[\"q_proj\"]", "model.source=x/y"];
         let config = Config::parse(MINIMAL, "c.toml", &set.map(String::from)).unwrap();
@@ -449,6 +492,7 @@ mod tests {
         assert!(error("[model]\nsource=\"x\"\n", &[]).contains("data.train"));
         for (set, field) in [
             ("version=2", "version"),
+            ("memory_limit=much", "memory_limit"),
             ("training.learning_rate=-1.0", "training.learning_rate"),
             ("training.learning_rate=nan", "training.learning_rate"),
             ("training.gradient_accumulation_steps=0", "training.gradient_accumulation_steps"),

@@ -6,6 +6,7 @@ pub mod checkpoint;
 pub mod config;
 mod error;
 pub mod evaluate;
+pub mod memory;
 pub mod metrics;
 pub mod optimizer;
 pub mod report;

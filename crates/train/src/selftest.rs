@@ -4,14 +4,14 @@
 mod packed;
 
 use crate::checkpoint::{self, Contents, RunState};
-use crate::optimizer::{AdamW, AdamWOptions, clip_coefficient, gradient_norm};
+use crate::optimizer::{AdamW, AdamWOptions, Optim, clip_coefficient, gradient_norm};
 use crate::{Error, Result};
 use serde::Serialize;
 use std::borrow::Cow;
 use std::path::Path;
 use std::slice::from_ref;
 use tunesmith_model::{
-    AdapterConfig, AdapterFile, Batch, Checkpoint, Config, Gradients, KvCache, Llama, LossOptions, Modules,
+    AdapterConfig, AdapterFile, Batch, Checkpoint, Config, Gradients, KvCache, Llama, LossOptions, Modules, Recompute,
     SaveOptions, Workspace, save_adapter, save_model,
 };
 use tunesmith_tensor::{Tensor, rng::Rng};
@@ -122,6 +122,15 @@ pub fn on_model(name: &str, model: &mut Llama, folder: &Path, observe: &mut dyn 
     let seed = Some(1);
     let dropped = gradients_of(model, from_ref(&packed), seed, &mut ws);
     quotient_check(&difference_quotients(model, &packed, seed, &dropped, &mut ws), &mut report);
+    let mut apart = 0.0f64;
+    for level in [Recompute::None, Recompute::Block] {
+        let again = gradients_of(model, from_ref(&packed), seed, &mut Workspace::new(level));
+        for (a, b) in again.tensors.iter().flatten().zip(dropped.tensors.iter().flatten()) {
+            apart += differing(a.data(), b.data());
+        }
+    }
+    let what = "gradients with none, norms and block, with dropout, elements that differ".into();
+    report("recompute = none", what, apart, 0.0);
 
     save_adapter(folder, &config, model.adapter_tensors())?;
     let mut read = AdapterFile::open(folder)?.tensors;
@@ -224,7 +233,7 @@ fn resume(name: &str, make: &dyn Fn() -> Result<Llama>, folder: &Path, observe: 
         train(&mut straight, &mut optimizer, 0..2);
         let to = folder.join("checkpoint");
         let state = RunState { step: 2, ..RunState::default() };
-        let training = Some((&optimizer, &state));
+        let training = Some((&mut optimizer, &state));
         let contents = Contents {
             model: &straight,
             tokenizer: &tokenizer,
@@ -232,7 +241,7 @@ fn resume(name: &str, make: &dyn Fn() -> Result<Llama>, folder: &Path, observe: 
             training,
             files: Default::default(),
         };
-        checkpoint::save(&to, &contents)?;
+        checkpoint::save(&to, contents)?;
         train(&mut straight, &mut optimizer, 2..4);
 
         let mut resumed = start()?;
@@ -248,8 +257,14 @@ fn resume(name: &str, make: &dyn Fn() -> Result<Llama>, folder: &Path, observe: 
     Ok(())
 }
 
-const ADAMW: AdamWOptions =
-    AdamWOptions { adam_beta1: 0.9, adam_beta2: 0.999, adam_epsilon: 1e-8, weight_decay: 0.1, decay_vectors: false };
+const ADAMW: AdamWOptions = AdamWOptions {
+    adam_beta1: 0.9,
+    adam_beta2: 0.999,
+    adam_epsilon: 1e-8,
+    weight_decay: 0.1,
+    decay_vectors: false,
+    optim: Optim::AdamW,
+};
 
 /// Optimizer steps on tokens that the number of the step decides.
 fn train(model: &mut Llama, optimizer: &mut AdamW, steps: std::ops::Range<u64>) {
@@ -259,7 +274,7 @@ fn train(model: &mut Llama, optimizer: &mut AdamW, steps: std::ops::Range<u64>) 
         let ids: Vec<u32> = (0..24).map(|_| rng.below(model.config.vocab_size as u32)).collect();
         let mut batch = Batch::default();
         batch.push(&ids, &vec![true; ids.len()]);
-        let options = LossOptions { pass: step, ..options(&batch, Some(1)) };
+        let options = LossOptions { step, ..options(&batch, Some(1)) };
         let mut gradients = Gradients::new(model);
         model.loss_and_gradients(&batch, options, &mut ws, &mut gradients);
         let clip = clip_coefficient(gradient_norm(&gradients), 1.0);
@@ -287,7 +302,8 @@ fn batch_of(documents: &[Document]) -> Batch {
 }
 
 fn options(batch: &Batch, dropout_seed: Option<u64>) -> LossOptions {
-    LossOptions { scale: 1.0 / batch.targets.len().max(1) as f32, label_smoothing: 0.0, dropout_seed, pass: 0 }
+    let scale = 1.0 / batch.targets.len().max(1) as f32;
+    LossOptions { scale, label_smoothing: 0.0, dropout_seed, step: 0, first_token: 0 }
 }
 
 /// Gradients of the mean loss over the tokens of all `batches` together.

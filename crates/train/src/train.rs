@@ -80,17 +80,17 @@ pub struct Outcome {
     pub elapsed_s: f64,
 }
 
-/// Makes train in `model` what `config` says: every weight, a new adapter, or an adapter that was saved before.
+/// The adapter that trains as `config` says, if one does: a new one on the model named `base`, or a saved one.
 ///
 /// # Errors
-/// When the adapter's targets match nothing, or a saved one does not fit the model.
-pub fn prepare_model(config: &Config, base: &str, model: &mut Llama) -> Result<()> {
+/// When a saved adapter cannot be read.
+pub fn adapter_config(config: &Config, base: &str) -> Result<Option<AdapterConfig>> {
     match (config.method, &config.model.adapter) {
-        (Method::Full, _) => model.train_all(),
-        (Method::Lora, Some(folder)) => model.attach_adapter(AdapterFile::open(folder)?, true)?,
+        (Method::Full, _) => Ok(None),
+        (Method::Lora, Some(folder)) => Ok(Some(AdapterFile::open(folder)?.config)),
         (Method::Lora, None) => {
             let lora = &config.lora;
-            let adapter = AdapterConfig {
+            Ok(Some(AdapterConfig {
                 r: lora.r,
                 lora_alpha: lora.lora_alpha,
                 lora_dropout: lora.lora_dropout,
@@ -98,9 +98,20 @@ pub fn prepare_model(config: &Config, base: &str, model: &mut Llama) -> Result<(
                 base_model_name_or_path: Some(base.to_owned()),
                 target_modules: Modules::List(lora.targets()),
                 ..AdapterConfig::default()
-            };
-            model.add_adapter(&adapter, config.seed)?;
+            }))
         }
+    }
+}
+
+/// Makes train in `model` what `config` says: every weight, a new adapter, or an adapter that was saved before.
+///
+/// # Errors
+/// When the adapter's targets match nothing, or a saved one does not fit the model.
+pub fn prepare_model(config: &Config, base: &str, model: &mut Llama) -> Result<()> {
+    match (&config.model.adapter, adapter_config(config, base)?) {
+        (_, None) => model.train_all(),
+        (Some(folder), Some(_)) => model.attach_adapter(AdapterFile::open(folder)?, true)?,
+        (None, Some(adapter)) => model.add_adapter(&adapter, config.seed)?,
     }
     if config.compute == Compute::Int8 {
         model.compute_int8(true)?;
@@ -110,7 +121,7 @@ pub fn prepare_model(config: &Config, base: &str, model: &mut Llama) -> Result<(
 
 /// Blocks of training data in the order in which they are seen: a new permutation for each epoch, a function of seed
 /// and epoch alone.
-struct Order {
+pub(crate) struct Order {
     seed: u64,
     num_blocks: usize,
     blocks_per_step: usize,
@@ -118,12 +129,30 @@ struct Order {
 }
 
 impl Order {
-    fn steps_per_epoch(&self) -> u64 {
+    /// The order of a run over `num_blocks` blocks.
+    pub(crate) fn new(config: &Config, num_blocks: usize) -> Result<Self> {
+        if num_blocks == 0 {
+            return Err(Error::Input(
+                "the training split is empty: give more data, or smaller validation and test fractions".into(),
+            ));
+        }
+        let t = &config.training;
+        let blocks_per_step = t.per_device_train_batch_size * t.gradient_accumulation_steps;
+        Ok(Self { seed: config.seed, num_blocks, blocks_per_step, epoch: None })
+    }
+
+    /// Steps of the whole run.
+    pub(crate) fn max_steps(&self, config: &Config) -> u64 {
+        let by_epochs = (config.training.num_train_epochs * self.steps_per_epoch() as f64).ceil() as u64;
+        u64::try_from(config.training.max_steps).unwrap_or(by_epochs)
+    }
+
+    pub(crate) fn steps_per_epoch(&self) -> u64 {
         self.num_blocks.div_ceil(self.blocks_per_step) as u64
     }
 
     /// The blocks of `step` (counted from 0); the last step of an epoch takes what is left.
-    fn blocks(&mut self, step: u64) -> &[u32] {
+    pub(crate) fn blocks(&mut self, step: u64) -> &[u32] {
         let (epoch, in_epoch) = (step / self.steps_per_epoch(), (step % self.steps_per_epoch()) as usize);
         if self.epoch.as_ref().is_none_or(|(e, _)| *e != epoch) {
             let mut order: Vec<u32> = (0..self.num_blocks as u32).collect();
@@ -189,17 +218,11 @@ impl<'a, 'o> Run<'a, 'o> {
         let (config, t) = (job.config, &job.config.training);
         let train = PreparedSplit::open(job.data, Split::Train)?;
         let validation = PreparedSplit::open(job.data, Split::Validation)?;
-        if train.is_empty() {
-            return Err(Error::Input(
-                "the training split is empty: give more data, or smaller validation and test fractions".into(),
-            ));
-        }
-        let blocks_per_step = t.per_device_train_batch_size * t.gradient_accumulation_steps;
-        let order = Order { seed: config.seed, num_blocks: train.len(), blocks_per_step, epoch: None };
-        let by_epochs = (t.num_train_epochs * order.steps_per_epoch() as f64).ceil() as u64;
-        let max_steps = u64::try_from(t.max_steps).unwrap_or(by_epochs);
+        let order = Order::new(config, train.len())?;
+        let max_steps = order.max_steps(config);
         t.lr_scheduler_type.check(config.warmup_steps(max_steps), max_steps)?;
         let options = AdamWOptions {
+            optim: t.optim,
             adam_beta1: t.adam_beta1,
             adam_beta2: t.adam_beta2,
             adam_epsilon: t.adam_epsilon,
@@ -250,7 +273,7 @@ impl<'a, 'o> Run<'a, 'o> {
             max_steps,
             optimizer,
             gradients,
-            ws: Workspace::default(),
+            ws: Workspace::new(config.recompute()),
             metrics,
             earlier_s: state.elapsed_s,
             state,
@@ -280,13 +303,14 @@ impl<'a, 'o> Run<'a, 'o> {
         let scale = 1.0 / num_tokens.max(1) as f32;
 
         self.gradients.clear();
-        let mut loss_sum = 0.0;
-        for (i, blocks) in micro_batches.iter().enumerate() {
+        let (mut loss_sum, mut first_token) = (0.0, 0);
+        for blocks in micro_batches {
             let options = LossOptions {
                 scale,
                 label_smoothing: t.label_smoothing_factor as f32,
                 dropout_seed: Some(self.job.config.seed),
-                pass: step * t.gradient_accumulation_steps as u64 + i as u64,
+                step,
+                first_token,
             };
             let batch = batch_of(blocks);
             let loss = self.job.model.loss_and_gradients(&batch, options, &mut self.ws, &mut self.gradients);
@@ -294,6 +318,7 @@ impl<'a, 'o> Run<'a, 'o> {
                 return Err(self.not_finite("loss", loss, blocks));
             }
             loss_sum += loss;
+            first_token += batch.len() as u64;
         }
         let norm = gradient_norm(&self.gradients);
         if !norm.is_finite() {
@@ -442,11 +467,11 @@ impl<'a, 'o> Run<'a, 'o> {
             model: self.job.model,
             tokenizer: self.job.tokenizer,
             generation_config: self.job.generation_config,
-            training: Some((&self.optimizer, &self.state)),
+            training: Some((&mut self.optimizer, &self.state)),
             files,
         };
         (self.observe)(Event::Saving(&folder));
-        checkpoint::save(&folder, &contents)?;
+        checkpoint::save(&folder, contents)?;
         let best = self.state.best.map(|(step, _)| step);
         checkpoint::prune(&self.checkpoints(), self.job.config.training.save_total_limit, best)?;
         (self.observe)(Event::Saved(&folder));
@@ -519,7 +544,7 @@ impl<'a, 'o> Run<'a, 'o> {
             files,
         };
         (self.observe)(Event::Saving(&folder));
-        checkpoint::save(&folder, &contents)?;
+        checkpoint::save(&folder, contents)?;
         (self.observe)(Event::Saved(&folder));
         Ok(self.outcome(true, folder))
     }

@@ -177,7 +177,7 @@ pub fn verify_reference(model: &mut Llama, reference: &Reference) -> Result<Vec<
         }
         let mut gradients = Gradients::new(model);
         let scale = 1.0 / batch.targets.len().max(1) as f32;
-        let options = LossOptions { scale, label_smoothing: 0.0, dropout_seed: None, pass: 0 };
+        let options = LossOptions { scale, label_smoothing: 0.0, dropout_seed: None, step: 0, first_token: 0 };
         let sum = model.loss_and_gradients(&batch, options, &mut ws, &mut gradients);
         for (parameter, trained) in model.parameters.iter_mut().zip(trained) {
             parameter.trained = trained;
@@ -281,8 +281,7 @@ pub fn verify_curve(
         let (file, wanted) = (&batches.file, curve.len());
         return Err(Error::Input(format!("{file} has {steps} batches; the curve has {wanted} steps")));
     }
-    let options =
-        AdamWOptions { adam_beta1: 0.9, adam_beta2: 0.999, adam_epsilon: 1e-8, weight_decay, decay_vectors: true };
+    let options = AdamWOptions { weight_decay, decay_vectors: true, ..AdamWOptions::default() };
     let mut optimizer = AdamW::new(model, options);
     let mut gradients = Gradients::new(model);
     let mut ws = Workspace::default();
@@ -293,7 +292,7 @@ pub fn verify_curve(
         let batch = Batch::from_labels(pairs.map(|(r, l)| (r.as_slice(), l.as_slice())));
         let scale = 1.0 / batch.targets.len().max(1) as f32;
         gradients.clear();
-        let options = LossOptions { scale, label_smoothing, dropout_seed: None, pass: i as u64 };
+        let options = LossOptions { scale, label_smoothing, dropout_seed: None, step: i as u64, first_token: 0 };
         let loss = model.loss_and_gradients(&batch, options, &mut ws, &mut gradients) * scale as f64;
         let norm = gradient_norm(&gradients);
         for (what, ours, reference) in [("loss", loss, step.loss), ("grad_norm", norm, step.grad_norm)] {

@@ -194,7 +194,7 @@ fn a_batch_in_parts_is_the_sum_of_its_documents() {
     };
     let whole = batch_of(&documents);
     assert!(whole.len() > tunesmith_model::llama::PASS_TOKENS, "the batch takes several parts");
-    let options = LossOptions { scale: 1e-3, label_smoothing: 0.0, dropout_seed: None, pass: 0 };
+    let options = LossOptions { scale: 1e-3, label_smoothing: 0.0, dropout_seed: None, step: 0, first_token: 0 };
     let mut ws = Workspace::default();
     let mut together = Gradients::new(&llama);
     llama.loss_and_gradients(&whole, options, &mut ws, &mut together);

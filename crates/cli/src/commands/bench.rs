@@ -8,11 +8,13 @@ use crate::load::{self, Opened};
 use crate::source::Settings;
 use serde::Serialize;
 use std::time::Instant;
-use tunesmith_model::{AdapterConfig, Batch, Gradients, LINEAR_NAMES, Llama, LossOptions, Modules, Workspace};
+use tunesmith_model::{
+    AdapterConfig, Batch, Gradients, LINEAR_NAMES, Llama, LossOptions, Modules, Recompute, Workspace,
+};
 use tunesmith_tensor::rng::Rng;
 use tunesmith_text::{PrepareOptions, PreparedSplit, Split};
 use tunesmith_train::evaluate::batch_of;
-use tunesmith_train::optimizer::{AdamW, AdamWOptions, clip_coefficient, gradient_norm};
+use tunesmith_train::optimizer::{AdamW, AdamWOptions, Optim, clip_coefficient, gradient_norm};
 
 pub(crate) fn run(args: &BenchArgs, settings: &Settings) -> Result<()> {
     match &args.what {
@@ -66,6 +68,7 @@ fn train(args: &BenchTrainArgs, settings: &Settings) -> Result<()> {
     if args.compute == ComputeName::Int8 {
         model.compute_int8(true)?;
     }
+    let (recompute, optim) = (args.recompute.into(), args.optim.into());
     let mut result = TrainResult {
         method: if args.method == BenchMethod::Lora { "lora" } else { "full" },
         batch: args.batch,
@@ -77,7 +80,8 @@ fn train(args: &BenchTrainArgs, settings: &Settings) -> Result<()> {
         data: None,
     };
     if let Some((batches, rows)) = prepared {
-        let mut seconds = timed_steps(&mut model, std::iter::once(&batches[0]).chain(&batches).cloned());
+        let mut seconds =
+            timed_steps(&mut model, std::iter::once(&batches[0]).chain(&batches).cloned(), recompute, optim);
         seconds.remove(0);
         let trained = |batch: &Batch| batch.targets.len();
         let trained_tokens = batches.iter().map(trained).sum();
@@ -86,13 +90,13 @@ fn train(args: &BenchTrainArgs, settings: &Settings) -> Result<()> {
         let tokens = batches.iter().map(Batch::len).sum();
         result.data = Some(DataResult { rows, steps: batches.len(), tokens, trained_tokens });
     } else {
-        let mut seconds = steps(&mut model, args.batch, args.seq, args.steps + 1);
+        let mut seconds = steps(&mut model, args.batch, args.seq, args.steps + 1, recompute, optim);
         seconds.remove(0);
         seconds.sort_by(f64::total_cmp);
         let tokens = (args.batch * args.seq) as f64;
         (result.tokens_per_s, result.best) = (tokens / seconds[seconds.len() / 2], tokens / seconds[0]);
     }
-    result.peak_rss_gb = peak_rss().map(|b| b as f64 / 1e9);
+    result.peak_rss_gb = super::plan::peak_resident().map(|b| b as f64 / 1e9);
     if let Some(file) = &args.json {
         return super::write_json_line(file, &result);
     }
@@ -137,7 +141,14 @@ fn packed_rows(args: &BenchTrainArgs, opened: &Opened, settings: &Settings) -> R
 }
 
 /// Seconds that each of `num_steps` training steps on random tokens takes.
-pub(crate) fn steps(model: &mut Llama, batch_size: usize, seq: usize, num_steps: usize) -> Vec<f64> {
+pub(crate) fn steps(
+    model: &mut Llama,
+    batch_size: usize,
+    seq: usize,
+    num_steps: usize,
+    recompute: Recompute,
+    optim: Optim,
+) -> Vec<f64> {
     let mut rng = Rng::new(0, 0);
     let vocab = model.config.vocab_size as u32;
     let batches = (0..num_steps).map(|_| {
@@ -148,37 +159,30 @@ pub(crate) fn steps(model: &mut Llama, batch_size: usize, seq: usize, num_steps:
         }
         batch
     });
-    timed_steps(model, batches)
+    timed_steps(model, batches, recompute, optim)
 }
 
 /// Seconds that a training step on each of `batches` takes.
-fn timed_steps(model: &mut Llama, batches: impl Iterator<Item = Batch>) -> Vec<f64> {
-    let options = AdamWOptions {
-        adam_beta1: 0.9,
-        adam_beta2: 0.999,
-        adam_epsilon: 1e-8,
-        weight_decay: 0.0,
-        decay_vectors: false,
-    };
+fn timed_steps(
+    model: &mut Llama,
+    batches: impl Iterator<Item = Batch>,
+    recompute: Recompute,
+    optim: Optim,
+) -> Vec<f64> {
+    let options = AdamWOptions { optim, ..AdamWOptions::default() };
     let mut optimizer = AdamW::new(model, options);
     let mut gradients = Gradients::new(model);
-    let mut ws = Workspace::default();
-    let step = |(pass, batch): (usize, Batch)| {
+    let mut ws = Workspace::new(recompute);
+    let step = |(number, batch): (usize, Batch)| {
         let start = Instant::now();
         let scale = 1.0 / batch.targets.len().max(1) as f32;
         gradients.clear();
-        let options = LossOptions { scale, label_smoothing: 0.0, dropout_seed: None, pass: pass as u64 };
+        let options =
+            LossOptions { scale, label_smoothing: 0.0, dropout_seed: None, step: number as u64, first_token: 0 };
         model.loss_and_gradients(&batch, options, &mut ws, &mut gradients);
         let norm = gradient_norm(&gradients);
         optimizer.update(model, &gradients, 2e-4, clip_coefficient(norm, 1.0));
         start.elapsed().as_secs_f64()
     };
     batches.enumerate().map(step).collect()
-}
-
-/// Largest resident memory of this process so far, in bytes, where the system tells (Linux).
-fn peak_rss() -> Option<u64> {
-    let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let line = status.lines().find_map(|l| l.strip_prefix("VmHWM:"))?;
-    line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok().map(|kb| kb * 1024)
 }

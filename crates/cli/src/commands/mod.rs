@@ -7,6 +7,7 @@ pub(crate) mod evaluate;
 pub(crate) mod generate;
 pub(crate) mod init;
 pub(crate) mod merge;
+pub(crate) mod plan;
 pub(crate) mod prepare;
 pub(crate) mod quickstart;
 pub(crate) mod selftest;

@@ -97,7 +97,8 @@ fn affordable_steps(config: &Config, opened: &Opened) -> Result<i64> {
     println!("      measuring this machine's speed, to train for about three minutes");
     let mut model = opened.llama(config.model.storage)?;
     prepare_model(config, "", &mut model)?;
-    let seconds = bench::steps(&mut model, BLOCKS, config.data.max_length, 2);
+    let seconds =
+        bench::steps(&mut model, BLOCKS, config.data.max_length, 2, config.recompute(), config.training.optim);
     // The first step also asks the system for memory.
     let step = seconds.last().copied().unwrap_or(1.0);
     Ok(((TRAINING_SECONDS / step) as i64).clamp(10, 2000))

@@ -1,6 +1,7 @@
 //! `tunesmith train`: load, prepare, train, compare, report.
 
 use super::evaluate::{self, Evaluation};
+use super::plan::{Facts, peak_resident};
 use crate::args::TrainArgs;
 use crate::error::{Error, Result};
 use crate::load::{self, Opened};
@@ -15,6 +16,7 @@ use tunesmith_model::{AdapterFile, Llama, Storage};
 use tunesmith_text::{PreparedSplit, Report, Split};
 use tunesmith_train::checkpoint::sha256;
 use tunesmith_train::config::{Compute, Config, Method};
+use tunesmith_train::memory::format_bytes;
 use tunesmith_train::metrics::{MetricRecord, read_metrics};
 use tunesmith_train::report::{self, ModelFacts, RunReport, SplitCounts};
 use tunesmith_train::train::{Event, Job, Outcome, prepare_model, train};
@@ -59,6 +61,12 @@ pub(crate) fn train_and_report(config: &Config, opened: &Opened, resume: bool, s
     let data_folder = dir.join("data");
     let data = super::prepare::prepare(&config.data, opened, &data_folder, settings)?;
     print!("{}", super::prepare::describe(&data));
+    let settled = Facts::gather(config, opened, &data, &data_folder)?.settle(config, opened, resume)?;
+    let (config, plan) = (&settled.config, settled.plan);
+    match &settled.chosen {
+        Some(chosen) => println!("{chosen}"),
+        None => println!("memory: {} at the peak", format_bytes(plan.total)),
+    }
     write_run_files(config, opened, &data, resume)?;
 
     let mut model = opened.llama(config.model.storage)?;
@@ -88,6 +96,9 @@ pub(crate) fn train_and_report(config: &Config, opened: &Opened, resume: bool, s
     let file = dir.join("report.html");
     report::write(&file, &html(config, opened, &data, num_trained, evaluation)?)?;
     println!("\nweights: {}\nreport:  {}", outcome.weights.display(), file.display());
+    if let Some(peak) = peak_resident() {
+        println!("peak memory: {} ({} were planned)", format_bytes(peak), format_bytes(plan.total));
+    }
     Ok(Done { weights: outcome.weights })
 }
 

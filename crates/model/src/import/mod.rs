@@ -22,6 +22,7 @@ use std::{
 };
 use tunesmith_tensor::{
     Bytes, MappedFile, Packed, Tensor, Weight,
+    nf4::Nf4,
     quant::{BlockType, dequantize},
 };
 
@@ -38,6 +39,13 @@ pub(crate) struct Stored {
     pub shape: Vec<usize>,
     /// Set when rows are in the order of interleaved rotation (q and k in GGUF): the number of heads.
     pub interleaved_heads: Option<usize>,
+}
+
+impl Stored {
+    /// Number of elements.
+    fn len(&self) -> usize {
+        self.shape.iter().product()
+    }
 }
 
 /// What a reader of a format finds; [`Checkpoint::open`] checks it against the config.
@@ -145,6 +153,24 @@ impl Checkpoint {
         }
     }
 
+    /// Bytes of all weights as [`Checkpoint::load`] keeps them.
+    pub fn weight_bytes(&self, storage: Storage) -> u64 {
+        self.names.iter().map(|name| kept_bytes(&self.source.tensors[name], storage) as u64).sum()
+    }
+
+    /// Most bytes that loading holds besides the weights: a matrix on its way into another encoding.
+    pub fn loading_bytes(&self, storage: Storage) -> u64 {
+        let largest = self.names.iter().map(|name| {
+            let stored = &self.source.tensors[name];
+            match storage {
+                Storage::Stored => 0,
+                Storage::F32 => stored.range.len() as u64,
+                Storage::Nf4 => (stored.range.len() + 4 * stored.len()) as u64,
+            }
+        });
+        largest.max().unwrap_or(0)
+    }
+
     /// The weight `name` (Hugging Face's name) as f32, in Hugging Face's row order; its shape is that of
     /// [`Config::expected_tensors`].
     ///
@@ -163,6 +189,17 @@ impl Checkpoint {
     }
 }
 
+impl Storage {
+    /// The name in a configuration.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::F32 => "f32",
+            Self::Stored => "stored",
+            Self::Nf4 => "nf4",
+        }
+    }
+}
+
 /// How the matrices of a model that do not train are kept in memory. Computing with them is exact in each form: products
 /// decode them as they go.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -177,6 +214,15 @@ pub enum Storage {
     Nf4,
 }
 
+/// Bytes of a weight as it is kept.
+fn kept_bytes(stored: &Stored, storage: Storage) -> usize {
+    match storage {
+        Storage::Stored if stored.shape.len() == 2 => stored.range.len(),
+        Storage::Nf4 if stored.shape.len() == 2 => Nf4::bytes_for(stored.len()),
+        _ => 4 * stored.len(),
+    }
+}
+
 /// Decodes one stored weight and checks that all of it is finite.
 pub(crate) fn decode(file: &WeightFile, name: &str, stored: &Stored) -> Result<Tensor> {
     // The range was checked against the file when the header was read.
@@ -186,6 +232,8 @@ pub(crate) fn decode(file: &WeightFile, name: &str, stored: &Stored) -> Result<T
         None => dequantize(stored.kind, bytes, tensor.data_mut()),
         Some(heads) => dequantize_heads(stored, bytes, heads, &mut tensor),
     }
+    // Decoded, it is in memory a second time.
+    file.map.release(stored.range.clone());
     const TASK: usize = 1 << 16;
     let bad = tensor.data().par_chunks(TASK).enumerate().find_map_first(|(task, values)| {
         // A sum of exponent tests has no early exit and is vectorised; the position is looked for only when needed.

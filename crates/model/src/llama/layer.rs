@@ -1,7 +1,7 @@
 //! One block of the model, forward and backward, and the linear layers inside it.
 
 use super::{
-    BackwardBuffers, DOWN, GATE, Gradients, K, LayerActivations, Linear, Llama, O, Q, SharedActivations, UP, V,
+    BackwardBuffers, DOWN, GATE, Gradients, K, LayerActivations, Linear, Llama, Lora, MadeActivations, O, Q, UP, V,
 };
 use crate::{batch::Batch, cache::KvCache};
 use tunesmith_tensor::Tensor;
@@ -15,18 +15,35 @@ struct LinearBuffers<'a> {
     d_dropped: &'a mut Tensor,
 }
 
+/// Buffers that the forward pass of a layer fills.
+pub(super) struct ForwardBuffers<'a> {
+    pub(super) act: &'a mut LayerActivations,
+    pub(super) made: &'a mut MadeActivations,
+    pub(super) dropped: &'a mut Tensor,
+}
+
+/// What the backward pass of a layer starts from.
+pub(super) struct KeptActivations<'a> {
+    pub(super) x_td: &'a Tensor,
+    pub(super) act: &'a LayerActivations,
+    pub(super) made: &'a MadeActivations,
+}
+
 /// Whether a pass keeps its activations for a backward pass, and which dropout it draws.
 #[derive(Clone, Copy)]
 pub(super) enum Pass {
     Keep(Option<Masks>),
+    /// As `Keep`, made a second time just before the backward pass: the output is known already.
+    Again(Option<Masks>),
     Discard,
 }
 
-/// The dropout masks of one part of a pass: `pass` is its number, 16 bits of it for the part; 16 more for the layer follow.
+/// The dropout masks of a batch.
 #[derive(Clone, Copy)]
 pub(super) struct Masks {
     pub(super) seed: u64,
-    pub(super) pass: u64,
+    pub(super) step: u64,
+    pub(super) first_token: u64,
 }
 
 /// The dropout mask of one linear layer in one pass, whatever its rate.
@@ -34,17 +51,19 @@ pub(super) struct Masks {
 struct MaskSource {
     seed: u64,
     stream: u64,
+    first_row: u64,
 }
 
 impl Masks {
     fn of(masks: Option<Self>, layer: usize, linear: usize) -> Option<MaskSource> {
-        masks.map(|m| MaskSource { seed: m.seed, stream: m.pass << 16 | (layer * 8 + linear) as u64 })
+        let stream = |m: Self| m.step << 16 | (layer * 8 + linear) as u64;
+        masks.map(|m| MaskSource { seed: m.seed, stream: stream(m), first_row: m.first_token })
     }
 }
 
 impl MaskSource {
     fn for_rate(self, p: f32) -> Option<dropout::Mask> {
-        (p > 0.0).then_some(dropout::Mask { p, seed: self.seed, stream: self.stream })
+        (p > 0.0).then_some(dropout::Mask { p, seed: self.seed, stream: self.stream, first_row: self.first_row })
     }
 }
 
@@ -53,19 +72,16 @@ impl Llama {
         &self,
         l: usize,
         stream_td: &mut Tensor,
-        act: &mut LayerActivations,
+        buffers: ForwardBuffers<'_>,
         angles: &rope::Angles,
         batch: &Batch,
         cache: Option<&mut KvCache>,
         pass: Pass,
-        shared: &mut SharedActivations,
     ) {
-        let SharedActivations { normed_td, act_tf, dropped } = shared;
+        let ForwardBuffers { act, made, dropped } = buffers;
+        let MadeActivations { normed_td, normed2_td, act_tf } = made;
         let (layer, eps) = (&self.layers[l], self.config.rms_norm_eps);
-        let masks = if let Pass::Keep(masks) = pass { masks } else { None };
-        if matches!(pass, Pass::Keep(_)) {
-            act.x_td.assign(stream_td);
-        }
+        let masks = if let Pass::Keep(masks) | Pass::Again(masks) = pass { masks } else { None };
         rmsnorm::forward(stream_td, self.tensor(layer.input_norm), eps, normed_td, &mut act.rstd1_t);
         let mut apply = |i: usize, x: &Tensor, y: &mut Tensor, into, xa: &mut Tensor| {
             self.linear_forward(&layer.linears[i], x, y, into, xa, Masks::of(masks, l, i), dropped);
@@ -82,44 +98,53 @@ impl Llama {
         };
         attention::forward(&act.q_th, k, v, &batch.segments, self.heads(), &mut act.o_th, &mut act.lse);
         apply(O, &act.o_th, stream_td, Accumulate, &mut act.xa_tr[O]);
-        if matches!(pass, Pass::Keep(_)) {
+        if !matches!(pass, Pass::Discard) {
             act.x2_td.assign(stream_td);
         }
-        rmsnorm::forward(stream_td, self.tensor(layer.post_norm), eps, normed_td, &mut act.rstd2_t);
-        apply(GATE, normed_td, &mut act.gate_tf, Overwrite, &mut act.xa_tr[GATE]);
-        apply(UP, normed_td, &mut act.up_tf, Overwrite, &mut act.xa_tr[UP]);
+        rmsnorm::forward(stream_td, self.tensor(layer.post_norm), eps, normed2_td, &mut act.rstd2_t);
+        apply(GATE, normed2_td, &mut act.gate_tf, Overwrite, &mut act.xa_tr[GATE]);
+        apply(UP, normed2_td, &mut act.up_tf, Overwrite, &mut act.xa_tr[UP]);
         swiglu::forward(&act.gate_tf, &act.up_tf, act_tf);
-        apply(DOWN, act_tf, stream_td, Accumulate, &mut act.xa_tr[DOWN]);
+        if !matches!(pass, Pass::Again(_)) {
+            return apply(DOWN, act_tf, stream_td, Accumulate, &mut act.xa_tr[DOWN]);
+        }
+        self.adapter_forward(&layer.linears[DOWN], act_tf, &mut act.xa_tr[DOWN], Masks::of(masks, l, DOWN), dropped);
+    }
+
+    /// Outputs of norms and SwiGLU, from what layer `l` has kept.
+    pub(super) fn make_again(&self, l: usize, x_td: &Tensor, act: &LayerActivations, made: &mut MadeActivations) {
+        let layer = &self.layers[l];
+        rmsnorm::apply(x_td, self.tensor(layer.input_norm), &act.rstd1_t, &mut made.normed_td);
+        rmsnorm::apply(&act.x2_td, self.tensor(layer.post_norm), &act.rstd2_t, &mut made.normed2_td);
+        swiglu::forward(&act.gate_tf, &act.up_tf, &mut made.act_tf);
     }
 
     /// Takes the gradient of the layer's output in `back.d_stream_td` to that of its input, in place.
     pub(super) fn layer_backward(
         &self,
         l: usize,
-        act: &LayerActivations,
+        kept: KeptActivations<'_>,
         batch: &Batch,
         angles: &rope::Angles,
         masks: Option<Masks>,
         back: &mut BackwardBuffers,
-        shared: &mut SharedActivations,
+        dropped: &mut Tensor,
         gradients: &mut Gradients,
     ) {
+        let KeptActivations { x_td, act, made } = kept;
         let layer = &self.layers[l];
         let (input_norm, post_norm) = (self.tensor(layer.input_norm), self.tensor(layer.post_norm));
-        let SharedActivations { normed_td, act_tf, dropped } = shared;
         let BackwardBuffers { d_stream_td, d_n_td, d_act_tf, d_gate_tf, d_up_tf, .. } = back;
         let BackwardBuffers { d_o_th, d_q_th, d_k_tk, d_v_tk, d_xa_tr, d_dropped, .. } = back;
-        swiglu::forward(&act.gate_tf, &act.up_tf, act_tf);
-        rmsnorm::apply(&act.x2_td, post_norm, &act.rstd2_t, normed_td);
         let mut apply = |i: usize, x: &Tensor, d_y: &Tensor, d_x: &mut Tensor, into, gradients: &mut Gradients| {
             let buffers = LinearBuffers { xa: &act.xa_tr[i], d_xa: d_xa_tr, dropped, d_dropped };
             self.linear_backward(&layer.linears[i], x, d_y, d_x, into, buffers, Masks::of(masks, l, i), gradients);
         };
         use linear::Into::{Accumulate, Overwrite};
-        apply(DOWN, act_tf, d_stream_td, d_act_tf, Overwrite, gradients);
+        apply(DOWN, &made.act_tf, d_stream_td, d_act_tf, Overwrite, gradients);
         swiglu::backward(&act.gate_tf, &act.up_tf, d_act_tf, d_gate_tf, d_up_tf);
-        apply(GATE, normed_td, d_gate_tf, d_n_td, Overwrite, gradients);
-        apply(UP, normed_td, d_up_tf, d_n_td, Accumulate, gradients);
+        apply(GATE, &made.normed2_td, d_gate_tf, d_n_td, Overwrite, gradients);
+        apply(UP, &made.normed2_td, d_up_tf, d_n_td, Accumulate, gradients);
         let d_norm = gradients.tensors[layer.post_norm].as_mut();
         rmsnorm::backward(&act.x2_td, post_norm, &act.rstd2_t, d_n_td, d_stream_td, d_norm);
         apply(O, &act.o_th, d_stream_td, d_o_th, Overwrite, gradients);
@@ -138,12 +163,11 @@ impl Llama {
         );
         rope::backward(d_q_th, angles);
         rope::backward(d_k_tk, angles);
-        rmsnorm::apply(&act.x_td, input_norm, &act.rstd1_t, normed_td);
-        apply(Q, normed_td, d_q_th, d_n_td, Overwrite, gradients);
-        apply(K, normed_td, d_k_tk, d_n_td, Accumulate, gradients);
-        apply(V, normed_td, d_v_tk, d_n_td, Accumulate, gradients);
+        apply(Q, &made.normed_td, d_q_th, d_n_td, Overwrite, gradients);
+        apply(K, &made.normed_td, d_k_tk, d_n_td, Accumulate, gradients);
+        apply(V, &made.normed_td, d_v_tk, d_n_td, Accumulate, gradients);
         let d_norm = gradients.tensors[layer.input_norm].as_mut();
-        rmsnorm::backward(&act.x_td, input_norm, &act.rstd1_t, d_n_td, d_stream_td, d_norm);
+        rmsnorm::backward(x_td, input_norm, &act.rstd1_t, d_n_td, d_stream_td, d_norm);
     }
 
     /// y = or += x Wᵀ + bias + s · dropout(x) Aᵀ Bᵀ; keeps dropout(x) Aᵀ in `xa_tr`.
@@ -158,16 +182,8 @@ impl Llama {
         dropped: &mut Tensor,
     ) {
         let weight = self.value(layer.weight);
-        match layer.lora.as_ref().filter(|_| self.adapter_enabled) {
+        match self.adapter_forward(layer, x, xa_tr, mask, dropped) {
             Some(lora) => {
-                let x_a = match mask.and_then(|m| m.for_rate(lora.dropout)) {
-                    Some(mask) => {
-                        dropout::forward(x, mask, dropped);
-                        &*dropped
-                    }
-                    None => x,
-                };
-                linear::matmul(x_a, self.tensor(lora.a), 1.0, xa_tr, linear::Into::Overwrite);
                 let adapter = linear::Adapter { inner: xa_tr, outer: self.tensor(lora.b), scale: lora.scale };
                 linear::forward_adapted(x, weight, adapter, y, into);
             }
@@ -176,6 +192,27 @@ impl Llama {
         if let Some(bias) = layer.bias {
             linear::add_bias(self.tensor(bias), y);
         }
+    }
+
+    /// `xa_tr` = dropout(x) Aᵀ of the layer's adapter, which is returned; nothing where there is none.
+    fn adapter_forward<'l>(
+        &self,
+        layer: &'l Linear,
+        x: &Tensor,
+        xa_tr: &mut Tensor,
+        mask: Option<MaskSource>,
+        dropped: &mut Tensor,
+    ) -> Option<&'l Lora> {
+        let lora = layer.lora.as_ref().filter(|_| self.adapter_enabled)?;
+        let x = match mask.and_then(|m| m.for_rate(lora.dropout)) {
+            Some(mask) => {
+                dropout::forward(x, mask, dropped);
+                &*dropped
+            }
+            None => x,
+        };
+        linear::matmul(x, self.tensor(lora.a), 1.0, xa_tr, linear::Into::Overwrite);
+        Some(lora)
     }
 
     fn linear_backward(

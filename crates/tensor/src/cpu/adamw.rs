@@ -7,25 +7,51 @@ use rayon::prelude::*;
 const CHUNK: usize = 16 * 1024;
 
 pub(crate) fn update(value: &mut [f32], grad: &[f32], m: &mut [f32], v: &mut [f32], step: &Step) {
+    let factors = Factors::new(step);
     (value.par_chunks_mut(CHUNK), grad.par_chunks(CHUNK), m.par_chunks_mut(CHUNK), v.par_chunks_mut(CHUNK))
         .into_par_iter()
-        .for_each(|(value, grad, m, v)| update_chunk(value, grad, m, v, step));
+        .for_each(|(value, grad, m, v)| update_chunk(value, grad, m, v, &factors));
 }
 
 multiversion! {
-    fn update_chunk(value: &mut [f32], grad: &[f32], m: &mut [f32], v: &mut [f32], step: &Step) {
-        let (b1, b2) = (step.beta1 as f32, step.beta2 as f32);
-        let (rest1, rest2) = ((1.0 - step.beta1) as f32, (1.0 - step.beta2) as f32);
-        let decay = (1.0 - step.learning_rate * step.weight_decay) as f32;
-        let rate = (step.learning_rate / (1.0 - step.beta1.powi(step.number as i32))) as f32;
-        let root = (1.0 / (1.0 - step.beta2.powi(step.number as i32)).sqrt()) as f32;
-        let (eps, scale) = (step.epsilon as f32, step.grad_scale as f32);
+    fn update_chunk(value: &mut [f32], grad: &[f32], m: &mut [f32], v: &mut [f32], factors: &Factors) {
         for i in 0..value.len() {
-            let g = grad[i] * scale;
-            m[i] = b1 * m[i] + rest1 * g;
-            v[i] = b2 * v[i] + rest2 * (g * g);
-            value[i] = value[i] * decay - rate * m[i] / (v[i].sqrt() * root + eps);
+            factors.apply(&mut value[i], grad[i], &mut m[i], &mut v[i]);
         }
+    }
+}
+
+/// The numbers of a step as its elements need them.
+pub(crate) struct Factors {
+    betas: [f32; 2],
+    rests: [f32; 2],
+    decay: f32,
+    rate: f32,
+    root: f32,
+    epsilon: f32,
+    grad_scale: f32,
+}
+
+impl Factors {
+    pub(crate) fn new(step: &Step) -> Self {
+        Self {
+            betas: [step.beta1 as f32, step.beta2 as f32],
+            rests: [(1.0 - step.beta1) as f32, (1.0 - step.beta2) as f32],
+            decay: (1.0 - step.learning_rate * step.weight_decay) as f32,
+            rate: (step.learning_rate / (1.0 - step.beta1.powi(step.number as i32))) as f32,
+            root: (1.0 / (1.0 - step.beta2.powi(step.number as i32)).sqrt()) as f32,
+            epsilon: step.epsilon as f32,
+            grad_scale: step.grad_scale as f32,
+        }
+    }
+
+    /// Updates one weight and its moments.
+    #[inline(always)]
+    pub(crate) fn apply(&self, value: &mut f32, grad: f32, m: &mut f32, v: &mut f32) {
+        let g = grad * self.grad_scale;
+        *m = self.betas[0] * *m + self.rests[0] * g;
+        *v = self.betas[1] * *v + self.rests[1] * (g * g);
+        *value = *value * self.decay - self.rate * *m / (v.sqrt() * self.root + self.epsilon);
     }
 }
 

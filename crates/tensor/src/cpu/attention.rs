@@ -242,6 +242,16 @@ fn shares(segments: &[Segment], heads: Heads) -> (Vec<Share<'_>>, usize) {
     (shares, floats)
 }
 
+/// Bytes of the partial sums.
+pub(crate) fn partial_bytes(segments: &[Segment], heads: Heads) -> usize {
+    4 * shares(segments, heads).1
+}
+
+/// Bytes of [`Tiles`]: q, d_o and out, and two tiles of scores.
+pub(crate) fn tile_bytes(head_dim: usize) -> usize {
+    4 * (3 * LANES * head_dim + 2 * KEYS * LANES)
+}
+
 #[allow(unsafe_code)]
 pub(crate) fn backward(
     q: &[f32],

@@ -66,6 +66,9 @@ const ROWS: usize = 48;
 /// With fewer rows than this, a `b` whose columns lie side by side is used where it lies.
 const PACKING_PAYS: usize = 64;
 
+/// Bytes that each thread keeps for products.
+pub(crate) const THREAD_BYTES: usize = 4 * (BLOCK + ROWS * ONE_PASS);
+
 thread_local! {
     /// The packed block of `b` and transposed rows of `a` of each thread, kept between calls.
     static PACKED: RefCell<(Tensor, Tensor)> = RefCell::default();
@@ -397,7 +400,7 @@ multiversion! {
 }
 
 /// Threads of the current pool.
-pub(crate) fn threads() -> usize {
+pub fn threads() -> usize {
     rayon::current_num_threads()
 }
 

@@ -5,6 +5,7 @@
 //! threads: every output element is computed by one thread in a fixed order.
 
 pub(crate) mod adamw;
+pub(crate) mod adamw_8bit;
 pub(crate) mod attention;
 pub(crate) mod cross_entropy;
 pub(crate) mod dropout;

@@ -4,6 +4,16 @@
 use crate::{Tensor, cpu};
 use std::ops::Range;
 
+/// Bytes of the tiles that each thread keeps.
+pub fn thread_bytes(head_dim: usize) -> usize {
+    cpu::attention::tile_bytes(head_dim)
+}
+
+/// Bytes of the sums that the backward pass of a document of `tokens` tokens keeps beside its gradients.
+pub fn shared_bytes(tokens: usize, heads: Heads) -> usize {
+    cpu::attention::partial_bytes(&Segment::documents(&[tokens]), heads)
+}
+
 /// Numbers of heads and their size.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Heads {

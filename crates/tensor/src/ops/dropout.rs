@@ -1,9 +1,10 @@
-//! Inverted dropout: y = x · mask / (1 − p). The mask is a function of (seed, stream, element), so it is never stored: the
-//! backward pass makes it again, and every device draws the same one.
+//! Inverted dropout: y = x · mask / (1 − p). The mask is a function of (seed, stream, row, column), so it is never stored: the
+//! backward pass makes it again, every device draws the same one, and rows that are taken in several parts get what they
+//! would have got together.
 
 use crate::{Tensor, cpu};
 
-/// Which mask: a probability of dropping, a seed for the run, and a stream for (step, micro-batch, layer, module).
+/// Which mask: a probability of dropping, a seed for the run, and a stream for (step, layer, module).
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Mask {
     /// Probability that an element is dropped, in [0, 1).
@@ -12,18 +13,20 @@ pub struct Mask {
     pub seed: u64,
     /// Number of the use within the run.
     pub stream: u64,
+    /// Number of the first row within the stream: tokens of the step that went before.
+    pub first_row: u64,
 }
 
-/// `y` = masked and rescaled `x`, any shape.
+/// `y` [T, d] = masked and rescaled `x`.
 pub fn forward(x: &Tensor, mask: Mask, y: &mut Tensor) {
     y.resize(x.shape());
-    cpu::dropout::forward(x.data(), mask.p, mask.seed, mask.stream, y.data_mut());
+    cpu::dropout::forward(x.data(), x.cols(), mask, y.data_mut());
 }
 
 /// `d_x` **+=** masked and rescaled `d_y`.
 pub fn backward(d_y: &Tensor, mask: Mask, d_x: &mut Tensor) {
     assert_eq!(d_y.shape(), d_x.shape());
-    cpu::dropout::backward(d_y.data(), mask.p, mask.seed, mask.stream, d_x.data_mut());
+    cpu::dropout::backward(d_y.data(), d_y.cols(), mask, d_x.data_mut());
 }
 
 #[cfg(test)]
@@ -33,9 +36,9 @@ mod tests {
 
     #[test]
     fn rate_scale_and_backward() {
-        let n = 50_001;
-        let mask = Mask { p: 0.25, seed: 9, stream: 1 << 40 };
-        let x = Tensor::from_slice(&[n], &Rng::new(1, 1).normals(n, 1.0));
+        let n = 50_001 / 7 * 7;
+        let mask = Mask { p: 0.25, seed: 9, stream: 1 << 40, first_row: 0 };
+        let x = Tensor::from_slice(&[n / 7, 7], &Rng::new(1, 1).normals(n, 1.0));
         let mut y = Tensor::default();
         forward(&x, mask, &mut y);
         let dropped = y.data().iter().filter(|y| **y == 0.0).count() as f64 / n as f64;
@@ -44,7 +47,7 @@ mod tests {
             assert!(*y == 0.0 || (y / x - 4.0 / 3.0).abs() < 1e-5);
         }
         // Linear in x, so the backward pass is the forward pass on gradients.
-        let mut d_x = Tensor::zeros(&[n]);
+        let mut d_x = Tensor::zeros(x.shape());
         backward(&x, mask, &mut d_x);
         assert_eq!(d_x.data(), y.data());
         let mut other = Tensor::default();
@@ -52,5 +55,18 @@ mod tests {
         assert_ne!(other.data(), y.data());
         forward(&x, Mask { p: 0.0, ..mask }, &mut other);
         assert_eq!(other.data(), x.data());
+    }
+
+    #[test]
+    fn parts_get_the_mask_of_the_whole() {
+        let mask = Mask { p: 0.5, seed: 3, stream: 7, first_row: 0 };
+        let x = Tensor::from_slice(&[2000, 6], &[1.0; 12_000]);
+        let (mut whole, mut part) = (Tensor::default(), Tensor::default());
+        forward(&x, mask, &mut whole);
+        for (first, rows) in [(0, 5), (5, 1200), (1205, 795)] {
+            let x = Tensor::from_slice(&[rows, 6], &vec![1.0; rows * 6]);
+            forward(&x, Mask { first_row: first as u64, ..mask }, &mut part);
+            assert_eq!(part.data(), &whole.data()[first * 6..(first + rows) * 6]);
+        }
     }
 }

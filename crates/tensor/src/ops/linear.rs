@@ -153,6 +153,9 @@ pub(crate) fn input_gradient_rows(
     }
 }
 
+/// Bytes that each thread keeps for products.
+pub const THREAD_BYTES: usize = crate::cpu::matmul::THREAD_BYTES;
+
 /// What a product does to its destination.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Into {

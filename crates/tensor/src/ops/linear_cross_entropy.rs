@@ -6,12 +6,19 @@ use crate::{Tensor, Weight, cpu};
 
 /// Rows of logits that exist at a time. More rows make the products a little faster and the buffer larger
 /// (rows x V x 4 bytes).
-const CHUNK_ROWS: usize = 256;
+pub const CHUNK_ROWS: usize = 256;
 
 /// Buffers of this op, reused from call to call.
 #[derive(Debug, Default)]
 pub struct Scratch {
     logits: Tensor,
+}
+
+impl Scratch {
+    /// Bytes of memory held.
+    pub fn num_bytes(&self) -> usize {
+        self.logits.capacity_bytes()
+    }
 }
 
 /// `loss` [N] = loss (nats) of each row of `h` [N, d] under head `w` [V, d] and `targets` [N], nothing else kept.

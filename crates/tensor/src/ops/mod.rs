@@ -4,6 +4,7 @@
 //! D head size, r LoRA rank. Wrong shapes are programming errors and panic; what a user can get wrong is checked before.
 
 pub mod adamw;
+pub mod adamw_8bit;
 pub mod attention;
 pub mod dropout;
 pub mod embedding;

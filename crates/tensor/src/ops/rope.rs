@@ -11,6 +11,11 @@ pub struct Angles {
 }
 
 impl Angles {
+    /// Bytes of memory held.
+    pub fn num_bytes(&self) -> usize {
+        self.cos.capacity_bytes() + self.sin.capacity_bytes()
+    }
+
     /// Fills the table for `positions` [T] and inverse `frequencies` [D/2] (radians a position). The angle is rounded to f32
     /// before its sine is taken, as the reference implementation does.
     pub fn fill(&mut self, positions: &[u32], frequencies: &[f32]) {

@@ -1,0 +1,388 @@
+//! `tunesmith plan`, and the plan that training makes before its first step.
+
+use crate::args::PlanArgs;
+use crate::error::{Error, Result};
+use crate::load::{self, Opened};
+use crate::source::Settings;
+use crate::terminal;
+use serde::Serialize;
+use std::path::Path;
+use std::time::Instant;
+use tunesmith_model::{AdapterConfig, Batch, Config as Model, Gradients, Llama, LossOptions, Storage, Workspace};
+use tunesmith_tensor::{num_threads, rng::Rng};
+use tunesmith_text::{Message, PreparedSplit, Report, Split};
+use tunesmith_train::checkpoint::{self, free_bytes};
+use tunesmith_train::config::Config;
+use tunesmith_train::memory::{DataShape, Inputs, Plan, format_bytes};
+use tunesmith_train::optimizer::{AdamW, AdamWOptions};
+use tunesmith_train::train::adapter_config;
+
+/// What a process gains between opening a model and its last step besides planned buffers: code that is touched, stacks of
+/// threads, the log of the run.
+const GROWTH: u64 = 8_000_000;
+
+pub(crate) fn run(args: &PlanArgs, settings: &Settings) -> Result<()> {
+    let config = super::prepare::load_config(&args.config, &args.set)?;
+    let opened = load::open(&config.model.source, config.model.chat_template.as_deref(), settings)?;
+    let folder = config.output_dir.join("data");
+    let data = super::prepare::prepare(&config.data, &opened, &folder, settings)?;
+    let facts = Facts::gather(&config, &opened, &data, &folder)?;
+    let settled = facts.settle(&config, &opened, false)?;
+    let time = facts.measure(&settled, opened.checkpoint.config())?;
+    let output = Output::new(&facts, &settled, &opened, time);
+    match &args.json {
+        None => print!("{}", output.describe(&settled, &opened)),
+        Some(file) => {
+            let text = serde_json::to_string_pretty(&output).map_err(|e| Error::Failure(e.to_string()))?;
+            if file.as_os_str() == "-" {
+                println!("{text}");
+            } else {
+                super::write_atomically(file, (text + "\n").as_bytes())?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// What planning knows of a run besides its configuration: nothing here needs the weights.
+pub(crate) struct Facts {
+    adapter: Option<AdapterConfig>,
+    data: DataShape,
+    /// Part of the tokens that carry loss.
+    trained_share: f64,
+    weights: u64,
+    other_weights: Vec<(Storage, u64)>,
+    loading: u64,
+    baseline: u64,
+    sample: Option<(usize, usize)>,
+}
+
+/// A configuration whose micro-batch and recompute level are decided, and its plan.
+pub(crate) struct Settled {
+    pub(crate) config: Config,
+    pub(crate) plan: Plan,
+    /// What was chosen and why, where something was chosen.
+    pub(crate) chosen: Option<String>,
+}
+
+impl Facts {
+    /// Looks at the prepared data in `folder` and at the headers of the model's files.
+    pub(crate) fn gather(config: &Config, opened: &Opened, data: &Report, folder: &Path) -> Result<Self> {
+        let splits = [Split::Train, Split::Validation].map(|split| PreparedSplit::open(folder, split));
+        let [train, validation] = splits;
+        let mut longest = None;
+        let samples = &config.samples;
+        for prompt in &samples.prompts {
+            let ids = match opened.template.as_ref().filter(|_| samples.chat) {
+                Some(t) => opened.tokenizer.encode(&t.render(&[Message::new("user", prompt)], true)?, false)?,
+                None => opened.tokenizer.encode(prompt, true)?,
+            };
+            longest = longest.max(Some(ids.len()));
+        }
+        let storage = config.model.storage;
+        let checkpoint = &opened.checkpoint;
+        Ok(Self {
+            adapter: adapter_config(config, &opened.base_name())?,
+            data: DataShape::of(config, &train?, &validation?)?,
+            trained_share: data.train.trained_tokens as f64 / data.train.tokens.max(1) as f64,
+            weights: checkpoint.weight_bytes(storage),
+            other_weights: [Storage::Stored, Storage::Nf4]
+                .map(|other| (other, checkpoint.weight_bytes(other)))
+                .to_vec(),
+            loading: checkpoint.loading_bytes(storage),
+            baseline: resident() + GROWTH,
+            sample: longest.map(|prompt| (prompt, samples.max_new_tokens)),
+        })
+    }
+
+    fn inputs<'a>(&'a self, config: &'a Config, model: &'a Model) -> Inputs<'a> {
+        Inputs {
+            config,
+            model,
+            adapter: self.adapter.as_ref(),
+            weights: self.weights,
+            other_weights: &self.other_weights,
+            loading: self.loading,
+            baseline: self.baseline,
+            data: &self.data,
+            sample: self.sample,
+            threads: num_threads(),
+        }
+    }
+
+    /// The plan of `config` as it is or, under a memory limit, as it is changed to fit. A run that is resumed goes on as it
+    /// began: sums in another order would not be the same to the bit.
+    ///
+    /// # Errors
+    /// When nothing fits below the limit.
+    pub(crate) fn settle(&self, config: &Config, opened: &Opened, resume: bool) -> Result<Settled> {
+        let inputs = self.inputs(config, opened.checkpoint.config());
+        let asked = inputs.plan();
+        let Some(limit) = config.memory_limit() else {
+            return Ok(Settled { config: config.clone(), plan: asked, chosen: None });
+        };
+        if let Some(config) = resume.then(|| as_begun(config)).flatten() {
+            let plan = self.inputs(&config, opened.checkpoint.config()).plan();
+            return Ok(Settled { config, plan, chosen: None });
+        }
+        let plan = inputs.fit(limit)?;
+        let (a, b) = (asked.choice, plan.choice);
+        let mut config = config.clone();
+        config.training.per_device_train_batch_size = b.per_device_train_batch_size;
+        config.training.gradient_accumulation_steps = b.gradient_accumulation_steps;
+        config.training.recompute = Some(b.recompute);
+        let mut chosen = format!(
+            "memory_limit {}: micro-batches of {} x {} steps of accumulation, recompute = \"{}\": {} at the peak",
+            config.memory_limit.as_deref().unwrap_or_default(),
+            b.per_device_train_batch_size,
+            b.gradient_accumulation_steps,
+            b.recompute,
+            format_bytes(plan.total)
+        );
+        if (a.per_device_train_batch_size, a.recompute) != (b.per_device_train_batch_size, b.recompute) {
+            chosen.push_str(&format!(
+                "; {} x {} and \"{}\" would take {}",
+                a.per_device_train_batch_size,
+                a.gradient_accumulation_steps,
+                a.recompute,
+                format_bytes(asked.total)
+            ));
+        }
+        Ok(Settled { config, plan, chosen: Some(chosen) })
+    }
+
+    /// Seconds of a step, of the whole training and of all evaluations, from passes through one and two blocks of the
+    /// model's shape with random weights on this machine.
+    fn measure(&self, settled: &Settled, model: &Model) -> Result<Time> {
+        let config = &settled.config;
+        let [one, two] = [1, 2].map(|layers| self.probe(settled, model, layers));
+        let (one, two) = (one?, two?);
+        let vocab_scale = model.vocab_size as f64 / one.vocab as f64;
+        let layers = model.num_hidden_layers as f64;
+        let per_token = |one: f64, two: f64| {
+            let layer = (two - one).max(0.0);
+            // What is not the layers is nearly all the head, which only sees tokens that carry loss.
+            let head = (one - layer).max(0.0) * vocab_scale * self.trained_share;
+            (layers * layer + head) / probe_tokens(&settled.plan) as f64
+        };
+        let tokens = self.data.tokens_per_step;
+        let trained: usize =
+            if self.adapter.is_some() { settled.plan.adapters as usize / 4 } else { model.num_params() };
+        let update = one.update / one.trained.max(1) as f64 * trained as f64;
+        let step = tokens * per_token(one.pass, two.pass) + update;
+        let t = &config.training;
+        let max_steps = self.data.max_steps;
+        let evaluations = 2 + max_steps.saturating_sub(1).checked_div(t.eval_steps).unwrap_or(0);
+        let evaluated = (evaluations * self.data.validation_tokens) as f64;
+        Ok(Time {
+            step_s: step,
+            tokens_per_s: tokens / step,
+            training_s: step * max_steps as f64,
+            evaluations_s: evaluated * per_token(one.forward, two.forward),
+            max_steps,
+        })
+    }
+
+    /// Times passes through a model of `layers` blocks that is like `model` otherwise, with a smaller vocabulary.
+    fn probe(&self, settled: &Settled, model: &Model, layers: usize) -> Result<Probe> {
+        let config = &settled.config;
+        let vocab = model.vocab_size.min(8192);
+        let small = Model { num_hidden_layers: layers, vocab_size: vocab, ..model.clone() };
+        let mut llama = Llama::random(small, 0);
+        match &self.adapter {
+            None => llama.train_all(),
+            Some(adapter) => llama.add_adapter(adapter, 0)?,
+        }
+        let tokens = probe_tokens(&settled.plan);
+        let mut rng = Rng::new(0, 0);
+        let ids: Vec<u32> = (0..tokens).map(|_| rng.below(vocab as u32)).collect();
+        let mut batch = Batch::default();
+        // Documents of the length that blocks have at most: attention does not reach further.
+        for document in ids.chunks(config.data.max_length) {
+            batch.push(document, &vec![true; document.len()]);
+        }
+        let optim = AdamWOptions { optim: config.training.optim, ..AdamWOptions::default() };
+        let mut optimizer = AdamW::new(&llama, optim);
+        let mut gradients = Gradients::new(&llama);
+        let mut ws = Workspace::new(settled.plan.choice.recompute);
+        let options = LossOptions { scale: 1.0, label_smoothing: 0.0, dropout_seed: Some(0), step: 0, first_token: 0 };
+        let mut best = [f64::INFINITY; 3];
+        // The first round also asks the system for memory.
+        for round in 0..3 {
+            let mut seconds = [0.0; 3];
+            let start = Instant::now();
+            llama.loss_and_gradients(&batch, options, &mut ws, &mut gradients);
+            seconds[0] = start.elapsed().as_secs_f64();
+            let start = Instant::now();
+            optimizer.update(&mut llama, &gradients, 0.0, 1.0);
+            seconds[1] = start.elapsed().as_secs_f64();
+            let start = Instant::now();
+            llama.loss(&batch, 0.0, &mut ws);
+            seconds[2] = start.elapsed().as_secs_f64();
+            if round > 0 {
+                best = std::array::from_fn(|i| seconds[i].min(best[i]));
+            }
+        }
+        let [pass, update, forward] = best;
+        Ok(Probe { pass, update, forward, vocab, trained: llama.num_trained() })
+    }
+}
+
+/// `config` with what was chosen when its run began, if that was under the same limit and for as many blocks a step.
+fn as_begun(config: &Config) -> Option<Config> {
+    let file = config.output_dir.join("run.toml");
+    let begun = Config::parse(&std::fs::read_to_string(file).ok()?, "run.toml", &[]).ok()?.training;
+    let (mut config, t) = (config.clone(), &config.training);
+    let blocks = |b: usize, a: usize| b * a;
+    let same = blocks(begun.per_device_train_batch_size, begun.gradient_accumulation_steps)
+        == blocks(t.per_device_train_batch_size, t.gradient_accumulation_steps);
+    config.training.per_device_train_batch_size = begun.per_device_train_batch_size;
+    config.training.gradient_accumulation_steps = begun.gradient_accumulation_steps;
+    config.training.recompute = begun.recompute;
+    same.then_some(config)
+}
+
+/// Tokens of a probe's pass: as many as a pass of the run, up to a size where more no longer changes the speed.
+fn probe_tokens(plan: &Plan) -> usize {
+    plan.choice.pass_tokens.clamp(1, 1024)
+}
+
+/// Seconds that parts of a step took.
+struct Probe {
+    pass: f64,
+    update: f64,
+    forward: f64,
+    vocab: usize,
+    trained: usize,
+}
+
+#[derive(Clone, Copy, Serialize)]
+struct Time {
+    step_s: f64,
+    tokens_per_s: f64,
+    training_s: f64,
+    evaluations_s: f64,
+    max_steps: u64,
+}
+
+/// Everything that the command says, as `--json` prints it; sizes in bytes.
+#[derive(Serialize)]
+struct Output {
+    memory: Plan,
+    memory_limit: Option<u64>,
+    chosen: Option<String>,
+    time: Time,
+    checkpoint: u64,
+    disk_free: Option<u64>,
+}
+
+impl Output {
+    fn new(facts: &Facts, settled: &Settled, opened: &Opened, time: Time) -> Self {
+        let (config, plan) = (&settled.config, settled.plan);
+        let weights =
+            if facts.adapter.is_some() { plan.adapters } else { 4 * opened.checkpoint.config().num_params() as u64 };
+        Self {
+            memory: plan,
+            memory_limit: config.memory_limit(),
+            chosen: settled.chosen.clone(),
+            time,
+            checkpoint: weights + plan.optimizer + checkpoint::SIDE_FILES,
+            disk_free: free_bytes(&config.output_dir),
+        }
+    }
+
+    fn describe(&self, settled: &Settled, opened: &Opened) -> String {
+        let (m, choice) = (&self.memory, self.memory.choice);
+        let row = |name: &str, bytes: u64, note: String| vec![name.to_owned(), format_bytes(bytes), note];
+        let storage = settled.config.model.storage;
+        let rows = [
+            row(
+                "weights",
+                m.weights,
+                format!(
+                    "{} weights, {}",
+                    terminal::count(opened.checkpoint.config().num_params() as u64),
+                    storage.name()
+                ),
+            ),
+            row("adapters", m.adapters, String::new()),
+            row("gradients", m.gradients, String::new()),
+            row("optimizer", m.optimizer, settled.config.training.optim.name().to_owned()),
+            row(
+                "activations",
+                m.activations,
+                format!("recompute = \"{}\", passes of {} tokens", choice.recompute, choice.pass_tokens),
+            ),
+            row("workspace", m.workspace, format!("{} threads", num_threads())),
+            row("program", m.baseline, "with tokenizer and data".to_owned()),
+            row("total", m.total, self.phases()),
+        ];
+        let lines: Vec<String> =
+            rows.iter().map(|r| format!("{:<12} {:>10}  {}", r[0], r[1], r[2]).trim_end().to_owned()).collect();
+        let mut text = lines.join("\n") + "\n\n";
+        if let Some(chosen) = &self.chosen {
+            text.push_str(&format!("{chosen}\n\n"));
+        }
+        let t = &self.time;
+        text.push_str(&format!(
+            "step         {:>10}  {:.0} tokens/s, measured on 2 of {} blocks\n\
+             training     {:>10}  {} steps\n\
+             evaluations  {:>10}\n\
+             checkpoint   {:>10}  {} are kept{}\n",
+            duration(t.step_s),
+            t.tokens_per_s,
+            opened.checkpoint.config().num_hidden_layers,
+            duration(t.training_s),
+            terminal::count(t.max_steps),
+            duration(t.evaluations_s),
+            format_bytes(self.checkpoint),
+            settled.config.training.save_total_limit + 1,
+            self.disk_free.map_or(String::new(), |free| format!("; {} are free", format_bytes(free)))
+        ));
+        text
+    }
+
+    fn phases(&self) -> String {
+        let m = &self.memory;
+        format!(
+            "loading {}, training {}, evaluation and samples {}",
+            format_bytes(m.loading_peak),
+            format_bytes(m.training_peak),
+            format_bytes(m.evaluation_peak)
+        )
+    }
+}
+
+/// Seconds for people.
+fn duration(seconds: f64) -> String {
+    match seconds {
+        s if s < 10.0 => format!("{s:.2} s"),
+        s if s < 120.0 => format!("{s:.0} s"),
+        s if s < 7200.0 => format!("{:.0} min", s / 60.0),
+        s if s < 172_800.0 => format!("{:.1} h", s / 3600.0),
+        s => format!("{:.1} days", s / 86_400.0),
+    }
+}
+
+/// Memory of this process, where the system tells.
+fn resident() -> u64 {
+    memory_stats::memory_stats().map_or(0, |m| m.physical_mem as u64)
+}
+
+/// Largest resident memory of this process so far, in bytes, where the system tells (Linux).
+pub(crate) fn peak_resident() -> Option<u64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find_map(|l| l.strip_prefix("VmHWM:"))?;
+    line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok().map(|kb| kb * 1024)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn durations_are_readable() {
+        let shown = [0.5, 12.3, 600.0, 10_000.0, 400_000.0].map(duration);
+        assert_eq!(shown, ["0.50 s", "12 s", "10 min", "2.8 h", "4.6 days"]);
+    }
+}

@@ -1,0 +1,139 @@
+//! AdamW on 8-bit moments; contract in `ops/adamw_8bit.rs`.
+
+use crate::cpu::adamw::Factors;
+use crate::cpu::simd::multiversion;
+use crate::ops::adamw::Step;
+use crate::ops::adamw_8bit::{BLOCK, Moment, Sign};
+use rayon::prelude::*;
+use std::sync::OnceLock;
+
+/// Blocks that one task takes.
+const BLOCKS: usize = 64;
+
+/// Decades that the dynamic code covers below the scale.
+const DECADES: i32 = 7;
+
+/// A code for magnitudes from 0 to 1.
+struct Code {
+    /// What each code stands for, ascending, from 0 to 1. Beyond the last: 1.
+    levels: [f32; 256],
+    /// Up to here a code is the nearest; infinite for the last.
+    ends: [f32; 256],
+    /// The code of the smallest number whose upper 16 bits are the index. Such numbers lie within 2⁻⁷ of each other,
+    /// relatively, and steps of the code are wider, so that the code of any of them is this one or the next.
+    starts: Vec<u8>,
+}
+
+fn code(sign: Sign) -> &'static Code {
+    static CODES: OnceLock<[Code; 2]> = OnceLock::new();
+    let codes = CODES.get_or_init(|| [Sign::Signed, Sign::Unsigned].map(|sign| Code::new(&levels(sign))));
+    &codes[usize::from(sign == Sign::Unsigned)]
+}
+
+/// The magnitudes of the dynamic code: decade i of seven holds the middles of 2^i (signed) or 2^(i + 1) (unsigned) equal
+/// parts; 0 comes before them. The unsigned code has room for 1; the signed one is stretched to end there.
+pub(crate) fn levels(sign: Sign) -> Vec<f32> {
+    let more = i32::from(sign == Sign::Unsigned);
+    let mut levels = vec![0.0f64];
+    for decade in 0..DECADES {
+        let parts = 1 << (decade + more);
+        let start = 10f64.powi(decade - DECADES);
+        levels.extend((0..parts).map(|i| start * (1.0 + 9.0 * (i as f64 + 0.5) / parts as f64)));
+    }
+    if sign == Sign::Unsigned {
+        levels.push(1.0);
+    }
+    let largest = levels[levels.len() - 1];
+    levels.iter().map(|l| (l / largest) as f32).collect()
+}
+
+impl Code {
+    fn new(levels: &[f32]) -> Self {
+        let mut code = Self { levels: [1.0; 256], ends: [f32::INFINITY; 256], starts: Vec::new() };
+        code.levels[..levels.len()].copy_from_slice(levels);
+        for (end, pair) in code.ends.iter_mut().zip(levels.windows(2)) {
+            *end = 0.5 * (pair[0] + pair[1]);
+        }
+        let nearest = |x: f32| code.ends.iter().position(|end| x <= *end).unwrap_or(0) as u8;
+        code.starts = (0..=1.0f32.to_bits() >> 16).map(|upper| nearest(f32::from_bits(upper << 16))).collect();
+        code
+    }
+
+    /// The code of `x`, from 0 to 1.
+    #[inline(always)]
+    fn nearest(&self, x: f32) -> u8 {
+        let start = self.starts[(x.to_bits() >> 16) as usize];
+        start + u8::from(x > self.ends[start as usize])
+    }
+}
+
+/// Decodes a block.
+pub(crate) fn decode(codes: &[u8], scale: f32, sign: Sign, values: &mut [f32]) {
+    let levels = &code(sign).levels;
+    match sign {
+        Sign::Unsigned => values.iter_mut().zip(codes).for_each(|(x, c)| *x = levels[*c as usize] * scale),
+        Sign::Signed => values.iter_mut().zip(codes).for_each(|(x, c)| {
+            let magnitude = levels[(c & 0x7f) as usize] * scale;
+            *x = f32::from_bits(magnitude.to_bits() | u32::from(c & 0x80) << 24);
+        }),
+    }
+}
+
+/// Encodes a block and returns its scale.
+pub(crate) fn encode(values: &[f32], sign: Sign, codes: &mut [u8]) -> f32 {
+    let scale = largest(values);
+    if scale == 0.0 {
+        codes.fill(0);
+        return 0.0;
+    }
+    let code = code(sign);
+    // Rounding may carry a quotient past 1, where the table ends.
+    match sign {
+        Sign::Unsigned => codes.iter_mut().zip(values).for_each(|(c, x)| {
+            *c = code.nearest((x / scale).min(1.0)).max(u8::from(*x > 0.0));
+        }),
+        Sign::Signed => codes.iter_mut().zip(values).for_each(|(c, x)| {
+            *c = code.nearest((x.abs() / scale).min(1.0)) | (x.to_bits() >> 24) as u8 & 0x80;
+        }),
+    }
+    scale
+}
+
+fn largest(values: &[f32]) -> f32 {
+    values.iter().fold(0.0f32, |m, x| m.max(x.abs()))
+}
+
+pub(crate) fn update(value: &mut [f32], grad: &[f32], m: &mut Moment, r: &mut Moment, step: &Step) {
+    const CHUNK: usize = BLOCK * BLOCKS;
+    let factors = Factors::new(step);
+    let tasks = (
+        value.par_chunks_mut(CHUNK),
+        grad.par_chunks(CHUNK),
+        (m.codes.par_chunks_mut(CHUNK), m.scales.par_chunks_mut(BLOCKS)),
+        (r.codes.par_chunks_mut(CHUNK), r.scales.par_chunks_mut(BLOCKS)),
+    );
+    tasks.into_par_iter().for_each(|(value, grad, (m_codes, m_scales), (r_codes, r_scales))| {
+        let (mut m, mut r) = ([0.0; BLOCK], [0.0; BLOCK]);
+        let blocks = value.chunks_mut(BLOCK).zip(grad.chunks(BLOCK));
+        let codes = m_codes.chunks_mut(BLOCK).zip(r_codes.chunks_mut(BLOCK));
+        let scales = m_scales.iter_mut().zip(r_scales);
+        for (((value, grad), (m_codes, r_codes)), (m_scale, r_scale)) in blocks.zip(codes).zip(scales) {
+            let (m, r) = (&mut m[..value.len()], &mut r[..value.len()]);
+            decode(m_codes, *m_scale, Sign::Signed, m);
+            decode(r_codes, *r_scale, Sign::Unsigned, r);
+            update_block(value, grad, m, r, &factors);
+            *m_scale = encode(m, Sign::Signed, m_codes);
+            *r_scale = encode(r, Sign::Unsigned, r_codes);
+        }
+    });
+}
+
+multiversion! {
+    fn update_block(value: &mut [f32], grad: &[f32], m: &mut [f32], r: &mut [f32], factors: &Factors) {
+        for i in 0..value.len() {
+            let mut v = r[i] * r[i];
+            factors.apply(&mut value[i], grad[i], &mut m[i], &mut v);
+            r[i] = v.sqrt();
+        }
+    }
+}

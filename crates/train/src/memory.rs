@@ -1,0 +1,356 @@
+//! What a run needs of memory, known before its first step, and how to make it fit.
+//!
+//! Every buffer has a size that follows from the configuration, the model and the lengths of the documents; what the program
+//! and the tokenizer take is measured by whoever asks ([`Inputs::baseline`]). A run's peak is that of its largest phase.
+
+use crate::config::{Config, Method};
+use crate::optimizer::Optim;
+use crate::train::Order;
+use crate::{Error, Result};
+use serde::Serialize;
+use tunesmith_model::memory::{PassShape, Recompute, adapter_ranks, cache_bytes, training_bytes};
+use tunesmith_model::{AdapterConfig, Config as Model, Storage, largest_part};
+use tunesmith_text::PreparedSplit;
+
+/// Steps whose documents are looked at to find the largest pass. All blocks of a longer run are much alike.
+const STEPS_SEEN: u64 = 2000;
+
+/// Lengths of the documents that a run trains on, in its own order, and that it is validated on.
+#[derive(Clone, Debug, Default)]
+pub struct DataShape {
+    /// For each step and each of its blocks the lengths of its documents.
+    steps: Vec<Vec<Vec<usize>>>,
+    /// The same for each block of the validation split.
+    validation: Vec<Vec<usize>>,
+    /// Steps in all.
+    pub max_steps: u64,
+    /// Tokens that a step trains on, on average.
+    pub tokens_per_step: f64,
+    /// Tokens of the validation split.
+    pub validation_tokens: u64,
+}
+
+impl DataShape {
+    /// Looks at the prepared data of a run.
+    ///
+    /// # Errors
+    /// When a block cannot be read, or there is none.
+    pub fn of(config: &Config, train: &PreparedSplit, validation: &PreparedSplit) -> Result<Self> {
+        let mut order = Order::new(config, train.len())?;
+        let max_steps = order.max_steps(config);
+        let mut steps = Vec::new();
+        for step in 0..max_steps.min(STEPS_SEEN) {
+            let blocks = order.blocks(step).iter().map(|i| train.document_lengths(*i as usize));
+            steps.push(blocks.collect::<std::result::Result<Vec<_>, _>>()?);
+        }
+        let validated = (0..validation.len().min(STEPS_SEEN as usize)).map(|i| validation.document_lengths(i));
+        Ok(Self {
+            steps,
+            validation: validated.collect::<std::result::Result<_, _>>()?,
+            max_steps,
+            tokens_per_step: train.num_tokens() as f64 / order.steps_per_epoch() as f64,
+            validation_tokens: validation.num_tokens(),
+        })
+    }
+
+    /// Data of `blocks_per_step` blocks a step that are one document of `tokens` tokens each.
+    pub fn uniform(blocks_per_step: usize, tokens: usize) -> Self {
+        Self {
+            steps: vec![vec![vec![tokens]; blocks_per_step]],
+            max_steps: 1,
+            tokens_per_step: (blocks_per_step * tokens) as f64,
+            ..Self::default()
+        }
+    }
+
+    /// Tokens of the largest pass when `batch` blocks make a micro-batch.
+    pub fn pass_tokens(&self, batch: usize) -> usize {
+        let micro_batches = self.steps.iter().flat_map(|blocks| blocks.chunks(batch));
+        micro_batches.map(|blocks| largest_part(blocks.iter().flatten().copied())).max().unwrap_or(0)
+    }
+
+    /// Tokens of the largest pass of an evaluation.
+    fn evaluation_tokens(&self) -> usize {
+        self.validation.iter().map(|block| largest_part(block.iter().copied())).max().unwrap_or(0)
+    }
+}
+
+/// What a plan is made from.
+#[derive(Clone, Debug)]
+pub struct Inputs<'a> {
+    /// The configuration.
+    pub config: &'a Config,
+    /// The model's.
+    pub model: &'a Model,
+    /// The adapter that trains, if one does.
+    pub adapter: Option<&'a AdapterConfig>,
+    /// Bytes of the base model's weights as they are kept.
+    pub weights: u64,
+    /// The same for other values of `model.storage`, for suggestions.
+    pub other_weights: &'a [(Storage, u64)],
+    /// Bytes that loading holds besides: the largest matrix, on its way into another encoding.
+    pub loading: u64,
+    /// Bytes that the process has before weights are loaded: program, tokenizer, headers.
+    pub baseline: u64,
+    /// Lengths of the documents.
+    pub data: &'a DataShape,
+    /// Tokens of the longest prompt that is continued while training, and of what may follow; `None` = no samples.
+    pub sample: Option<(usize, usize)>,
+    /// Threads that compute.
+    pub threads: usize,
+}
+
+/// What may be chosen without changing what a run computes.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Choice {
+    /// `training.per_device_train_batch_size`.
+    pub per_device_train_batch_size: usize,
+    /// `training.gradient_accumulation_steps`.
+    pub gradient_accumulation_steps: usize,
+    /// `training.recompute`.
+    #[serde(serialize_with = "recompute_name")]
+    pub recompute: Recompute,
+    /// Tokens of the largest pass.
+    pub pass_tokens: usize,
+}
+
+fn recompute_name<S: serde::Serializer>(level: &Recompute, serializer: S) -> std::result::Result<S::Ok, S::Error> {
+    serializer.serialize_str(level.name())
+}
+
+/// Bytes of a run, part by part.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Plan {
+    /// How the run goes through its data.
+    pub choice: Choice,
+    /// Weights of the base model.
+    pub weights: u64,
+    /// Weights of the adapter.
+    pub adapters: u64,
+    /// Gradients of what trains.
+    pub gradients: u64,
+    /// The optimizer's moments.
+    pub optimizer: u64,
+    /// What a forward pass keeps for its backward pass.
+    pub activations: u64,
+    /// Buffers that layers share, logits, tiles of the threads.
+    pub workspace: u64,
+    /// Program, tokenizer, data.
+    pub baseline: u64,
+    /// Peak while weights are loaded.
+    pub loading_peak: u64,
+    /// Peak of a training step.
+    pub training_peak: u64,
+    /// Peak of an evaluation or a sample during training.
+    pub evaluation_peak: u64,
+    /// The largest of the peaks.
+    pub total: u64,
+}
+
+impl Inputs<'_> {
+    /// The plan of the run as it is configured.
+    pub fn plan(&self) -> Plan {
+        let t = &self.config.training;
+        self.plan_of(self.choice(t.per_device_train_batch_size, self.config.recompute()))
+    }
+
+    fn choice(&self, batch: usize, recompute: Recompute) -> Choice {
+        let t = &self.config.training;
+        let blocks = t.per_device_train_batch_size * t.gradient_accumulation_steps;
+        Choice {
+            per_device_train_batch_size: batch,
+            gradient_accumulation_steps: blocks / batch,
+            recompute,
+            pass_tokens: self.data.pass_tokens(batch),
+        }
+    }
+
+    fn plan_of(&self, choice: Choice) -> Plan {
+        let model = self.model;
+        // Numbers of elements of everything that trains, tensor by tensor: the optimizer may treat small ones otherwise.
+        let mut trained: Vec<usize> = Vec::new();
+        let mut adapters = 0;
+        if let Some(adapter) = self.adapter {
+            for a in adapter_ranks(model, adapter) {
+                trained.extend(a.shape.map(|extent| a.rank * extent));
+            }
+            adapters = 4 * trained.iter().sum::<usize>() as u64;
+        }
+        if self.config.method == Method::Full {
+            trained.extend(model.expected_tensors().iter().map(|(_, shape)| shape.iter().product::<usize>()));
+        }
+        let gradients = 4 * trained.iter().sum::<usize>() as u64;
+        let optimizer = trained.iter().map(|n| self.config.training.optim.state_bytes(*n) as u64).sum();
+        let shape = |tokens| PassShape { tokens, loss_rows: tokens, threads: self.threads };
+        let pass = training_bytes(model, self.adapter, shape(choice.pass_tokens), choice.recompute);
+        // Evaluation and samples keep nothing for a backward pass, like a pass that keeps only blocks, of one block.
+        let forward = |tokens| {
+            let one = Model { num_hidden_layers: 1, ..model.clone() };
+            let pass = training_bytes(&one, self.adapter, shape(tokens), Recompute::Block);
+            pass.activations + pass.workspace
+        };
+        let resident = self.baseline + self.weights + adapters + gradients + optimizer;
+        let training = pass.activations + pass.workspace;
+        // They share the buffers of training, which are not given back.
+        let evaluation = training.max(forward(self.data.evaluation_tokens()));
+        let sampling = self.sample.map_or(0, |(prompt, new)| {
+            training.max(forward(prompt)) + cache_bytes(model, (prompt + new).min(model.max_position_embeddings))
+        });
+        let loading_peak = self.baseline + self.weights + self.loading;
+        let training_peak = resident + training;
+        let evaluation_peak = resident + evaluation.max(sampling);
+        Plan {
+            choice,
+            weights: self.weights,
+            adapters,
+            gradients,
+            optimizer,
+            activations: pass.activations,
+            workspace: pass.workspace,
+            baseline: self.baseline,
+            loading_peak,
+            training_peak,
+            evaluation_peak,
+            total: loading_peak.max(training_peak).max(evaluation_peak),
+        }
+    }
+
+    /// The fastest way through the data that stays below `limit` bytes: how many blocks go through the model at once and
+    /// what the backward pass makes again. Blocks a step stay what they were, and so does what is computed, up to the order
+    /// of summation.
+    ///
+    /// # Errors
+    /// When nothing fits: the smallest limit that would do, and what else would make the run smaller.
+    pub fn fit(&self, limit: u64) -> Result<Plan> {
+        let t = &self.config.training;
+        let configured = t.per_device_train_batch_size;
+        let batches = (1..=configured).filter(|b| configured.is_multiple_of(*b));
+        // A level that was set is kept or exceeded, never undercut.
+        let levels = Recompute::ALL.into_iter().filter(|level| t.recompute.is_none_or(|set| *level >= set));
+        let levels: Vec<Recompute> = levels.collect();
+        let mut plans: Vec<Plan> = Vec::new();
+        for batch in batches {
+            plans.extend(levels.iter().map(|level| self.plan_of(self.choice(batch, *level))));
+        }
+        let cost = |plan: &Plan| relative_time(plan.choice);
+        let fitting = plans.iter().filter(|plan| plan.total <= limit);
+        // Of two equally fast ways the one with larger micro-batches, which is nearer to what was asked for.
+        let best = fitting.min_by(|a, b| {
+            let batch = |p: &Plan| p.choice.per_device_train_batch_size;
+            cost(a).total_cmp(&cost(b)).then(batch(b).cmp(&batch(a)))
+        });
+        if let Some(plan) = best {
+            return Ok(*plan);
+        }
+        let smallest = plans.iter().map(|plan| plan.total).min().unwrap_or(u64::MAX);
+        let mut message = format!(
+            "memory_limit = {:?}: the run needs at least {}, with one block at a time and recompute = \"block\"; set \
+             memory_limit = \"{}MB\" or more",
+            self.config.memory_limit.as_deref().unwrap_or_default(),
+            format_bytes(smallest),
+            smallest.div_ceil(1_000_000)
+        );
+        for suggestion in self.suggestions(limit, smallest) {
+            message.push_str("; ");
+            message.push_str(&suggestion);
+        }
+        Err(Error::Input(message))
+    }
+
+    /// Changes that would alter results and are therefore the user's to make.
+    fn suggestions(&self, limit: u64, smallest: u64) -> Vec<String> {
+        let mut found = Vec::new();
+        let mut with = |what: &str, smaller: Inputs<'_>| {
+            let bytes = smaller.plan_of(smaller.choice(1, Recompute::Block)).total;
+            if bytes < smallest {
+                let fits = if bytes <= limit { ", which fits" } else { "" };
+                found.push(format!("{what} would need {}{fits}", format_bytes(bytes)));
+            }
+        };
+        if self.config.training.optim == Optim::AdamW {
+            let mut config = self.config.clone();
+            config.training.optim = Optim::AdamW8bit;
+            with("training.optim = \"adamw_8bit\"", Inputs { config: &config, ..self.clone() });
+        }
+        if self.config.method == Method::Full {
+            found.push("method = \"lora\" trains far fewer weights".into());
+            return found;
+        }
+        for (storage, weights) in self.other_weights {
+            let what = format!("model.storage = \"{}\"", storage.name());
+            with(&what, Inputs { weights: *weights, loading: 0, ..self.clone() });
+        }
+        found
+    }
+}
+
+/// Time of a run relative to one that keeps everything and takes many tokens at once. Making norms and SwiGLU again and
+/// running blocks again cost what was measured on SmolLM2-135M (`bench train --recompute`); small passes make small products,
+/// whose share of overhead falls with the number of tokens.
+fn relative_time(choice: Choice) -> f64 {
+    let level = match choice.recompute {
+        Recompute::None => 1.0,
+        Recompute::Norms => 1.005,
+        Recompute::Block => 1.26,
+    };
+    level * (1.0 + 24.0 / choice.pass_tokens.max(1) as f64)
+}
+
+/// Bytes as people write them: `4GB`, `512 MiB`, `1.5GB`.
+///
+/// # Errors
+/// A message that says what is allowed.
+pub fn parse_bytes(text: &str) -> std::result::Result<u64, String> {
+    let text = text.trim();
+    let split = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
+    let (number, unit) = text.split_at(split);
+    let factor = match unit.trim().to_ascii_lowercase().as_str() {
+        "kb" => 1e3,
+        "mb" => 1e6,
+        "gb" => 1e9,
+        "tb" => 1e12,
+        "kib" => 1024.0,
+        "mib" => 1024.0 * 1024.0,
+        "gib" => 1024.0 * 1024.0 * 1024.0,
+        "tib" => 1024.0 * 1024.0 * 1024.0 * 1024.0,
+        _ => return Err("write a number and a unit, such as \"4GB\" or \"3500MiB\"".into()),
+    };
+    match number.parse::<f64>() {
+        Ok(n) if n > 0.0 && n.is_finite() => Ok((n * factor) as u64),
+        _ => Err("write a number above 0 and a unit, such as \"4GB\" or \"3500MiB\"".into()),
+    }
+}
+
+/// Bytes in decimal units, three digits.
+pub fn format_bytes(bytes: u64) -> String {
+    match bytes {
+        0..1_000_000 => format!("{:.1} kB", bytes as f64 / 1e3),
+        1_000_000..1_000_000_000 => format!("{:.1} MB", bytes as f64 / 1e6),
+        _ => format!("{:.2} GB", bytes as f64 / 1e9),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bytes_are_read_and_written() {
+        for (text, bytes) in [("4GB", 4_000_000_000), ("1.5 gb", 1_500_000_000), ("512MiB", 512 << 20), (" 8kB ", 8000)]
+        {
+            assert_eq!(parse_bytes(text), Ok(bytes));
+        }
+        for text in ["", "4", "GB", "-1GB", "0GB", "4 G B", "1.2.3GB", "NaNGB"] {
+            assert!(parse_bytes(text).is_err(), "{text}");
+        }
+        assert_eq!([12_340, 5_600_000, 7_890_000_000].map(format_bytes), ["12.3 kB", "5.6 MB", "7.89 GB"]);
+    }
+
+    #[test]
+    fn passes_are_cut_as_training_cuts_them() {
+        let data = DataShape::uniform(8, 512);
+        assert_eq!([1, 2, 4, 8].map(|b| data.pass_tokens(b)), [512, 1024, 1024, 1024]);
+        let long = DataShape::uniform(2, 3000);
+        assert_eq!([1, 2].map(|b| long.pass_tokens(b)), [3000, 3000]);
+    }
+}
