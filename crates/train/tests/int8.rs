@@ -53,7 +53,7 @@ fn loss_and_adapter_gradients_are_close_to_f32() {
             / (dot(&gradients, &gradients) * dot(&int8_gradients, &int8_gradients)).sqrt();
         println!("{model}: loss {loss} in f32, {int8_loss} in int8; cosine of gradients {cosine}");
         assert!((int8_loss / loss - 1.0).abs() < 1e-3, "{model}: {loss} {int8_loss}");
-        assert!(cosine > 0.999 && cosine < 1.0, "{model}: {cosine}");
+        assert!(cosine > 0.998 && cosine < 1.0, "{model}: {cosine}");
     }
 }
 
