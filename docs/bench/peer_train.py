@@ -3,6 +3,7 @@
 `cargo xtask bench-peer --python PYTHON` calls this; by hand:
 
     python docs/bench/peer_train.py --model FOLDER_OR_GGUF --method lora --batch 4 --seq 512 --steps 4
+    python docs/bench/peer_train.py --model FOLDER_OR_GGUF --method lora --batch 32 --data ROWS.jsonl
 
 Needs torch, transformers and peft (and gguf for a .gguf file). Prints one line of JSON.
 """
@@ -32,6 +33,34 @@ def load(source: Path):
     return model
 
 
+def padded_batches(args) -> list:
+    """The rows of --data in their order, --batch at a time, padded to the longest of each batch; padding carries no loss.
+
+    A row is its text and an end token, as the other program trains it; all but its first token are predicted.
+    """
+    gguf = dict(gguf_file=args.model.name) if args.model.suffix == ".gguf" else {}
+    folder = args.model.parent if gguf else args.model
+    tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), **gguf)
+    texts = [json.loads(line)["text"] for line in args.data.read_text(encoding="utf-8").splitlines()]
+    rows = [tokenizer(text)["input_ids"] + [tokenizer.eos_token_id] for text in texts]
+    batches = []
+    for start in range(0, len(rows), args.batch):
+        part = rows[start : start + args.batch]
+        longest = max(map(len, part))
+
+        def pad(values: list, filler: int) -> list:
+            return values + [filler] * (longest - len(values))
+
+        batches.append(
+            dict(
+                input_ids=torch.tensor([pad(row, tokenizer.eos_token_id) for row in part]),
+                attention_mask=torch.tensor([pad([1] * len(row), 0) for row in part]),
+                labels=torch.tensor([pad(row, -100) for row in part]),
+            )
+        )
+    return batches
+
+
 def peak_memory_gb() -> float:
     """Largest resident memory of this process so far, in GB (10^9 bytes)."""
     unit = 1 if sys.platform == "darwin" else 1024
@@ -42,14 +71,19 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--method", choices=["lora", "full"], required=True)
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--seq", type=int, default=512)
-    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--batch", type=int, default=4, help="rows of a step")
+    parser.add_argument("--seq", type=int, default=512, help="tokens of a row (random tokens only)")
+    parser.add_argument("--steps", type=int, default=4, help="measured steps (random tokens only)")
+    parser.add_argument("--ckpt", action="store_true", help="gradient checkpointing: recompute every block")
+    parser.add_argument("--data", type=Path, help='JSON rows with "text": train on each once, in padded batches')
     args = parser.parse_args()
 
     torch.manual_seed(0)
     model = load(args.model)
+    vocabulary = model.config.vocab_size
     versions = dict(torch=torch.__version__, transformers=transformers.__version__)
+    if args.ckpt:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=dict(use_reentrant=False))
     if args.method == "lora":
         import peft
 
@@ -62,27 +96,43 @@ def main():
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=2e-4, fused=True)
 
-    def step() -> float:
-        ids = torch.randint(0, model.config.vocab_size, (args.batch, args.seq))
+    def step(batch: dict) -> float:
         start = time.perf_counter()
-        model(input_ids=ids, labels=ids).loss.backward()
+        model(**batch).loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, max_norm=1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return time.perf_counter() - start
 
-    step()  # warms up: allocations, thread pools, code paths chosen at first use
-    seconds = [step() for _ in range(args.steps)]
-    tokens = args.batch * args.seq
+    if args.data:
+        batches = padded_batches(args)
+        counts = [int((batch["labels"][:, 1:] != -100).sum()) for batch in batches]
+        step(batches[0])
+        seconds = [step(batch) for batch in batches]
+        speed = sum(counts) / sum(seconds)
+        best = max(count / second for count, second in zip(counts, seconds))
+        padded = sum(batch["input_ids"].numel() for batch in batches)
+        data = dict(steps=len(batches), trained_tokens=sum(counts), padded_tokens=padded)
+    else:
+
+        def random_batch() -> dict:
+            ids = torch.randint(0, vocabulary, (args.batch, args.seq))
+            return dict(input_ids=ids, labels=ids)
+
+        step(random_batch())  # warms up: allocations, thread pools, code paths chosen at first use
+        seconds = [step(random_batch()) for _ in range(args.steps)]
+        tokens = args.batch * args.seq
+        speed, best, data = tokens / statistics.median(seconds), tokens / min(seconds), {}
     result = dict(
         method=args.method,
         batch=args.batch,
         seq=args.seq,
         threads=torch.get_num_threads(),
-        tokens_per_s=round(tokens / statistics.median(seconds), 1),
-        best=round(tokens / min(seconds), 1),
+        tokens_per_s=round(speed, 1),
+        best=round(best, 1),
         peak_rss_gb=round(peak_memory_gb(), 2),
         versions=versions,
+        **data,
     )
     print(json.dumps(result))
 

@@ -1,4 +1,9 @@
-//! This program's training step against that of transformers + PEFT, in turn on the same machine.
+//! This program against its peers, in turn on the same machine: training against transformers + PEFT, inference against
+//! llama.cpp.
+
+mod llama;
+mod short_rows;
+mod train;
 
 use crate::{Result, size::target_directory};
 use serde_json::Value;
@@ -16,24 +21,53 @@ pub(crate) struct Args {
     /// The model; any source that the program reads.
     #[arg(long, default_value = "smollm2-135m-instruct", value_name = "SOURCE")]
     model: String,
-    /// What trains; may be repeated [default: both].
+    /// What trains; may be repeated [default: lora, full].
     #[arg(long, value_enum)]
     method: Vec<BenchMethod>,
-    /// Rows of a step.
-    #[arg(long, default_value_t = 4)]
-    batch: usize,
-    /// Tokens of a row.
-    #[arg(long, default_value_t = 512)]
-    seq: usize,
+    /// Rows of a step x tokens of a row; may be repeated [default: 4x512, 1x2048].
+    #[arg(long, value_name = "BATCHxSEQ", value_parser = train::shape)]
+    shape: Vec<(usize, usize)>,
     /// Measured steps of a run, after one that warms up.
     #[arg(long, default_value_t = 4)]
     steps: usize,
-    /// Runs of each program for each method, ours and the peer's in turn.
-    #[arg(long, default_value_t = 3)]
-    rounds: usize,
+    /// Runs of each program for each line, ours and the peer's in turn.
+    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..))]
+    rounds: u32,
     /// A tunesmith to measure instead of building the release binary.
     #[arg(long, value_name = "FILE")]
     binary: Option<PathBuf>,
+    /// Train on short rows instead, movie-review snippets of about 30 tokens: ours packed, the peer's padded.
+    #[arg(long)]
+    short_rows: bool,
+    /// How many of the short rows to train on.
+    #[arg(long, default_value_t = 512, requires = "short_rows")]
+    rows: usize,
+    /// Rows of the peer's padded batches; may be repeated [default: 32, 64].
+    #[arg(long, requires = "short_rows")]
+    peer_batch: Vec<usize>,
+    /// llama.cpp's llama-bench: compare inference on --gguf files instead.
+    #[arg(long, value_name = "FILE", requires = "gguf")]
+    llama_bench: Option<PathBuf>,
+    /// GGUF file for --llama-bench; may be repeated.
+    #[arg(long, value_name = "FILE", requires = "llama_bench")]
+    gguf: Vec<PathBuf>,
+}
+
+/// Runs everything and prints the table.
+pub(crate) fn run(root: &Path, args: &Args) -> Result<()> {
+    let binary = match &args.binary {
+        Some(binary) => binary.clone(),
+        None => build(root)?,
+    };
+    if let Some(llama_bench) = &args.llama_bench {
+        return llama::run(&binary, llama_bench, args);
+    }
+    let settings = source::Settings::from_env().map_err(|e| e.to_string())?;
+    let model = source::resolve(&args.model, &settings, &mut |_| {}).map_err(|e| e.to_string())?;
+    if args.short_rows {
+        return short_rows::run(root, &binary, &model, &settings, args);
+    }
+    train::run(root, &binary, &model, args)
 }
 
 /// What one run measured.
@@ -44,70 +78,22 @@ struct Measured {
     threads: u64,
     /// Versions of the libraries, where the program says them.
     versions: Option<String>,
+    /// Everything that it said.
+    json: Value,
 }
 
-/// Runs everything and prints the table.
-pub(crate) fn run(root: &Path, args: &Args) -> Result<()> {
-    let settings = source::Settings::from_env().map_err(|e| e.to_string())?;
-    let model = source::resolve(&args.model, &settings, &mut |_| {}).map_err(|e| e.to_string())?;
-    let binary = match &args.binary {
-        Some(binary) => binary.clone(),
-        None => build(root)?,
-    };
-    let methods = if args.method.is_empty() { vec![BenchMethod::Lora, BenchMethod::Full] } else { args.method.clone() };
-    let load_before = load_average();
-    let mut versions = None;
-    let mut threads = Vec::new();
-    let mut rows = Vec::new();
-    for method in methods {
-        let (mut ours, mut peer) = (Vec::new(), Vec::new());
-        for round in 1..=args.rounds.max(1) {
-            for (who, found) in [("ours", &mut ours), ("peer", &mut peer)] {
-                let mut command = if who == "ours" {
-                    let mut command = Command::new(&binary);
-                    command.args(["bench", "train", "--json", "-"]);
-                    command
-                } else {
-                    let mut command = Command::new(&args.python);
-                    command.arg(root.join("docs/bench/peer_train.py"));
-                    command
-                };
-                command.arg("--model").arg(&model.path).args(["--method", name(method)]);
-                for (flag, value) in [("--batch", args.batch), ("--seq", args.seq), ("--steps", args.steps)] {
-                    command.arg(flag).arg(value.to_string());
-                }
-                let one = measure(&mut command)?;
-                eprintln!(
-                    "{} {who} {round}/{}: {:.1} tokens/s, {:.2} GB",
-                    name(method),
-                    args.rounds,
-                    one.tokens_per_s,
-                    one.peak_rss_gb
-                );
-                found.push(one);
-            }
-        }
-        versions = versions.or_else(|| peer.iter().find_map(|one| one.versions.clone()));
-        threads.extend([ours[0].threads, peer[0].threads]);
-        rows.push(row(name(method), &ours, &peer));
-    }
-    threads.dedup();
-    let seconds = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
-    println!(
-        "{}, {} ({}), batch {} x {}, threads {threads:?}, median of {} runs of {} steps, load before {load_before}, peer: {}\n",
-        date(seconds / 86_400),
-        args.model,
-        model.origin,
-        args.batch,
-        args.seq,
-        args.rounds,
-        args.steps,
-        versions.unwrap_or_else(|| "versions unknown".to_owned()),
-    );
-    println!("| Method | tokens/s | peer's tokens/s | ratio | peak RSS, GB | peer's peak RSS, GB | ratio |");
-    println!("|---|---|---|---|---|---|---|");
-    rows.iter().for_each(|row| println!("{row}"));
-    Ok(())
+/// A command of ours that trains `model`, to be completed.
+fn ours(binary: &Path, model: &source::Resolved) -> Command {
+    let mut command = Command::new(binary);
+    command.args(["bench", "train", "--json", "-", "--model"]).arg(&model.path);
+    command
+}
+
+/// The peer's.
+fn peer(root: &Path, model: &source::Resolved, args: &Args) -> Command {
+    let mut command = Command::new(&args.python);
+    command.arg(root.join("docs/bench/peer_train.py")).arg("--model").arg(&model.path);
+    command
 }
 
 fn name(method: BenchMethod) -> &'static str {
@@ -115,6 +101,10 @@ fn name(method: BenchMethod) -> &'static str {
         BenchMethod::Lora => "lora",
         BenchMethod::Full => "full",
     }
+}
+
+fn methods(args: &Args) -> Vec<BenchMethod> {
+    if args.method.is_empty() { vec![BenchMethod::Lora, BenchMethod::Full] } else { args.method.clone() }
 }
 
 /// The release binary of what is in the tree now: an old one would be measured by mistake sooner or later.
@@ -127,8 +117,8 @@ fn build(root: &Path) -> Result<PathBuf> {
     Ok(target_directory(root)?.join("release").join(format!("tunesmith{}", std::env::consts::EXE_SUFFIX)))
 }
 
-/// Runs `command` and reads the JSON object on the last line that it prints.
-fn measure(command: &mut Command) -> Result<Measured> {
+/// What `command` prints.
+fn output(command: &mut Command) -> Result<String> {
     let program = command.get_program().to_string_lossy().into_owned();
     let done = command.stdin(Stdio::null()).stderr(Stdio::piped()).output();
     let done = done.map_err(|e| format!("cannot run {program}: {e}"))?;
@@ -136,7 +126,13 @@ fn measure(command: &mut Command) -> Result<Measured> {
         let said = String::from_utf8_lossy(&done.stderr);
         return Err(format!("{program} failed ({}):\n{}", done.status, said.trim_end()));
     }
-    parse(&String::from_utf8_lossy(&done.stdout)).map_err(|e| format!("{program}: {e}"))
+    Ok(String::from_utf8_lossy(&done.stdout).into_owned())
+}
+
+/// Runs `command` and reads the JSON object on the last line that it prints.
+fn measure(command: &mut Command) -> Result<Measured> {
+    let program = command.get_program().to_string_lossy().into_owned();
+    parse(&output(command)?).map_err(|e| format!("{program}: {e}"))
 }
 
 fn parse(stdout: &str) -> Result<Measured> {
@@ -152,15 +148,57 @@ fn parse(stdout: &str) -> Result<Measured> {
         peak_rss_gb: number("peak_rss_gb")?,
         threads: json["threads"].as_u64().unwrap_or(0),
         versions,
+        json,
     })
 }
 
-/// One line of the table: medians of the speed, the largest memory.
-fn row(method: &str, ours: &[Measured], peer: &[Measured]) -> String {
-    let speed = |runs: &[Measured]| median(runs.iter().map(|run| run.tokens_per_s).collect());
-    let memory = |runs: &[Measured]| runs.iter().map(|run| run.peak_rss_gb).fold(0.0, f64::max);
-    let (a, b, c, d) = (speed(ours), speed(peer), memory(ours), memory(peer));
-    format!("| {method} | {a:.1} | {b:.1} | {:.2} | {c:.2} | {d:.2} | {:.2} |", a / b, c / d)
+/// Runs of both programs for one line of a table.
+#[derive(Default)]
+struct Pair {
+    ours: Vec<Measured>,
+    peer: Vec<Measured>,
+}
+
+impl Pair {
+    /// Runs `ours` and `peer` in turn, `rounds` times each.
+    fn measure(what: &str, ours: &mut Command, peer: &mut Command, rounds: u32) -> Result<Self> {
+        let mut pair = Self::default();
+        for round in 1..=rounds {
+            for (who, command, found) in [("ours", &mut *ours, &mut pair.ours), ("peer", &mut *peer, &mut pair.peer)] {
+                let one = measure(command)?;
+                let (speed, memory) = (one.tokens_per_s, one.peak_rss_gb);
+                eprintln!("{what} {who} {round}/{rounds}: {speed:.1} tokens/s, {memory:.2} GB");
+                found.push(one);
+            }
+        }
+        Ok(pair)
+    }
+
+    fn versions(&self) -> Option<String> {
+        self.peer.iter().find_map(|one| one.versions.clone())
+    }
+
+    /// Speeds (medians), memory (the largest) and their ratios, as cells of a Markdown table.
+    fn cells(&self) -> String {
+        let speed = |runs: &[Measured]| median(runs.iter().map(|run| run.tokens_per_s).collect());
+        let memory = |runs: &[Measured]| runs.iter().map(|run| run.peak_rss_gb).fold(0.0, f64::max);
+        let (a, b, c, d) = (speed(&self.ours), speed(&self.peer), memory(&self.ours), memory(&self.peer));
+        format!("{a:.1} | {b:.1} | {:.2} | {c:.2} | {d:.2} | {:.2}", a / b, c / d)
+    }
+}
+
+const CELLS: &str = "tokens/s | peer's tokens/s | ratio | peak RSS, GB | peer's peak RSS, GB | ratio";
+const RULES: &str = "---|---|---|---|---|---";
+
+/// A command as it would be typed, with file names instead of paths.
+fn shown(command: &Command) -> String {
+    let words = std::iter::once(command.get_program()).chain(command.get_args());
+    let word = |word: &std::ffi::OsStr| {
+        let path = Path::new(word);
+        let name = if path.is_absolute() { path.file_name().unwrap_or(word) } else { word };
+        name.to_string_lossy().into_owned()
+    };
+    words.map(word).collect::<Vec<_>>().join(" ")
 }
 
 fn median(mut values: Vec<f64>) -> f64 {
@@ -173,6 +211,10 @@ fn median(mut values: Vec<f64>) -> f64 {
 fn load_average() -> String {
     let text = std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
     text.split_whitespace().next().unwrap_or("unknown").to_owned()
+}
+
+fn today() -> String {
+    date(SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs()) / 86_400)
 }
 
 /// The Gregorian date, `days` after 1970-01-01.
@@ -207,7 +249,7 @@ mod tests {
     #[test]
     fn the_last_line_of_json_counts() {
         let found = parse("warming up\n{\"tokens_per_s\": 300.5, \"peak_rss_gb\": 2, \"threads\": 2}\n").unwrap();
-        assert_eq!(found, Measured { tokens_per_s: 300.5, peak_rss_gb: 2.0, threads: 2, versions: None });
+        assert_eq!((found.tokens_per_s, found.peak_rss_gb, found.threads, found.versions), (300.5, 2.0, 2, None));
         let peer = "{\"tokens_per_s\":1,\"peak_rss_gb\":1,\"versions\":{\"torch\":\"2\",\"peft\":\"0\"}}";
         assert_eq!(parse(peer).unwrap().versions.unwrap(), "torch 2, peft 0");
         assert!(parse("").unwrap_err().contains("no line of JSON"));
@@ -216,9 +258,22 @@ mod tests {
 
     #[test]
     fn a_row_compares_medians_and_peaks() {
-        let run = |tokens_per_s, peak_rss_gb| Measured { tokens_per_s, peak_rss_gb, threads: 2, versions: None };
-        let ours = [run(300.0, 2.0), run(400.0, 3.0), run(310.0, 2.0)];
-        let peer = [run(200.0, 8.0), run(300.0, 6.0)];
-        assert_eq!(row("lora", &ours, &peer), "| lora | 310.0 | 250.0 | 1.24 | 3.00 | 8.00 | 0.38 |");
+        let run = |tokens_per_s, peak_rss_gb| Measured {
+            tokens_per_s,
+            peak_rss_gb,
+            threads: 2,
+            versions: None,
+            json: Value::Null,
+        };
+        let ours = vec![run(300.0, 2.0), run(400.0, 3.0), run(310.0, 2.0)];
+        let pair = Pair { ours, peer: vec![run(200.0, 8.0), run(300.0, 6.0)] };
+        assert_eq!(pair.cells(), "310.0 | 250.0 | 1.24 | 3.00 | 8.00 | 0.38");
+    }
+
+    #[test]
+    fn commands_are_shown_without_the_machines_paths() {
+        let mut command = Command::new("/somewhere/bin/tunesmith");
+        command.args(["bench", "train", "--model"]).arg("/cache/model.gguf");
+        assert_eq!(shown(&command), "tunesmith bench train --model model.gguf");
     }
 }

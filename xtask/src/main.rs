@@ -8,6 +8,7 @@ mod configs;
 mod docs;
 mod size;
 mod tiny_model;
+mod valgrind;
 
 use clap::{Parser, Subcommand};
 use std::path::{Path, PathBuf};
@@ -36,10 +37,12 @@ enum Task {
     Configs,
     /// Lines of code, longest files, crates in the dependency tree, size of the release binary.
     Size,
-    /// Train with this program and with transformers + PEFT in turn, and compare speed and memory.
+    /// Run this program and its peers (transformers + PEFT, llama.cpp) in turn, and compare speed and memory.
     BenchPeer(bench_peer::Args),
     /// Write the random model that configs/tiny.toml trains.
     TinyModel,
+    /// Run the tests of kernels and models under valgrind.
+    Valgrind,
 }
 
 fn main() -> ExitCode {
@@ -50,6 +53,7 @@ fn main() -> ExitCode {
         Task::Size => size::report(&root()),
         Task::BenchPeer(args) => bench_peer::run(&root(), &args),
         Task::TinyModel => tiny_model::write(&root()),
+        Task::Valgrind => valgrind::run(&root()),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,

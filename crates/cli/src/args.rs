@@ -36,7 +36,9 @@ pub enum Command {
     Merge(MergeArgs),
     /// Compare logits, loss, gradients or training curves with another implementation's.
     Verify(VerifyArgs),
-    /// Measure the speed and the memory of training on this machine.
+    /// Check in seconds that the engine agrees with itself on this machine: gradients, packing, adapters, files.
+    Selftest(SelftestArgs),
+    /// Measure this machine's peaks and the share that training reaches; speed and memory of training steps.
     Bench(BenchArgs),
 }
 
@@ -368,6 +370,20 @@ pub struct VerifyArgs {
     pub json: Option<PathBuf>,
 }
 
+/// `tunesmith selftest`
+#[derive(Args, Debug)]
+pub struct SelftestArgs {
+    /// Check this model with a LoRA adapter, instead of two small random models.
+    #[arg(long, value_name = "SOURCE")]
+    pub model: Option<String>,
+    /// How the weights of --model are kept in memory.
+    #[arg(long, value_enum, default_value = "f32", requires = "model")]
+    pub storage: StorageName,
+    /// Write every check as one line of JSON to this file, or to standard output for `-` (then without the table).
+    #[arg(long, value_name = "FILE")]
+    pub json: Option<PathBuf>,
+}
+
 /// What a benchmark trains.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum BenchMethod {
@@ -379,10 +395,34 @@ pub enum BenchMethod {
 
 /// `tunesmith bench`
 #[derive(Args, Debug)]
+#[command(args_conflicts_with_subcommands = true)]
 pub struct BenchArgs {
-    /// What to measure.
+    /// What to measure; without it the machine.
     #[command(subcommand)]
-    pub what: Bench,
+    pub what: Option<Bench>,
+    /// How the machine is measured.
+    #[command(flatten)]
+    pub machine: BenchMachineArgs,
+}
+
+/// `tunesmith bench` alone: peaks of the machine, and the share of them that each part of a training step reaches.
+#[derive(Args, Debug)]
+pub struct BenchMachineArgs {
+    /// Model to take [default: random weights of SmolLM2-135M's sizes].
+    #[arg(long, value_name = "SOURCE")]
+    pub model: Option<String>,
+    /// What trains.
+    #[arg(long, value_enum, default_value = "lora")]
+    pub method: BenchMethod,
+    /// Rows of a step.
+    #[arg(long, default_value_t = 4)]
+    pub batch: usize,
+    /// Tokens of a row.
+    #[arg(long, default_value_t = 512)]
+    pub seq: usize,
+    /// Print one line of JSON to this file, or to standard output for `-`.
+    #[arg(long, value_name = "FILE")]
+    pub json: Option<PathBuf>,
 }
 
 /// The benchmarks.
@@ -414,8 +454,12 @@ pub struct BenchTrainArgs {
     #[arg(long, default_value_t = 512)]
     pub seq: usize,
     /// Measured steps, after one that warms up.
-    #[arg(long, default_value_t = 4)]
+    #[arg(long, default_value_t = 4, conflicts_with = "data")]
     pub steps: usize,
+    /// Train on the rows of these files, folders or globs, each once, instead of on random tokens: packed into blocks of up
+    /// to --seq tokens, of which --batch make a step. Tokens per second are then those that carry loss.
+    #[arg(long, value_name = "PATH")]
+    pub data: Vec<String>,
     /// Print one line of JSON to this file, or to standard output for `-`.
     #[arg(long, value_name = "FILE")]
     pub json: Option<PathBuf>,

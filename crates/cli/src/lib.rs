@@ -40,6 +40,7 @@ fn dispatch(cli: Cli) -> Result<ExitCode> {
         Command::Chat(args) => commands::chat::run(&args, &settings).map(done),
         Command::Merge(args) => commands::merge::run(&args, &settings).map(done),
         Command::Verify(args) => commands::verify::run(&args, &settings),
+        Command::Selftest(args) => commands::selftest::run(&args, &settings),
         Command::Bench(args) => commands::bench::run(&args, &settings).map(done),
     }
 }

@@ -20,3 +20,8 @@ pub use int8_weight::Int8Weight;
 pub use mapped::MappedFile;
 pub use tensor::Tensor;
 pub use weight::{Bytes, Packed, Weight};
+
+/// Name of the instruction set that the kernels use on this processor: `baseline`, `AVX2` or `AVX-512`.
+pub fn simd_level() -> &'static str {
+    cpu::simd::level().name()
+}

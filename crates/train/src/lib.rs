@@ -10,6 +10,7 @@ pub mod metrics;
 pub mod optimizer;
 pub mod report;
 pub mod schedule;
+pub mod selftest;
 pub mod statistics;
 pub mod train;
 pub mod trainer_state;

@@ -1,4 +1,6 @@
-//! `tunesmith bench`: speed and memory of training steps.
+//! `tunesmith bench`: speed and memory of training steps, and of what they are made of.
+
+mod machine;
 
 use crate::args::{Bench, BenchArgs, BenchMethod, BenchTrainArgs, ComputeName, StorageName};
 use crate::error::{Error, Result};
@@ -8,11 +10,14 @@ use serde::Serialize;
 use std::time::Instant;
 use tunesmith_model::{AdapterConfig, Batch, Gradients, LINEAR_NAMES, Llama, LossOptions, Modules, Workspace};
 use tunesmith_tensor::rng::Rng;
+use tunesmith_text::{PrepareOptions, PreparedSplit, Split};
+use tunesmith_train::evaluate::batch_of;
 use tunesmith_train::optimizer::{AdamW, AdamWOptions, clip_coefficient, gradient_norm};
 
 pub(crate) fn run(args: &BenchArgs, settings: &Settings) -> Result<()> {
     match &args.what {
-        Bench::Train(args) => train(args, settings),
+        Some(Bench::Train(args)) => train(args, settings),
+        None => machine::run(&args.machine, settings),
     }
 }
 
@@ -25,9 +30,21 @@ struct TrainResult {
     tokens_per_s: f64,
     best: f64,
     peak_rss_gb: Option<f64>,
+    #[serde(flatten, skip_serializing_if = "Option::is_none")]
+    data: Option<DataResult>,
 }
 
-/// Full training steps (forward, backward, clipping, AdamW) on random tokens, every position trained.
+/// What was trained with `--data`: every row once.
+#[derive(Serialize)]
+struct DataResult {
+    rows: usize,
+    steps: usize,
+    tokens: usize,
+    trained_tokens: usize,
+}
+
+/// Full training steps (forward, backward, clipping, AdamW): on random tokens, every position trained, or on the rows of
+/// files, packed as training packs them.
 fn train(args: &BenchTrainArgs, settings: &Settings) -> Result<()> {
     if args.batch == 0 || args.steps == 0 || args.seq < 2 {
         return Err(Error::Input("--batch and --steps must be at least 1, --seq at least 2".into()));
@@ -39,58 +56,103 @@ fn train(args: &BenchTrainArgs, settings: &Settings) -> Result<()> {
     if args.method == BenchMethod::Full && args.compute == ComputeName::Int8 {
         return Err(Error::Input("--compute int8 is for frozen weights; with --method full leave it at f32".into()));
     }
+    let prepared = if args.data.is_empty() { None } else { Some(packed_rows(args, &opened, settings)?) };
     let mut model = opened.llama(args.storage.into())?;
     drop(opened);
     match args.method {
         BenchMethod::Full => model.train_all(),
-        BenchMethod::Lora => {
-            let target_modules = Modules::List(LINEAR_NAMES.map(String::from).to_vec());
-            model.add_adapter(
-                &AdapterConfig { r: 16, lora_alpha: 32.0, target_modules, ..AdapterConfig::default() },
-                0,
-            )?;
-        }
+        BenchMethod::Lora => model.add_adapter(&adapter(), 0)?,
     }
     if args.compute == ComputeName::Int8 {
         model.compute_int8(true)?;
     }
-    let mut seconds = steps(&mut model, args.batch, args.seq, args.steps + 1);
-    seconds.remove(0);
-    seconds.sort_by(f64::total_cmp);
-    let tokens = (args.batch * args.seq) as f64;
-    let result = TrainResult {
+    let mut result = TrainResult {
         method: if args.method == BenchMethod::Lora { "lora" } else { "full" },
         batch: args.batch,
         seq: args.seq,
-        threads: std::thread::available_parallelism().map_or(1, |n| n.get()),
-        tokens_per_s: tokens / seconds[seconds.len() / 2],
-        best: tokens / seconds[0],
-        peak_rss_gb: peak_rss().map(|b| b as f64 / 1e9),
+        threads: super::threads(),
+        tokens_per_s: 0.0,
+        best: 0.0,
+        peak_rss_gb: None,
+        data: None,
     };
-    match &args.json {
-        None => {
-            println!(
-                "{} {} x {}: {:.1} tokens/s (best {:.1}), {} threads",
-                result.method, result.batch, result.seq, result.tokens_per_s, result.best, result.threads
-            );
-            if let Some(gb) = result.peak_rss_gb {
-                println!("peak resident memory {gb:.2} GB");
-            }
-        }
-        Some(file) => {
-            let line = serde_json::to_string(&result).map_err(|e| Error::Failure(e.to_string()))?;
-            if file.as_os_str() == "-" {
-                println!("{line}");
-            } else {
-                super::write_atomically(file, (line + "\n").as_bytes())?;
-            }
-        }
+    if let Some((batches, rows)) = prepared {
+        let mut seconds = timed_steps(&mut model, std::iter::once(&batches[0]).chain(&batches).cloned());
+        seconds.remove(0);
+        let trained = |batch: &Batch| batch.targets.len();
+        let trained_tokens = batches.iter().map(trained).sum();
+        result.tokens_per_s = trained_tokens as f64 / seconds.iter().sum::<f64>();
+        result.best = batches.iter().zip(&seconds).map(|(b, s)| trained(b) as f64 / s).fold(0.0, f64::max);
+        let tokens = batches.iter().map(Batch::len).sum();
+        result.data = Some(DataResult { rows, steps: batches.len(), tokens, trained_tokens });
+    } else {
+        let mut seconds = steps(&mut model, args.batch, args.seq, args.steps + 1);
+        seconds.remove(0);
+        seconds.sort_by(f64::total_cmp);
+        let tokens = (args.batch * args.seq) as f64;
+        (result.tokens_per_s, result.best) = (tokens / seconds[seconds.len() / 2], tokens / seconds[0]);
+    }
+    result.peak_rss_gb = peak_rss().map(|b| b as f64 / 1e9);
+    if let Some(file) = &args.json {
+        return super::write_json_line(file, &result);
+    }
+    let what = if result.data.is_some() { "trained tokens/s" } else { "tokens/s" };
+    println!(
+        "{} {} x {}: {:.1} {what} (best {:.1}), {} threads",
+        result.method, result.batch, result.seq, result.tokens_per_s, result.best, result.threads
+    );
+    if let Some(data) = &result.data {
+        println!(
+            "{} rows, {} tokens of which {} trained, in {} steps",
+            data.rows, data.tokens, data.trained_tokens, data.steps
+        );
+    }
+    if let Some(gb) = result.peak_rss_gb {
+        println!("peak resident memory {gb:.2} GB");
     }
     Ok(())
 }
 
+/// The adapter of the benchmarks: rank 16, alpha 32, all linear layers, no dropout.
+fn adapter() -> AdapterConfig {
+    let target_modules = Modules::List(LINEAR_NAMES.map(String::from).to_vec());
+    AdapterConfig { r: 16, lora_alpha: 32.0, target_modules, ..AdapterConfig::default() }
+}
+
+/// The rows of `--data` in steps of `--batch` blocks of up to `--seq` tokens, and how many rows they are.
+fn packed_rows(args: &BenchTrainArgs, opened: &Opened, settings: &Settings) -> Result<(Vec<Batch>, usize)> {
+    let options = PrepareOptions {
+        train: args.data.clone(),
+        validation_fraction: 0.0,
+        max_length: args.seq,
+        ..PrepareOptions::default()
+    };
+    let folder = tempfile::tempdir()
+        .map_err(|source| Error::Io { what: "cannot make a temporary folder for the data".into(), source })?;
+    let report = super::prepare::prepare(&options, opened, folder.path(), settings)?;
+    let split = PreparedSplit::open(folder.path(), Split::Train)?;
+    let blocks = (0..split.len()).map(|i| split.block(i)).collect::<std::result::Result<Vec<_>, _>>()?;
+    let batches = blocks.chunks(args.batch).map(batch_of).collect();
+    Ok((batches, report.split(Split::Train).counts.rows))
+}
+
 /// Seconds that each of `num_steps` training steps on random tokens takes.
 pub(crate) fn steps(model: &mut Llama, batch_size: usize, seq: usize, num_steps: usize) -> Vec<f64> {
+    let mut rng = Rng::new(0, 0);
+    let vocab = model.config.vocab_size as u32;
+    let batches = (0..num_steps).map(|_| {
+        let mut batch = Batch::default();
+        for _ in 0..batch_size {
+            let ids: Vec<u32> = (0..seq).map(|_| rng.below(vocab)).collect();
+            batch.push(&ids, &vec![true; seq]);
+        }
+        batch
+    });
+    timed_steps(model, batches)
+}
+
+/// Seconds that a training step on each of `batches` takes.
+fn timed_steps(model: &mut Llama, batches: impl Iterator<Item = Batch>) -> Vec<f64> {
     let options = AdamWOptions {
         adam_beta1: 0.9,
         adam_beta2: 0.999,
@@ -101,24 +163,17 @@ pub(crate) fn steps(model: &mut Llama, batch_size: usize, seq: usize, num_steps:
     let mut optimizer = AdamW::new(model, options);
     let mut gradients = Gradients::new(model);
     let mut ws = Workspace::default();
-    let mut rng = Rng::new(0, 0);
-    let vocab = model.config.vocab_size as u32;
-    let step = |pass| {
-        let mut batch = Batch::default();
-        for _ in 0..batch_size {
-            let ids: Vec<u32> = (0..seq).map(|_| rng.below(vocab)).collect();
-            batch.push(&ids, &vec![true; seq]);
-        }
+    let step = |(pass, batch): (usize, Batch)| {
         let start = Instant::now();
-        let scale = 1.0 / batch.targets.len() as f32;
+        let scale = 1.0 / batch.targets.len().max(1) as f32;
         gradients.clear();
-        let options = LossOptions { scale, label_smoothing: 0.0, dropout_seed: None, pass };
+        let options = LossOptions { scale, label_smoothing: 0.0, dropout_seed: None, pass: pass as u64 };
         model.loss_and_gradients(&batch, options, &mut ws, &mut gradients);
         let norm = gradient_norm(&gradients);
         optimizer.update(model, &gradients, 2e-4, clip_coefficient(norm, 1.0));
         start.elapsed().as_secs_f64()
     };
-    (0..num_steps as u64).map(step).collect()
+    batches.enumerate().map(step).collect()
 }
 
 /// Largest resident memory of this process so far, in bytes, where the system tells (Linux).

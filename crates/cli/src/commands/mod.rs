@@ -9,6 +9,7 @@ pub(crate) mod init;
 pub(crate) mod merge;
 pub(crate) mod prepare;
 pub(crate) mod quickstart;
+pub(crate) mod selftest;
 pub(crate) mod train;
 pub(crate) mod verify;
 
@@ -28,6 +29,21 @@ pub(crate) fn write_atomically(path: &Path, bytes: &[u8]) -> Result<()> {
         file.persist(path).map_err(|e| e.error)
     };
     write().map(drop).map_err(|e| Error::io("cannot write", path, e))
+}
+
+/// Writes `value` as one line of JSON to `file`, or to standard output for `-`.
+pub(crate) fn write_json_line(file: &Path, value: &impl serde::Serialize) -> Result<()> {
+    let line = serde_json::to_string(value).map_err(|e| Error::Failure(e.to_string()))?;
+    if file.as_os_str() == "-" {
+        println!("{line}");
+        return Ok(());
+    }
+    write_atomically(file, (line + "\n").as_bytes())
+}
+
+/// Threads that the kernels use.
+pub(crate) fn threads() -> usize {
+    rayon::current_num_threads()
 }
 
 /// SHA-256 in hexadecimal.

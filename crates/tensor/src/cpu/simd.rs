@@ -1,5 +1,8 @@
 //! Run-time choice of the instruction set, and the vectorisable pieces that several kernels share.
 
+#[cfg(test)]
+mod levels;
+
 use std::sync::OnceLock;
 
 /// Instruction sets that kernels are compiled for.
@@ -15,27 +18,48 @@ pub(crate) enum Level {
     Avx512,
 }
 
+impl Level {
+    /// The name in tables, such as `AVX-512`.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Baseline => "baseline",
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2 => "AVX2",
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512 => "AVX-512",
+        }
+    }
+}
+
 /// The best level this processor has; probed once.
 pub(crate) fn level() -> Level {
     static LEVEL: OnceLock<Level> = OnceLock::new();
     *LEVEL.get_or_init(|| {
-        #[cfg(target_arch = "x86_64")]
-        {
-            let avx2 = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma");
-            if avx2
-                && is_x86_feature_detected!("avx512f")
-                && is_x86_feature_detected!("avx512vl")
-                && is_x86_feature_detected!("avx512bw")
-                && is_x86_feature_detected!("avx512dq")
-            {
-                return Level::Avx512;
-            }
-            if avx2 {
-                return Level::Avx2;
-            }
+        #[cfg(test)]
+        if let Some(level) = levels::forced() {
+            return level;
         }
-        Level::Baseline
+        best()
     })
+}
+
+fn best() -> Level {
+    #[cfg(target_arch = "x86_64")]
+    {
+        let avx2 = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma");
+        if avx2
+            && is_x86_feature_detected!("avx512f")
+            && is_x86_feature_detected!("avx512vl")
+            && is_x86_feature_detected!("avx512bw")
+            && is_x86_feature_detected!("avx512dq")
+        {
+            return Level::Avx512;
+        }
+        if avx2 {
+            return Level::Avx2;
+        }
+    }
+    Level::Baseline
 }
 
 /// Defines a function whose body is compiled once per [`Level`] and picked at run time. Everything the body calls must
