@@ -414,9 +414,13 @@ fn of_largest(got: &[f32], want: &[f32]) -> f64 {
         return f64::NAN;
     }
     let largest = want.iter().fold(0.0f64, |m, x| m.max(x.abs() as f64));
-    // Not `max`, which would pass over a NaN.
     let difference = |(a, b): (&f32, &f32)| (*a as f64 - *b as f64).abs();
-    got.iter().zip(want).map(difference).fold(0.0, |m: f64, x| if x <= m { m } else { x }) / largest
+    worst(got.iter().zip(want).map(difference)) / largest
+}
+
+/// The largest error; NaN when one is NaN, which `max` would pass over.
+fn worst(errors: impl Iterator<Item = f64>) -> f64 {
+    errors.fold(0.0, |worst, error| if worst.is_nan() || error <= worst { worst } else { error })
 }
 
 /// How many elements are not the same to the bit.
@@ -430,7 +434,7 @@ fn differing(a: &[f32], b: &[f32]) -> f64 {
 /// The largest relative difference (Euclidean norm) of a tensor's gradient.
 fn relative(got: &Gradients, want: &Gradients) -> f64 {
     let pairs = got.tensors.iter().flatten().zip(want.tensors.iter().flatten());
-    pairs.map(|(a, b)| distance(a, b)).fold(0.0, |m: f64, x| if x <= m { m } else { x })
+    worst(pairs.map(|(a, b)| distance(a, b)))
 }
 
 fn distance(a: &Tensor, b: &Tensor) -> f64 {
@@ -466,7 +470,7 @@ mod tests {
         let mut ws = Workspace::default();
         let mut gradients = gradients_of(&model, &[batch.clone()], None, &mut ws);
         let wrong = model.parameters.iter().position(|p| p.name.ends_with("1.mlp.up_proj.bias")).unwrap();
-        gradients.tensors[wrong].as_mut().unwrap().data_mut()[..4].iter_mut().for_each(|g| *g = -*g);
+        gradients.tensors[wrong].as_mut().unwrap().data_mut()[..16].iter_mut().for_each(|g| *g = -*g);
         let failed: Vec<String> = difference_quotients(&mut model, &batch, None, &gradients, &mut ws)
             .into_iter()
             .filter(|(_, error)| *error > QUOTIENT)

@@ -1,6 +1,6 @@
 //! Packed weights against the same weights decoded: products of single matrices, and an adapter's gradients through a model.
 
-use super::{Check, ORDER, batch_of, documents, gradients_of, of_largest, randomise, relative};
+use super::{Check, ORDER, batch_of, documents, gradients_of, of_largest, randomise, relative, worst};
 use crate::Result;
 use tunesmith_model::{AdapterConfig, Llama, Modules, Workspace};
 use tunesmith_tensor::ops::{embedding, linear};
@@ -36,7 +36,7 @@ pub(super) fn products(observe: &mut dyn FnMut(Check)) {
             model: name.to_owned(),
             check: "packed weight = decoded one",
             compared: "products, input gradient and rows, of the largest".into(),
-            error: errors.fold(0.0, |m, x| if x <= m { m } else { x }),
+            error: worst(errors),
             bound: ORDER,
         });
     }
