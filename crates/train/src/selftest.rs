@@ -43,7 +43,7 @@ const ORDER: f64 = 2e-5;
 /// Merging rounds every weight once more.
 const MERGED: f64 = 1e-4;
 /// A difference quotient of losses in f32, whose own noise is about 1e-7 of the loss.
-const QUOTIENT: f64 = 5e-3;
+const QUOTIENT: f64 = 1e-3;
 
 /// All checks: on two small random models, made in memory, and on every way in which weights are kept; `folder` is an empty one for what is saved. Each check is
 /// given to `observe` when it is done.
@@ -120,10 +120,7 @@ pub fn on_model(name: &str, model: &mut Llama, folder: &Path, observe: &mut dyn 
     gradient_checks(model, &documents, &sum, &mut ws, &mut report);
     let seed = Some(1);
     let dropped = gradients_of(model, &[packed.clone()], seed, &mut ws);
-    for (kind, error) in difference_quotients(model, &packed, seed, &dropped, &mut ws) {
-        let what = format!("loss with dropout along {kind}, relative");
-        report("gradient = difference quotient", what, error, QUOTIENT);
-    }
+    quotient_check(&difference_quotients(model, &packed, seed, &dropped, &mut ws), &mut report);
 
     save_adapter(folder, &config, model.adapter_tensors())?;
     let mut read = AdapterFile::open(folder)?.tensors;
@@ -157,9 +154,7 @@ fn full_training(name: &str, model: &mut Llama, observe: &mut dyn FnMut(Check)) 
     model.train_all();
     let sum = gradients_of(model, &[packed.clone()], None, &mut ws);
     gradient_checks(model, &documents, &sum, &mut ws, &mut report);
-    for (kind, error) in difference_quotients(model, &packed, None, &sum, &mut ws) {
-        report("gradient = difference quotient", format!("loss along {kind}, relative"), error, QUOTIENT);
-    }
+    quotient_check(&difference_quotients(model, &packed, None, &sum, &mut ws), &mut report);
     model.parameters.iter_mut().for_each(|p| p.trained = false);
     Ok(())
 }
@@ -180,6 +175,14 @@ fn gradient_checks(
     let accumulated = gradients_of(model, &each, None, ws);
     let what = format!("gradients of {} documents in one pass and one by one, relative", documents.len());
     report("accumulation 1 x N = N x 1", what, relative(&accumulated, sum), ORDER);
+}
+
+/// What [`difference_quotients`] found, as one check that names the worst kind.
+fn quotient_check(found: &[(String, f64)], report: &mut dyn FnMut(&'static str, String, f64, f64)) {
+    let error = worst(found.iter().map(|(_, error)| *error));
+    let kind = found.iter().find(|(_, e)| *e == error || e.is_nan()).map_or("", |(kind, _)| kind.as_str());
+    let what = format!("slope of the loss along {} kinds of parameter, worst {kind}, relative", found.len());
+    report("gradient = difference quotient", what, error, QUOTIENT);
 }
 
 /// Saving and reading a whole model.
@@ -457,7 +460,7 @@ mod tests {
             assert!(check.passed(), "{check:?}");
         }
         let of = |what: &str| checks.iter().filter(|c| c.check == what).count();
-        assert!(of("gradient = difference quotient") > 25 && of("save + load = identity") == 4, "{checks:?}");
+        assert!(of("gradient = difference quotient") == 4 && of("save + load = identity") == 4, "{checks:?}");
         assert_eq!((of("resume = uninterrupted"), of("packed weight = decoded one")), (4, 14));
         assert_eq!(of("adapter on packed weights = on decoded ones"), 3);
     }

@@ -58,13 +58,16 @@ pub(crate) fn run(args: &SelftestArgs, settings: &Settings) -> Result<ExitCode> 
 
 fn table(checks: &[Check]) -> String {
     let number = |x: f64| if x == 0.0 { "0".to_owned() } else { format!("{x:.1e}") };
-    let row = |check: &Check| {
+    let compared: Vec<String> = checks.iter().map(|check| format!("{}: {}", check.model, check.compared)).collect();
+    // Texts read better from the left: all of one width, they fill the column.
+    let width = compared.iter().map(|text| text.chars().count()).max().unwrap_or(0);
+    let row = |(check, compared): (&Check, &String)| {
         let verdict = if check.passed() { "ok" } else { "FAILED" };
         let (error, bound) = (number(check.error), number(check.bound));
-        vec![check.check.to_owned(), format!("{}: {}", check.model, check.compared), error, bound, verdict.to_owned()]
+        vec![check.check.to_owned(), format!("{compared:<width$}"), error, bound, verdict.to_owned()]
     };
-    let rows: Vec<Vec<String>> = checks.iter().map(row).collect();
-    terminal::table(&["check", "compared", "error", "bound", ""], &rows)
+    let rows: Vec<Vec<String>> = checks.iter().zip(&compared).map(row).collect();
+    terminal::table(&["check", &format!("{:<width$}", "compared"), "error", "bound", ""], &rows)
 }
 
 #[cfg(test)]
@@ -82,7 +85,10 @@ mod tests {
         };
         let text = table(&[check(0.0), check(2e-3), check(f64::NAN)]);
         let lines: Vec<&str> = text.lines().collect();
-        assert!(lines[1].starts_with("merged = adapter  m: logits") && lines[1].ends_with("1.0e-4      ok"), "{text}");
+        assert!(
+            lines[1].starts_with("merged = adapter  m: logits  ") && lines[1].ends_with("1.0e-4      ok"),
+            "{text}"
+        );
         assert!(lines[2].contains("2.0e-3") && lines[2].ends_with("FAILED"));
         assert!(lines[3].contains("NaN") && lines[3].ends_with("FAILED"));
     }
