@@ -9,27 +9,35 @@ use std::process::Command;
 /// Tokens of the prompt, tokens generated, and tokens that are in the context before both.
 const CASES: [(usize, usize, usize); 2] = [(512, 64, 0), (0, 32, 4000)];
 
+/// Measurements of a run.
+const REPEAT: &str = "3";
+
 /// Prefill and decoding in tokens per second; `None` where a case has none of it.
 #[derive(Clone, Copy, Debug, PartialEq)]
 struct Speeds {
     prefill: Option<f64>,
     decode: Option<f64>,
+    /// Seconds from the start of a process to its first token.
+    first_token: Option<f64>,
 }
 
 pub(super) fn run(binary: &Path, llama_bench: &Path, args: &Args) -> Result<()> {
     let load_before = load_average();
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
-    let (mut rows, mut commands, mut version) = (Vec::new(), Vec::new(), String::new());
+    let (mut rows, mut cold, mut commands, mut version) = (Vec::new(), Vec::new(), Vec::new(), String::new());
     for file in &args.gguf {
         for (prompt, new, depth) in CASES {
             let mut ours = Command::new(binary);
-            ours.args(["bench", "generate", "--json", "-", "--model"]).arg(file);
+            ours.args(["bench", "generate", "--json", "-", "--repeat", REPEAT, "--model"]).arg(file);
             let mut peer = Command::new(llama_bench);
-            peer.args(["-o", "json", "-r", "1", "-t", &threads.to_string(), "-m"]).arg(file);
+            // Its flash attention is its faster one on long contexts.
+            peer.args(["-o", "json", "-fa", "1", "-r", REPEAT, "-t", &threads.to_string(), "-m"]).arg(file);
+            // Ours always reads a prompt, so that a case without one reads a token.
             for (our_flag, peer_flag, value) in
-                [("--prompt", "-p", prompt), ("--new", "-n", new), ("--depth", "-d", depth)]
+                [("--prompt", "-p", prompt), ("--new", "-n", new), ("--context", "-d", depth)]
             {
-                ours.args([our_flag, &value.to_string()]);
+                let ours_value = if our_flag == "--prompt" { value.max(1) } else { value };
+                ours.args([our_flag, &ours_value.to_string()]);
                 peer.args([peer_flag, &value.to_string()]);
             }
             let (mut our_runs, mut peer_runs) = (Vec::new(), Vec::new());
@@ -50,6 +58,10 @@ pub(super) fn run(binary: &Path, llama_bench: &Path, args: &Args) -> Result<()> 
                 commands.extend([shown(&ours), shown(&peer)]);
             }
             let name = file.file_name().unwrap_or(file.as_os_str()).to_string_lossy().into_owned();
+            let first = our_runs.iter().filter_map(|run| run.first_token).fold(f64::INFINITY, f64::min);
+            if depth == 0 && first.is_finite() {
+                cold.push(format!("{name} {first:.2} s"));
+            }
             let kinds: [(&str, usize, fn(&Speeds) -> Option<f64>); 2] =
                 [("prefill", prompt, |s| s.prefill), ("decode", new, |s| s.decode)];
             for (what, tokens, speed) in kinds {
@@ -72,6 +84,9 @@ pub(super) fn run(binary: &Path, llama_bench: &Path, args: &Args) -> Result<()> 
     commands.iter().for_each(|command| println!("    {command}"));
     println!("\n| File | tokens | tokens/s | llama.cpp's tokens/s | ratio |\n|---|---|---|---|---|");
     rows.iter().for_each(|row| println!("{row}"));
+    if !cold.is_empty() {
+        println!("\nFirst token of `generate` from a cold start, best run: {}", cold.join(", "));
+    }
     Ok(())
 }
 
@@ -79,7 +94,11 @@ fn of_ours(stdout: &str) -> Result<Speeds> {
     let line = stdout.lines().rfind(|line| line.starts_with('{')).ok_or("bench generate printed no line of JSON")?;
     let json: Value = serde_json::from_str(line).map_err(|e| format!("{e} in {line}"))?;
     let speed = |key: &str| json[key].as_f64().filter(|x| *x > 0.0);
-    Ok(Speeds { prefill: speed("prefill_tokens_per_s"), decode: speed("decode_tokens_per_s") })
+    Ok(Speeds {
+        prefill: speed("prefill_tokens_per_s"),
+        decode: speed("decode_tokens_per_s"),
+        first_token: speed("first_token_s"),
+    })
 }
 
 /// llama-bench prints a list with an object for each test: prompt tokens or generated tokens, and their speed.
@@ -91,7 +110,7 @@ fn of_peer(stdout: &str) -> Result<(Speeds, String)> {
         test["avg_ts"].as_f64()
     };
     let build = format!("build {} ({})", tests[0]["build_number"], tests[0]["build_commit"].as_str().unwrap_or("?"));
-    Ok((Speeds { prefill: speed("n_prompt"), decode: speed("n_gen") }, build))
+    Ok((Speeds { prefill: speed("n_prompt"), decode: speed("n_gen"), first_token: None }, build))
 }
 
 #[cfg(test)]
@@ -100,12 +119,12 @@ mod tests {
 
     #[test]
     fn both_programs_are_understood() {
-        let ours = "{\"prefill_tokens_per_s\": 500.5, \"decode_tokens_per_s\": 60}";
-        assert_eq!(of_ours(ours).unwrap(), Speeds { prefill: Some(500.5), decode: Some(60.0) });
+        let ours = "{\"prefill_tokens_per_s\": 500.5, \"decode_tokens_per_s\": 60, \"first_token_s\": 0.5}";
+        assert_eq!(of_ours(ours).unwrap(), Speeds { prefill: Some(500.5), decode: Some(60.0), first_token: Some(0.5) });
         assert!(of_ours("").is_err());
         let peer = r#"[{"build_commit": "abc", "build_number": 7, "n_prompt": 512, "n_gen": 0, "avg_ts": 400.0},
             {"build_commit": "abc", "build_number": 7, "n_prompt": 0, "n_gen": 64, "avg_ts": 50.0}]"#;
-        let speeds = Speeds { prefill: Some(400.0), decode: Some(50.0) };
+        let speeds = Speeds { prefill: Some(400.0), decode: Some(50.0), first_token: None };
         assert_eq!(of_peer(peer).unwrap(), (speeds, "build 7 (abc)".to_owned()));
         assert!(of_peer("[]").unwrap_err().contains("no list"));
     }
