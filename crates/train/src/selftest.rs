@@ -9,6 +9,7 @@ use crate::{Error, Result};
 use serde::Serialize;
 use std::borrow::Cow;
 use std::path::Path;
+use std::slice::from_ref;
 use tunesmith_model::{
     AdapterConfig, AdapterFile, Batch, Checkpoint, Config, Gradients, KvCache, Llama, LossOptions, Modules,
     SaveOptions, Workspace, save_adapter, save_model,
@@ -79,7 +80,7 @@ pub fn on_model(name: &str, model: &mut Llama, folder: &Path, observe: &mut dyn 
     let base = model.logits(&packed, &mut ws).data().to_vec();
     let mut separate = Vec::new();
     for document in &documents {
-        separate.extend_from_slice(model.logits(&batch_of(std::slice::from_ref(document)), &mut ws).data());
+        separate.extend_from_slice(model.logits(&batch_of(from_ref(document)), &mut ws).data());
     }
     let what = format!("logits of {} documents in one pass and alone, of the largest", documents.len());
     report("packed = separate", what, of_largest(&separate, &base), ORDER);
@@ -116,10 +117,10 @@ pub fn on_model(name: &str, model: &mut Llama, folder: &Path, observe: &mut dyn 
     model.enable_adapter(true);
     report("adapter off = base", "logits, elements that differ".into(), differing(&off, &base), 0.0);
 
-    let sum = gradients_of(model, &[packed.clone()], None, &mut ws);
+    let sum = gradients_of(model, from_ref(&packed), None, &mut ws);
     gradient_checks(model, &documents, &sum, &mut ws, &mut report);
     let seed = Some(1);
-    let dropped = gradients_of(model, &[packed.clone()], seed, &mut ws);
+    let dropped = gradients_of(model, from_ref(&packed), seed, &mut ws);
     quotient_check(&difference_quotients(model, &packed, seed, &dropped, &mut ws), &mut report);
 
     save_adapter(folder, &config, model.adapter_tensors())?;
@@ -152,7 +153,7 @@ fn full_training(name: &str, model: &mut Llama, observe: &mut dyn FnMut(Check)) 
     let documents = documents(model.config.vocab_size);
     let packed = batch_of(&documents);
     model.train_all();
-    let sum = gradients_of(model, &[packed.clone()], None, &mut ws);
+    let sum = gradients_of(model, from_ref(&packed), None, &mut ws);
     gradient_checks(model, &documents, &sum, &mut ws, &mut report);
     quotient_check(&difference_quotients(model, &packed, None, &sum, &mut ws), &mut report);
     model.parameters.iter_mut().for_each(|p| p.trained = false);
@@ -171,7 +172,7 @@ fn gradient_checks(
     let pairs = sum.tensors.iter().flatten().zip(again.tensors.iter().flatten());
     let wrong = pairs.map(|(a, b)| differing(a.data(), b.data())).sum();
     report("the same twice", "gradients, elements that differ".into(), wrong, 0.0);
-    let each: Vec<Batch> = documents.iter().map(|document| batch_of(std::slice::from_ref(document))).collect();
+    let each: Vec<Batch> = documents.iter().map(|document| batch_of(from_ref(document))).collect();
     let accumulated = gradients_of(model, &each, None, ws);
     let what = format!("gradients of {} documents in one pass and one by one, relative", documents.len());
     report("accumulation 1 x N = N x 1", what, relative(&accumulated, sum), ORDER);
@@ -471,7 +472,7 @@ mod tests {
         model.train_all();
         let batch = batch_of(&documents(model.config.vocab_size));
         let mut ws = Workspace::default();
-        let mut gradients = gradients_of(&model, &[batch.clone()], None, &mut ws);
+        let mut gradients = gradients_of(&model, from_ref(&batch), None, &mut ws);
         let wrong = model.parameters.iter().position(|p| p.name.ends_with("1.mlp.up_proj.bias")).unwrap();
         gradients.tensors[wrong].as_mut().unwrap().data_mut()[..16].iter_mut().for_each(|g| *g = -*g);
         let failed: Vec<String> = difference_quotients(&mut model, &batch, None, &gradients, &mut ws)

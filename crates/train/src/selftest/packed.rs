@@ -46,16 +46,14 @@ pub(super) fn products(observe: &mut dyn FnMut(Check)) {
 pub(super) fn adapters(make: &dyn Fn() -> Result<Llama>, observe: &mut dyn FnMut(Check)) -> Result<()> {
     let config =
         AdapterConfig { r: 4, target_modules: Modules::Pattern("all-linear".into()), ..AdapterConfig::default() };
-    let blocks = |kind, matrix: &Tensor| {
-        let shape = [matrix.rows(), matrix.cols()];
-        Packed::from_blocks(shape, kind, Bytes::Owned(quantize(kind, matrix.data())), None)
-    };
-    let encodings: [(&str, &dyn Fn(&Tensor) -> Packed); 3] = [
-        ("Q8_0", &|matrix| blocks(BlockType::Q8_0, matrix)),
-        ("Q4_0", &|matrix| blocks(BlockType::Q4_0, matrix)),
-        ("NF4", &|matrix| Packed::nf4(matrix, true)),
-    ];
-    for (name, encode) in encodings {
+    for kind in [Some(BlockType::Q8_0), Some(BlockType::Q4_0), None] {
+        let encode = |matrix: &Tensor| match kind {
+            Some(kind) => {
+                let bytes = Bytes::Owned(quantize(kind, matrix.data()));
+                Packed::from_blocks([matrix.rows(), matrix.cols()], kind, bytes, None)
+            }
+            None => Packed::nf4(matrix, true),
+        };
         let mut of = Vec::new();
         for decode in [false, true] {
             let mut model = make()?;
@@ -69,7 +67,7 @@ pub(super) fn adapters(make: &dyn Fn() -> Result<Llama>, observe: &mut dyn FnMut
             of.push(gradients_of(&model, &[batch], None, &mut Workspace::default()));
         }
         observe(Check {
-            model: name.to_owned(),
+            model: kind.map_or("NF4", BlockType::name).to_owned(),
             check: "adapter on packed weights = on decoded ones",
             compared: "gradients, relative".into(),
             error: relative(&of[0], &of[1]),
