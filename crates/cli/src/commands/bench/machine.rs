@@ -16,8 +16,7 @@ use tunesmith_tensor::ops::attention::{Heads, Segment};
 use tunesmith_tensor::ops::{
     adamw, attention, embedding, grad_norm, linear, linear_cross_entropy, rmsnorm, rope, swiglu,
 };
-use tunesmith_tensor::rng::Rng;
-use tunesmith_tensor::{Tensor, Weight};
+use tunesmith_tensor::{Tensor, Weight, pool, rng::Rng};
 
 /// SmolLM2-135M's sizes: what is measured without `--model`, with random weights.
 const SMOLLM2: &str = r#"{"model_type": "llama", "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536,
@@ -145,17 +144,19 @@ fn text(report: &Report) -> String {
     )
 }
 
-/// Seconds of the fastest of several runs.
-fn best(mut run: impl FnMut()) -> f64 {
-    let (begin, mut best) = (Instant::now(), f64::INFINITY);
-    let mut runs = 0;
-    while runs < 3 || begin.elapsed().as_secs_f64() < SECONDS {
-        let start = Instant::now();
-        run();
-        best = best.min(start.elapsed().as_secs_f64());
-        runs += 1;
-    }
-    best
+/// Seconds of the fastest of several runs, made on the pool's threads as a training step is.
+fn best(mut run: impl FnMut() + Send) -> f64 {
+    pool::enter(|| {
+        let (begin, mut best) = (Instant::now(), f64::INFINITY);
+        let mut runs = 0;
+        while runs < 3 || begin.elapsed().as_secs_f64() < SECONDS {
+            let start = Instant::now();
+            run();
+            best = best.min(start.elapsed().as_secs_f64());
+            runs += 1;
+        }
+        best
+    })
 }
 
 fn random(shape: &[usize]) -> Tensor {
@@ -236,12 +237,12 @@ impl<'a> Step<'a> {
         };
         let shapes: Vec<(usize, usize)> = self.config.linear_modules().iter().map(|(_, [o, i])| (*o, *i)).collect();
         let mut parts = vec![
-            products("q, k, v: products with the weights", self.linear(&shapes[..3])),
-            products("o: the same", self.linear(&shapes[3..4])),
-            products("gate, up, down: the same", self.linear(&shapes[4..])),
+            products("q, k, v", self.linear(&shapes[..3])),
+            products("o", self.linear(&shapes[3..4])),
+            products("gate, up, down", self.linear(&shapes[4..])),
         ];
         if !self.full {
-            parts.push(products("adapter products", self.adapters(&shapes)));
+            parts.push(products("adapters' other products", self.adapters(&shapes)));
         }
         let [forward, backward] = self.attention();
         parts.push(products("attention forward", forward));
@@ -255,47 +256,49 @@ impl<'a> Step<'a> {
         parts
     }
 
-    /// Seconds and operations of a step for linear layers of shapes [out, in]: y = x Wᵀ, the gradient of x, and where all
-    /// weights train that of W.
+    /// Seconds and operations of a step for linear layers of shapes [out, in]: y = x Wᵀ and the gradient of x, with the
+    /// products of an adapter that join them, or where all weights train the gradient of W.
     fn linear(&self, shapes: &[(usize, usize)]) -> (f64, f64) {
+        use linear::Into::Overwrite;
         let (mut seconds, mut flops) = (0.0, 0.0);
         for &(n_out, n_in) in shapes {
-            let (mut x, mut y, w) = (random(&[self.t, n_in]), random(&[self.t, n_out]), random(&[n_out, n_in]));
+            let (mut x, mut y) = (random(&[self.t, n_in]), random(&[self.t, n_out]));
+            let w = Weight::from(random(&[n_out, n_in]));
             let one = 2.0 * (self.t * n_out * n_in) as f64;
-            seconds += best(|| linear::matmul(black_box(&x), &w, 1.0, &mut y, linear::Into::Overwrite));
-            seconds += best(|| linear::matmul_input_gradient(black_box(&y), &w, 1.0, &mut x, linear::Into::Overwrite));
-            flops += 2.0 * one;
             if self.full {
-                let mut d_w = w;
+                seconds += best(|| linear::forward(black_box(&x), &w, 1.0, &mut y, Overwrite));
+                seconds += best(|| linear::input_gradient(black_box(&y), &w, 1.0, &mut x, Overwrite));
+                let mut d_w = Tensor::zeros(&[n_out, n_in]);
                 seconds += best(|| linear::matmul_weight_gradient(black_box(&y), &x, 1.0, &mut d_w));
-                flops += one;
+                flops += 3.0 * one;
+            } else {
+                let r = adapter().r;
+                let (inner, a, b) = (random(&[self.t, r]), random(&[r, n_in]), random(&[n_out, r]));
+                let joined = |outer| linear::Adapter { inner: &inner, outer, scale: 1.0 };
+                seconds += best(|| linear::forward_adapted(black_box(&x), &w, joined(&b), &mut y, Overwrite));
+                seconds += best(|| linear::input_gradient_adapted(black_box(&y), &w, joined(&a), &mut x, Overwrite));
+                flops += 2.0 * one + 2.0 * (self.t * r * (n_out + n_in)) as f64;
             }
         }
         (seconds * self.layers(), flops * self.layers())
     }
 
-    /// The products of rank-16 adapters: x Aᵀ and times B forward; through both, and for both, backward.
+    /// The other products of rank-16 adapters: x Aᵀ, its gradient, and the gradients of A and B.
     fn adapters(&self, shapes: &[(usize, usize)]) -> (f64, f64) {
         let r = adapter().r;
         let (mut seconds, mut flops) = (0.0, 0.0);
         for &(n_out, n_in) in shapes {
-            let (mut x, mut y) = (random(&[self.t, n_in]), random(&[self.t, n_out]));
-            let (mut a, mut b) = (random(&[r, n_in]), random(&[n_out, r]));
-            let mut xa = Tensor::default();
-            use linear::Into::{Accumulate, Overwrite};
+            let (x, d_y, a, b) =
+                (random(&[self.t, n_in]), random(&[self.t, n_out]), random(&[r, n_in]), random(&[n_out, r]));
+            let [mut xa, mut d_xa] = [(); 2].map(|()| Tensor::default());
+            let (mut d_a, mut d_b) = (Tensor::zeros(a.shape()), Tensor::zeros(b.shape()));
             seconds += best(|| {
-                linear::matmul(black_box(&x), &a, 1.0, &mut xa, Overwrite);
-                linear::matmul(&xa, &b, 1.0, &mut y, Accumulate);
+                linear::matmul(black_box(&x), &a, 1.0, &mut xa, linear::Into::Overwrite);
+                linear::matmul_input_gradient(black_box(&d_y), &b, 1.0, &mut d_xa, linear::Into::Overwrite);
+                linear::matmul_weight_gradient(&d_y, &xa, 1.0, &mut d_b);
+                linear::matmul_weight_gradient(&d_xa, &x, 1.0, &mut d_a);
             });
-            let mut d_xa = Tensor::default();
-            // The numbers must not grow from run to run until they are infinite.
-            seconds += best(|| {
-                linear::matmul_input_gradient(black_box(&y), &b, 1e-6, &mut d_xa, Overwrite);
-                linear::matmul_weight_gradient(&y, &xa, 0.0, &mut b);
-                linear::matmul_weight_gradient(&d_xa, &x, 0.0, &mut a);
-                linear::matmul_input_gradient(&d_xa, &a, 1e-6, &mut x, Accumulate);
-            });
-            flops += 3.0 * 2.0 * (self.t * r * (n_in + n_out)) as f64;
+            flops += 2.0 * 2.0 * (self.t * r * (n_in + n_out)) as f64;
         }
         (seconds * self.layers(), flops * self.layers())
     }
