@@ -10,7 +10,7 @@ use serde_json::Value;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{SystemTime, UNIX_EPOCH};
-use tunesmith::args::BenchMethod;
+use tunesmith::args::{BenchMethod, ComputeName};
 use tunesmith::source;
 
 #[derive(Debug, clap::Args)]
@@ -27,6 +27,9 @@ pub(crate) struct Args {
     /// Rows of a step x tokens of a row; may be repeated [default: 4x512, 1x2048].
     #[arg(long, value_name = "BATCHxSEQ", value_parser = train::shape)]
     shape: Vec<(usize, usize)>,
+    /// How our frozen weights multiply (the peer's always in f32); may be repeated [default: f32].
+    #[arg(long, value_enum)]
+    compute: Vec<ComputeName>,
     /// Measured steps of a run, after one that warms up.
     #[arg(long, default_value_t = 4)]
     steps: usize,
@@ -103,8 +106,24 @@ fn name(method: BenchMethod) -> &'static str {
     }
 }
 
-fn methods(args: &Args) -> Vec<BenchMethod> {
-    if args.method.is_empty() { vec![BenchMethod::Lora, BenchMethod::Full] } else { args.method.clone() }
+/// What trains, and how our frozen weights multiply. Full fine-tuning has none.
+fn methods(args: &Args) -> Vec<(BenchMethod, ComputeName)> {
+    let methods = if args.method.is_empty() { &[BenchMethod::Lora, BenchMethod::Full][..] } else { &args.method };
+    let computes = if args.compute.is_empty() { &[ComputeName::F32][..] } else { &args.compute };
+    let pairs = methods.iter().flat_map(|method| computes.iter().map(|compute| (*method, *compute)));
+    pairs.filter(|pair| *pair != (BenchMethod::Full, ComputeName::Int8)).collect()
+}
+
+/// Asks ours for the method and the kind of products, the peer for the method. Returns their name.
+fn set_method(ours: &mut Command, peer: &mut Command, (method, compute): (BenchMethod, ComputeName)) -> String {
+    for command in [&mut *ours, peer] {
+        command.args(["--method", name(method)]);
+    }
+    if compute == ComputeName::F32 {
+        return name(method).to_owned();
+    }
+    ours.args(["--compute", "int8"]);
+    format!("{} int8", name(method))
 }
 
 /// The release binary of what is in the tree now: an old one would be measured by mistake sooner or later.

@@ -38,7 +38,7 @@ enum Task {
     /// Lines of code, longest files, crates in the dependency tree, size of the release binary.
     Size,
     /// Run this program and its peers (transformers + PEFT, llama.cpp) in turn, and compare speed and memory.
-    BenchPeer(bench_peer::Args),
+    BenchPeer(Box<bench_peer::Args>),
     /// Write the random model that configs/tiny.toml trains.
     TinyModel,
     /// Run the tests of kernels and models under valgrind.

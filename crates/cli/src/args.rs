@@ -469,6 +469,9 @@ pub struct BenchMachineArgs {
     /// What trains.
     #[arg(long, value_enum, default_value = "lora")]
     pub method: BenchMethod,
+    /// How frozen weights multiply.
+    #[arg(long, value_enum, default_value = "f32")]
+    pub compute: ComputeName,
     /// Rows of a step.
     #[arg(long, default_value_t = 4)]
     pub batch: usize,

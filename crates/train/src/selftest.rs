@@ -61,6 +61,8 @@ pub fn on_small_models(folder: &Path, observe: &mut dyn FnMut(Check)) -> Result<
         on_model(name, &mut model, &folder.join(name).join("adapter"), observe)?;
     }
     packed::products(observe);
+    packed::integers(observe);
+    packed::int8_model(&|| small("plain"), observe)?;
     packed::adapters(&|| small("plain"), observe)
 }
 
@@ -479,7 +481,7 @@ mod tests {
         let of = |what: &str| checks.iter().filter(|c| c.check == what).count();
         assert!(of("gradient = difference quotient") == 4 && of("save + load = identity") == 4, "{checks:?}");
         assert_eq!((of("resume = uninterrupted"), of("packed weight = decoded one")), (4, 14));
-        assert_eq!(of("adapter on packed weights = on decoded ones"), 3);
+        assert_eq!((of("adapter on packed weights = on decoded ones"), of("integer product = f32 product")), (3, 6));
     }
 
     #[test]

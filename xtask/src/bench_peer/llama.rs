@@ -62,9 +62,8 @@ pub(super) fn run(binary: &Path, llama_bench: &Path, args: &Args) -> Result<()> 
             if depth == 0 && first.is_finite() {
                 cold.push(format!("{name} {first:.2} s"));
             }
-            let kinds: [(&str, usize, fn(&Speeds) -> Option<f64>); 2] =
-                [("prefill", prompt, |s| s.prefill), ("decode", new, |s| s.decode)];
-            for (what, tokens, speed) in kinds {
+            for (what, tokens) in [("prefill", prompt), ("decode", new)] {
+                let speed = |run: &Speeds| if what == "prefill" { run.prefill } else { run.decode };
                 let middle = |runs: &[Speeds]| -> Option<f64> {
                     let found: Vec<f64> = runs.iter().filter_map(speed).collect();
                     (!found.is_empty()).then(|| median(found))

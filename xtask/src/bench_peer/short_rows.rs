@@ -1,7 +1,7 @@
 //! Training on short rows: ours packed into blocks, the peer's in padded batches. The same rows, each once, and the same
 //! tokens that carry loss.
 
-use super::{Args, CELLS, Measured, Pair, RULES, load_average, methods, name, ours, peer, shown, today};
+use super::{Args, CELLS, Measured, Pair, RULES, load_average, methods, ours, peer, set_method, shown, today};
 use crate::{Result, size::target_directory, write};
 use std::{io::Read, path::Path};
 use tunesmith::source::{self, Resolved, Settings};
@@ -26,10 +26,11 @@ pub(super) fn run(root: &Path, binary: &Path, model: &Resolved, settings: &Setti
             let (mut ours, mut peer) = (ours(binary, model), peer(root, model, args));
             ours.args(["--batch", &BLOCKS.0.to_string(), "--seq", &BLOCKS.1.to_string()]);
             peer.args(["--batch", &batch.to_string()]);
+            let name = set_method(&mut ours, &mut peer, method);
             for command in [&mut ours, &mut peer] {
-                command.args(["--method", name(method)]).arg("--data").arg(&file);
+                command.arg("--data").arg(&file);
             }
-            let what = format!("{}, peer's batch {batch}", name(method));
+            let what = format!("{name}, peer's batch {batch}");
             let pair = Pair::measure(&what, &mut ours, &mut peer, args.rounds)?;
             let trained = count(&pair.ours[0], "trained_tokens")?;
             if let Some(other) =

@@ -1,6 +1,6 @@
 //! Training steps on random tokens.
 
-use super::{Args, CELLS, Pair, RULES, load_average, methods, name, ours, peer, shown, today};
+use super::{Args, CELLS, Pair, RULES, load_average, methods, ours, peer, set_method, shown, today};
 use crate::Result;
 use std::path::Path;
 use tunesmith::source::Resolved;
@@ -21,13 +21,13 @@ pub(super) fn run(root: &Path, binary: &Path, model: &Resolved, args: &Args) -> 
     for (batch, seq) in shapes {
         for method in methods(args) {
             let (mut ours, mut peer) = (ours(binary, model), peer(root, model, args));
+            let name = set_method(&mut ours, &mut peer, method);
             for command in [&mut ours, &mut peer] {
-                command.args(["--method", name(method)]);
                 for (flag, value) in [("--batch", batch), ("--seq", seq), ("--steps", args.steps)] {
                     command.arg(flag).arg(value.to_string());
                 }
             }
-            let what = format!("{} {batch} x {seq}", name(method));
+            let what = format!("{name} {batch} x {seq}");
             let pair = Pair::measure(&what, &mut ours, &mut peer, args.rounds)?;
             if commands.is_empty() {
                 commands = vec![shown(&ours), shown(&peer)];

@@ -4,6 +4,7 @@ use super::{Check, ORDER, batch_of, documents, gradients_of, of_largest, randomi
 use crate::Result;
 use tunesmith_model::{AdapterConfig, Llama, Modules, Workspace};
 use tunesmith_tensor::ops::{embedding, linear};
+use tunesmith_tensor::packed_int::{Int8Rows, PackedInt};
 use tunesmith_tensor::quant::{BlockType, all_finite};
 use tunesmith_tensor::quant_encode::quantize;
 use tunesmith_tensor::{Bytes, Packed, Tensor, Weight, rng::Rng};
@@ -40,6 +41,65 @@ pub(super) fn products(observe: &mut dyn FnMut(Check)) {
             bound: ORDER,
         });
     }
+}
+
+/// Integer products against f32 products of the very numbers that the integers stand for: repacked blocks of GGUF formats,
+/// and a matrix rounded to 8 bits. What remains is the rounding of f32 sums.
+pub(super) fn integers(observe: &mut dyn FnMut(Check)) {
+    let held = BlockType::ALL.into_iter().filter(|kind| PackedInt::holds(*kind));
+    for kind in held.map(Some).chain([None]) {
+        let (packed, numbers) = match kind {
+            Some(kind) => {
+                let blocks = random_blocks(kind);
+                let bytes = blocks.blocks().map_or(&[][..], |(_, bytes, _)| bytes);
+                let len = bytes.len() / SHAPE[0];
+                let row = |i: usize| &bytes[i * len..(i + 1) * len];
+                (PackedInt::from_gguf(kind, SHAPE[0], SHAPE[1], row), blocks.to_tensor())
+            }
+            None => {
+                let packed = PackedInt::from_tensor(&normal(&SHAPE, 10), 128);
+                let mut numbers = Tensor::zeros(&SHAPE);
+                packed.dequantize_rows(0..SHAPE[0], numbers.data_mut());
+                (packed, numbers)
+            }
+        };
+        let (mut rows, mut rounded) = (Int8Rows::new(), Tensor::default());
+        let (mut got, mut want) = (Tensor::default(), Tensor::default());
+        let mut errors = Vec::new();
+        for num_rows in [9, 1] {
+            packed.forward(&normal(&[num_rows, SHAPE[1]], 1), &mut rows, &mut got, linear::Into::Overwrite);
+            rows.dequantize(&mut rounded);
+            linear::matmul(&rounded, &numbers, 1.0, &mut want, linear::Into::Overwrite);
+            errors.push(of_largest(got.data(), want.data()));
+        }
+        observe(Check {
+            model: kind.map_or("8 bits", BlockType::name).to_owned(),
+            check: "integer product = f32 product",
+            compared: "products of the same rounded numbers, of the largest".into(),
+            error: worst(errors.into_iter()),
+            bound: ORDER,
+        });
+    }
+}
+
+/// Rounding weights and activations to 8 bits changes a model's logits by about a hundredth of the largest.
+const EIGHT_BITS: f64 = 5e-2;
+
+/// A model that computes in 8 bits, and in f32.
+pub(super) fn int8_model(make: &dyn Fn() -> Result<Llama>, observe: &mut dyn FnMut(Check)) -> Result<()> {
+    let mut model = make()?;
+    let batch = batch_of(&documents(model.config.vocab_size));
+    let mut ws = Workspace::default();
+    let exact = model.logits(&batch, &mut ws).data().to_vec();
+    model.compute_int8(false)?;
+    observe(Check {
+        model: "8 bits".into(),
+        check: "compute int8 = f32 within its rounding",
+        compared: "logits, of the largest".into(),
+        error: of_largest(model.logits(&batch, &mut ws).data(), &exact),
+        bound: EIGHT_BITS,
+    });
+    Ok(())
 }
 
 /// QLoRA: the gradients of an adapter on packed matrices, and on the same matrices decoded.

@@ -1,7 +1,7 @@
 //! `tunesmith bench`: the peaks of this machine, and what share of them each part of a training step reaches.
 
 use super::{adapter, steps};
-use crate::args::{BenchMachineArgs, BenchMethod};
+use crate::args::{BenchMachineArgs, BenchMethod, ComputeName};
 use crate::error::{Error, Result};
 use crate::load;
 use crate::source::Settings;
@@ -16,8 +16,7 @@ use tunesmith_tensor::ops::attention::{Heads, Segment};
 use tunesmith_tensor::ops::{
     adamw, attention, embedding, grad_norm, linear, linear_cross_entropy, rmsnorm, rope, swiglu,
 };
-use tunesmith_tensor::rng::Rng;
-use tunesmith_tensor::{Tensor, Weight};
+use tunesmith_tensor::{Int8Weight, Tensor, Weight, pool, rng::Rng};
 
 /// SmolLM2-135M's sizes: what is measured without `--model`, with random weights.
 const SMOLLM2: &str = r#"{"model_type": "llama", "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536,
@@ -38,6 +37,7 @@ struct Report {
     peaks: Peaks,
     model: String,
     method: &'static str,
+    compute: &'static str,
     batch: usize,
     seq: usize,
     parts: Vec<Part>,
@@ -52,6 +52,9 @@ struct Peaks {
     /// f32 product of two matrices of 2,048 rows and columns.
     f32_gflops: f64,
     f32_gflops_one_thread: f64,
+    /// The same product with 8-bit integers, quantising one side of it included.
+    int8_gops: f64,
+    int8_gops_one_thread: f64,
     read_gb_per_s: f64,
     read_gb_per_s_one_thread: f64,
 }
@@ -73,6 +76,9 @@ pub(super) fn run(args: &BenchMachineArgs, settings: &Settings) -> Result<()> {
     if args.batch == 0 || args.seq < 2 {
         return Err(Error::Input("--batch must be at least 1, --seq at least 2".into()));
     }
+    if args.method == BenchMethod::Full && args.compute == ComputeName::Int8 {
+        return Err(Error::Input("--compute int8 is for frozen weights; with --method full leave it at f32".into()));
+    }
     let bar = terminal::count_bar("measuring peaks", 0);
     let peaks = peaks()?;
     bar.set_message("reading the model");
@@ -92,6 +98,9 @@ pub(super) fn run(args: &BenchMachineArgs, settings: &Settings) -> Result<()> {
         BenchMethod::Full => model.train_all(),
         BenchMethod::Lora => model.add_adapter(&adapter(), 0)?,
     }
+    if args.compute == ComputeName::Int8 {
+        model.compute_int8(true)?;
+    }
     bar.set_message("measuring whole steps");
     let step_s = steps(&mut model, args.batch, args.seq, 4, Recompute::default(), Optim::default()).into_iter().fold(f64::INFINITY, f64::min);
     bar.finish_and_clear();
@@ -101,6 +110,7 @@ pub(super) fn run(args: &BenchMachineArgs, settings: &Settings) -> Result<()> {
         peaks,
         model: name,
         method: if args.method == BenchMethod::Lora { "lora" } else { "full" },
+        compute: if args.compute == ComputeName::Int8 { "int8" } else { "f32" },
         batch: args.batch,
         seq: args.seq,
         parts_s: parts.iter().map(|part| part.ms / 1e3).sum(),
@@ -115,11 +125,12 @@ pub(super) fn run(args: &BenchMachineArgs, settings: &Settings) -> Result<()> {
 }
 
 fn text(report: &Report) -> String {
-    let Peaks { f32_gflops, f32_gflops_one_thread, read_gb_per_s, read_gb_per_s_one_thread } = report.peaks;
+    let peaks = &report.peaks;
     let peak = |what: &str, one: f64, all: f64| vec![what.to_owned(), format!("{one:.0}"), format!("{all:.0}")];
     let peaks = [
-        peak("f32 products, GFLOP/s", f32_gflops_one_thread, f32_gflops),
-        peak("reading memory, GB/s", read_gb_per_s_one_thread, read_gb_per_s),
+        peak("f32 products, GFLOP/s", peaks.f32_gflops_one_thread, peaks.f32_gflops),
+        peak("int8 products, GOP/s", peaks.int8_gops_one_thread, peaks.int8_gops),
+        peak("reading memory, GB/s", peaks.read_gb_per_s_one_thread, peaks.read_gb_per_s),
     ];
     let all = format!("{} threads", report.threads);
     let row = |name: &str, ms: f64, rate: String, share: String| {
@@ -133,11 +144,12 @@ fn text(report: &Report) -> String {
     rows.push(row("all parts", report.parts_s * 1e3, String::new(), String::new()));
     rows.push(row("a whole step", report.step_s * 1e3, String::new(), String::new()));
     format!(
-        "{} instructions\n\n{}\n{}, {} {} x {}: {:.1} tokens/s\n\n{}",
+        "{} instructions\n\n{}\n{}, {} {} {} x {}: {:.1} tokens/s\n\n{}",
         report.simd,
         terminal::table(&["peak", "1 thread", &all], &peaks),
         report.model,
         report.method,
+        report.compute,
         report.batch,
         report.seq,
         (report.batch * report.seq) as f64 / report.step_s,
@@ -145,17 +157,19 @@ fn text(report: &Report) -> String {
     )
 }
 
-/// Seconds of the fastest of several runs.
-fn best(mut run: impl FnMut()) -> f64 {
-    let (begin, mut best) = (Instant::now(), f64::INFINITY);
-    let mut runs = 0;
-    while runs < 3 || begin.elapsed().as_secs_f64() < SECONDS {
-        let start = Instant::now();
-        run();
-        best = best.min(start.elapsed().as_secs_f64());
-        runs += 1;
-    }
-    best
+/// Seconds of the fastest of several runs, made on the pool's threads as a training step is.
+fn best(mut run: impl FnMut() + Send) -> f64 {
+    pool::enter(|| {
+        let (begin, mut best) = (Instant::now(), f64::INFINITY);
+        let mut runs = 0;
+        while runs < 3 || begin.elapsed().as_secs_f64() < SECONDS {
+            let start = Instant::now();
+            run();
+            best = best.min(start.elapsed().as_secs_f64());
+            runs += 1;
+        }
+        best
+    })
 }
 
 fn random(shape: &[usize]) -> Tensor {
@@ -174,6 +188,9 @@ fn peaks() -> Result<Peaks> {
     let mut product = || best(|| linear::matmul(black_box(&a), &b, 1.0, &mut c, linear::Into::Overwrite));
     let gflops = |seconds: f64| 2.0 * (SQUARE as f64).powi(3) / seconds / 1e9;
     let (all_s, one_s) = (product(), one.install(&mut product));
+    let int8 = Weight::Int8(Int8Weight::new(&b, false));
+    let mut product = || best(|| linear::forward(black_box(&a), &int8, 1.0, &mut c, linear::Into::Overwrite));
+    let (all_int8, one_int8) = (product(), one.install(&mut product));
     let memory = Tensor::zeros(&[READ / 4]);
     // Sums of bits: as many bytes as the memory gives, whatever the instruction set.
     let read = || {
@@ -185,6 +202,8 @@ fn peaks() -> Result<Peaks> {
     Ok(Peaks {
         f32_gflops: gflops(all_s),
         f32_gflops_one_thread: gflops(one_s),
+        int8_gops: gflops(all_int8),
+        int8_gops_one_thread: gflops(one_int8),
         read_gb_per_s: gb(all_read),
         read_gb_per_s_one_thread: gb(one_read),
     })
@@ -194,6 +213,8 @@ fn peaks() -> Result<Peaks> {
 struct Step<'a> {
     config: &'a Config,
     full: bool,
+    /// Whether frozen weights multiply in 8 bits.
+    int8: bool,
     /// Lengths of the documents that go through the model at once.
     documents: Vec<usize>,
     /// Tokens of them.
@@ -208,13 +229,19 @@ impl<'a> Step<'a> {
         Self {
             config,
             full: args.method == BenchMethod::Full,
+            int8: args.compute == ComputeName::Int8,
             documents: vec![args.seq; rows],
             t: rows * args.seq,
             passes: args.batch as f64 / rows as f64,
         }
     }
 
-    /// Times in each pass.
+    /// A weight as it is multiplied.
+    fn frozen(&self, weight: Tensor) -> Weight {
+        if self.int8 { Weight::Int8(Int8Weight::new(&weight, true)) } else { weight.into() }
+    }
+
+    /// Times in a step, of what each layer does once.
     fn layers(&self) -> f64 {
         self.passes * self.config.num_hidden_layers as f64
     }
@@ -227,6 +254,11 @@ impl<'a> Step<'a> {
             unit: "GFLOP/s",
             share_of_peak: flops / seconds / 1e9 / peaks.f32_gflops,
         };
+        // With weights of 8 bits.
+        let with_weights = |name, timed| {
+            let part: Part = products(name, timed);
+            if self.int8 { Part { unit: "GOP/s", share_of_peak: part.rate / peaks.int8_gops, ..part } } else { part }
+        };
         let memory = |name, (seconds, bytes): (f64, f64)| Part {
             name,
             ms: seconds * 1e3,
@@ -236,17 +268,17 @@ impl<'a> Step<'a> {
         };
         let shapes: Vec<(usize, usize)> = self.config.linear_modules().iter().map(|(_, [o, i])| (*o, *i)).collect();
         let mut parts = vec![
-            products("q, k, v: products with the weights", self.linear(&shapes[..3])),
-            products("o: the same", self.linear(&shapes[3..4])),
-            products("gate, up, down: the same", self.linear(&shapes[4..])),
+            with_weights("q, k, v", self.linear(&shapes[..3])),
+            with_weights("o", self.linear(&shapes[3..4])),
+            with_weights("gate, up, down", self.linear(&shapes[4..])),
         ];
         if !self.full {
-            parts.push(products("adapter products", self.adapters(&shapes)));
+            parts.push(products("adapters' other products", self.adapters(&shapes)));
         }
         let [forward, backward] = self.attention();
         parts.push(products("attention forward", forward));
         parts.push(products("attention backward", backward));
-        parts.push(products("head and loss", self.head()));
+        parts.push(with_weights("head and loss", self.head()));
         parts.push(memory("norms", self.norms()));
         parts.push(memory("rope", self.rope()));
         parts.push(memory("swiglu", self.swiglu()));
@@ -255,47 +287,49 @@ impl<'a> Step<'a> {
         parts
     }
 
-    /// Seconds and operations of a step for linear layers of shapes [out, in]: y = x Wᵀ, the gradient of x, and where all
-    /// weights train that of W.
+    /// Seconds and operations of a step for linear layers of shapes [out, in]: y = x Wᵀ and the gradient of x, with the
+    /// products of an adapter that join them, or where all weights train the gradient of W.
     fn linear(&self, shapes: &[(usize, usize)]) -> (f64, f64) {
+        use linear::Into::Overwrite;
         let (mut seconds, mut flops) = (0.0, 0.0);
         for &(n_out, n_in) in shapes {
-            let (mut x, mut y, w) = (random(&[self.t, n_in]), random(&[self.t, n_out]), random(&[n_out, n_in]));
+            let (mut x, mut y) = (random(&[self.t, n_in]), random(&[self.t, n_out]));
+            let w = self.frozen(random(&[n_out, n_in]));
             let one = 2.0 * (self.t * n_out * n_in) as f64;
-            seconds += best(|| linear::matmul(black_box(&x), &w, 1.0, &mut y, linear::Into::Overwrite));
-            seconds += best(|| linear::matmul_input_gradient(black_box(&y), &w, 1.0, &mut x, linear::Into::Overwrite));
-            flops += 2.0 * one;
             if self.full {
-                let mut d_w = w;
+                seconds += best(|| linear::forward(black_box(&x), &w, 1.0, &mut y, Overwrite));
+                seconds += best(|| linear::input_gradient(black_box(&y), &w, 1.0, &mut x, Overwrite));
+                let mut d_w = Tensor::zeros(&[n_out, n_in]);
                 seconds += best(|| linear::matmul_weight_gradient(black_box(&y), &x, 1.0, &mut d_w));
-                flops += one;
+                flops += 3.0 * one;
+            } else {
+                let r = adapter().r;
+                let (inner, a, b) = (random(&[self.t, r]), random(&[r, n_in]), random(&[n_out, r]));
+                let joined = |outer| linear::Adapter { inner: &inner, outer, scale: 1.0 };
+                seconds += best(|| linear::forward_adapted(black_box(&x), &w, joined(&b), &mut y, Overwrite));
+                seconds += best(|| linear::input_gradient_adapted(black_box(&y), &w, joined(&a), &mut x, Overwrite));
+                flops += 2.0 * one + 2.0 * (self.t * r * (n_out + n_in)) as f64;
             }
         }
         (seconds * self.layers(), flops * self.layers())
     }
 
-    /// The products of rank-16 adapters: x Aᵀ and times B forward; through both, and for both, backward.
+    /// The other products of rank-16 adapters: x Aᵀ, its gradient, and the gradients of A and B.
     fn adapters(&self, shapes: &[(usize, usize)]) -> (f64, f64) {
         let r = adapter().r;
         let (mut seconds, mut flops) = (0.0, 0.0);
         for &(n_out, n_in) in shapes {
-            let (mut x, mut y) = (random(&[self.t, n_in]), random(&[self.t, n_out]));
-            let (mut a, mut b) = (random(&[r, n_in]), random(&[n_out, r]));
-            let mut xa = Tensor::default();
-            use linear::Into::{Accumulate, Overwrite};
+            let (x, d_y, a, b) =
+                (random(&[self.t, n_in]), random(&[self.t, n_out]), random(&[r, n_in]), random(&[n_out, r]));
+            let [mut xa, mut d_xa] = [(); 2].map(|()| Tensor::default());
+            let (mut d_a, mut d_b) = (Tensor::zeros(a.shape()), Tensor::zeros(b.shape()));
             seconds += best(|| {
-                linear::matmul(black_box(&x), &a, 1.0, &mut xa, Overwrite);
-                linear::matmul(&xa, &b, 1.0, &mut y, Accumulate);
+                linear::matmul(black_box(&x), &a, 1.0, &mut xa, linear::Into::Overwrite);
+                linear::matmul_input_gradient(black_box(&d_y), &b, 1.0, &mut d_xa, linear::Into::Overwrite);
+                linear::matmul_weight_gradient(&d_y, &xa, 1.0, &mut d_b);
+                linear::matmul_weight_gradient(&d_xa, &x, 1.0, &mut d_a);
             });
-            let mut d_xa = Tensor::default();
-            // The numbers must not grow from run to run until they are infinite.
-            seconds += best(|| {
-                linear::matmul_input_gradient(black_box(&y), &b, 1e-6, &mut d_xa, Overwrite);
-                linear::matmul_weight_gradient(&y, &xa, 0.0, &mut b);
-                linear::matmul_weight_gradient(&d_xa, &x, 0.0, &mut a);
-                linear::matmul_input_gradient(&d_xa, &a, 1e-6, &mut x, Accumulate);
-            });
-            flops += 3.0 * 2.0 * (self.t * r * (n_in + n_out)) as f64;
+            flops += 2.0 * 2.0 * (self.t * r * (n_in + n_out)) as f64;
         }
         (seconds * self.layers(), flops * self.layers())
     }
@@ -322,7 +356,7 @@ impl<'a> Step<'a> {
     /// Every position carries loss.
     fn head(&self) -> (f64, f64) {
         let (d, vocab) = (self.config.hidden_size, self.config.vocab_size);
-        let (h, w) = (random(&[self.t, d]), Weight::from(random(&[vocab, d])));
+        let (h, w) = (random(&[self.t, d]), self.frozen(random(&[vocab, d])));
         let mut rng = Rng::new(0, 0);
         let targets: Vec<u32> = (0..self.t).map(|_| rng.below(vocab as u32)).collect();
         let (mut scratch, mut loss) = (linear_cross_entropy::Scratch::default(), Vec::new());
@@ -456,11 +490,14 @@ mod tests {
             peaks: Peaks {
                 f32_gflops: 200.0,
                 f32_gflops_one_thread: 100.0,
+                int8_gops: 800.0,
+                int8_gops_one_thread: 400.0,
                 read_gb_per_s: 30.0,
                 read_gb_per_s_one_thread: 16.0,
             },
             model: "m".into(),
             method: "lora",
+            compute: "f32",
             batch: 4,
             seq: 512,
             parts: vec![part("q, k, v", 500.0, 0.5), part("rope", 250.0, 0.25)],
@@ -469,7 +506,7 @@ mod tests {
         };
         let text = text(&report);
         assert!(text.contains("f32 products, GFLOP/s       100        200"), "{text}");
-        assert!(text.contains("m, lora 4 x 512: 2048.0 tokens/s"), "{text}");
+        assert!(text.contains("m, lora f32 4 x 512: 2048.0 tokens/s"), "{text}");
         let line = text.lines().find(|line| line.starts_with("q, k, v")).unwrap();
         assert!(line.contains("500.0       50.0 %  100 GFLOP/s         50 %"), "{line}");
     }
@@ -478,7 +515,14 @@ mod tests {
     fn parts_of_a_tiny_step() {
         let text = SMOLLM2.replace("49152", "300").replace("\"num_hidden_layers\": 30", "\"num_hidden_layers\": 2");
         let config = Config::from_json(&text.replace("1536", "64"), "test").unwrap();
-        let args = BenchMachineArgs { model: None, method: BenchMethod::Full, batch: 3, seq: 8, json: None };
+        let args = BenchMachineArgs {
+            model: None,
+            method: BenchMethod::Full,
+            compute: ComputeName::F32,
+            batch: 3,
+            seq: 8,
+            json: None,
+        };
         let step = Step::new(&config, &args);
         assert_eq!((step.t, step.passes), (24, 1.0));
         let (seconds, flops) = step.linear(&[(64, 576)]);
