@@ -37,7 +37,7 @@ fn pass(llama: &Llama) -> (f64, Vec<f32>) {
     let batch = batch(llama.config.vocab_size as u32);
     let (mut ws, mut gradients) = (Workspace::default(), Gradients::new(llama));
     let scale = 1.0 / batch.targets.len() as f32;
-    let options = LossOptions { scale, label_smoothing: 0.0, dropout_seed: None, pass: 0 };
+    let options = LossOptions { scale, label_smoothing: 0.0, dropout_seed: None, step: 0, first_token: 0 };
     let loss = llama.loss_and_gradients(&batch, options, &mut ws, &mut gradients);
     let all = gradients.tensors.iter().flatten().flat_map(|g| g.data().to_vec()).collect();
     (loss * f64::from(scale), all)

@@ -102,7 +102,9 @@ pub(super) fn run(args: &BenchMachineArgs, settings: &Settings) -> Result<()> {
         model.compute_int8(true)?;
     }
     bar.set_message("measuring whole steps");
-    let step_s = steps(&mut model, args.batch, args.seq, 4, Recompute::default(), Optim::default()).into_iter().fold(f64::INFINITY, f64::min);
+    let step_s = steps(&mut model, args.batch, args.seq, 4, super::Recompute::default(), super::Optim::default())
+        .into_iter()
+        .fold(f64::INFINITY, f64::min);
     bar.finish_and_clear();
     let report = Report {
         simd: tunesmith_tensor::simd_level(),
