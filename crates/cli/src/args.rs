@@ -281,6 +281,12 @@ pub struct GenerateArgs {
     /// The model and the adapter.
     #[command(flatten)]
     pub model: ModelArgs,
+    /// Arithmetic. `f32`: all weights are expanded when the model is loaded, exact, 4 bytes a weight. `int8`: weights stay in
+    /// the 8 or 4 bits of a GGUF file (others are rounded to 8 bits in blocks of 32), what they multiply is rounded to 8
+    /// bits in blocks of 32: faster, smaller, a little less exact [default: int8 for a GGUF file of quantised blocks, as
+    /// other programs run such files; f32 for all other models].
+    #[arg(long, value_enum)]
+    pub compute: Option<ComputeName>,
     /// The prompt; `-` reads it from standard input.
     pub prompt: String,
     /// Put the prompt into the chat template as a user's message (otherwise it is continued as plain text).
@@ -303,6 +309,12 @@ pub struct ChatArgs {
     /// The model and the adapter.
     #[command(flatten)]
     pub model: ModelArgs,
+    /// Arithmetic. `f32`: all weights are expanded when the model is loaded, exact, 4 bytes a weight. `int8`: weights stay in
+    /// the 8 or 4 bits of a GGUF file (others are rounded to 8 bits in blocks of 32), what they multiply is rounded to 8
+    /// bits in blocks of 32: faster, smaller, a little less exact [default: int8 for a GGUF file of quantised blocks, as
+    /// other programs run such files; f32 for all other models].
+    #[arg(long, value_enum)]
+    pub compute: Option<ComputeName>,
     /// System message.
     #[arg(long, value_name = "TEXT")]
     pub system: Option<String>,
@@ -488,6 +500,34 @@ pub struct BenchMachineArgs {
 pub enum Bench {
     /// Training steps on random tokens: tokens per second and peak memory.
     Train(BenchTrainArgs),
+    /// Generation: reading a prompt, writing token by token, and a cold start.
+    Generate(BenchGenerateArgs),
+}
+
+/// `tunesmith bench generate`
+#[derive(Args, Debug)]
+pub struct BenchGenerateArgs {
+    /// The model.
+    #[arg(long, default_value = "smollm2-135m-instruct", value_name = "SOURCE")]
+    pub model: String,
+    /// Arithmetic [default: as for `generate`].
+    #[arg(long, value_enum)]
+    pub compute: Option<ComputeName>,
+    /// Tokens of the prompt that is read.
+    #[arg(long, default_value_t = 512, value_name = "N")]
+    pub prompt: usize,
+    /// Tokens that are written one by one.
+    #[arg(long, default_value_t = 64, value_name = "N")]
+    pub new: usize,
+    /// Tokens that are in the cache before the first of them is written.
+    #[arg(long, default_value_t = 0, value_name = "N")]
+    pub context: usize,
+    /// Measurements of each kind, after one that warms up.
+    #[arg(long, default_value_t = 4, value_name = "N")]
+    pub repeat: usize,
+    /// Print one line of JSON to this file, or to standard output for `-`.
+    #[arg(long, value_name = "FILE")]
+    pub json: Option<PathBuf>,
 }
 
 /// `tunesmith bench train`

@@ -1,5 +1,6 @@
 //! From what the user calls a model to weights, tokenizer, template and end tokens: one way for every command.
 
+use crate::args::ComputeName;
 use crate::error::{Error, Result};
 use crate::source::{self, Settings};
 use crate::terminal;
@@ -96,6 +97,27 @@ impl Opened {
             llama.attach_adapter(AdapterFile::open(&folder)?, false)?;
         }
         Ok(llama)
+    }
+
+    /// Reads the weights for generation, and puts the adapter on top, if there is one.
+    ///
+    /// Without a wish for `compute`, files of quantised blocks are computed with in 8 bits, which is what they are made for,
+    /// and everything else in f32.
+    pub(crate) fn generator(
+        &self,
+        compute: Option<ComputeName>,
+        adapter: Option<&str>,
+        settings: &Settings,
+    ) -> Result<Llama> {
+        let default = if self.checkpoint.is_quantised() { ComputeName::Int8 } else { ComputeName::F32 };
+        match compute.unwrap_or(default) {
+            ComputeName::F32 => self.llama_with(adapter, Storage::F32, settings),
+            ComputeName::Int8 => {
+                let mut llama = self.llama_with(adapter, Storage::Stored, settings)?;
+                llama.round_activations();
+                Ok(llama)
+            }
+        }
     }
 
     /// Every token that ends a text: those of generation_config.json (a number or a list), of config.json, and the

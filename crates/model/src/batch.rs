@@ -75,17 +75,6 @@ impl Batch {
         parts
     }
 
-    /// The tokens `ids` of one sequence behind `cached` earlier ones.
-    pub(crate) fn continuation(ids: &[u32], cached: usize) -> Self {
-        let end = cached + ids.len();
-        Self {
-            ids: ids.to_vec(),
-            positions: (cached as u32..end as u32).collect(),
-            segments: vec![Segment { queries: 0..ids.len(), keys: 0..end }],
-            ..Self::default()
-        }
-    }
-
     /// Number of tokens T.
     pub fn len(&self) -> usize {
         self.ids.len()

@@ -77,6 +77,7 @@ pub struct Sampler {
     rng: Rng,
     candidates: Vec<(u32, f32)>,
     logits: Vec<f32>,
+    maxima: Vec<f32>,
 }
 
 impl Sampler {
@@ -87,12 +88,15 @@ impl Sampler {
     pub fn new(options: Sampling) -> Result<Self> {
         options.check()?;
         let rng = Rng::new(options.seed, 0);
-        Ok(Self { options, rng, candidates: Vec::new(), logits: Vec::new() })
+        Ok(Self { options, rng, candidates: Vec::new(), logits: Vec::new(), maxima: Vec::new() })
     }
 
     /// The next token for `logits` [V] after `history` (prompt and what was generated).
     pub fn next(&mut self, logits: &[f32], history: &[u32]) -> u32 {
         let options = &self.options;
+        if !options.do_sample && options.repetition_penalty == 1.0 {
+            return argmax(logits);
+        }
         self.logits.clear();
         self.logits.extend_from_slice(logits);
         if options.repetition_penalty != 1.0 {
@@ -107,7 +111,9 @@ impl Sampler {
         }
         let candidates = &mut self.candidates;
         candidates.clear();
-        candidates.extend(self.logits.iter().enumerate().map(|(i, l)| (i as u32, l / options.temperature)));
+        self.logits.iter_mut().for_each(|l| *l /= options.temperature);
+        let floor = floor_of_top(options.top_k, &self.logits, &mut self.maxima);
+        candidates.extend((0..).zip(self.logits.iter().copied()).filter(|(_, l)| l.is_nan() || *l >= floor));
         // Ties in the order of ids, so that the draw is the same everywhere.
         let order = |a: &(u32, f32), b: &(u32, f32)| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0));
         if options.top_k > 0 && options.top_k < candidates.len() {
@@ -147,15 +153,32 @@ impl Sampler {
     }
 }
 
+/// A number that at least `k` of `logits` reach and few others do, so that not all need sorting: the k-th largest of the
+/// maxima of short pieces. −∞ when there are not enough pieces, or for k = 0.
+fn floor_of_top(k: usize, logits: &[f32], maxima: &mut Vec<f32>) -> f32 {
+    maxima.clear();
+    maxima.extend(
+        logits.chunks(64).map(|piece| piece.iter().fold(f32::NEG_INFINITY, |m, x| if *x > m { *x } else { m })),
+    );
+    if k == 0 || k > maxima.len() {
+        return f32::NEG_INFINITY;
+    }
+    *maxima.select_nth_unstable_by(k - 1, |a, b| b.total_cmp(a)).1
+}
+
 /// The index of the largest element, the first of equals.
 pub fn argmax(logits: &[f32]) -> u32 {
-    let mut best = 0;
-    for (i, logit) in logits.iter().enumerate() {
-        if *logit > logits[best] {
-            best = i;
+    // The maximum first, in lanes that vectorise: one pass over a vocabulary for every token.
+    let larger = |a: f32, b: f32| if b > a { b } else { a };
+    let (pieces, rest) = logits.as_chunks::<32>();
+    let mut lanes = [f32::NEG_INFINITY; 32];
+    for piece in pieces {
+        for (lane, x) in lanes.iter_mut().zip(piece) {
+            *lane = larger(*lane, *x);
         }
     }
-    best as u32
+    let largest = lanes.iter().chain(rest).fold(f32::NEG_INFINITY, |m, x| larger(m, *x));
+    logits.iter().position(|x| *x == largest).unwrap_or(0) as u32
 }
 
 /// Why generation ended.
@@ -248,6 +271,25 @@ mod tests {
         assert!(likely[1] > 0.3 && likely[2] == 0.0);
         let sharp = shares(Sampling { temperature: 0.01, ..sample }, &logits);
         assert!(sharp[0] > 0.9999);
+    }
+
+    #[test]
+    fn the_floor_keeps_the_most_likely_in_their_order() {
+        let mut rng = Rng::new(5, 0);
+        for n in [70, 1000, 5000] {
+            // Coarse values: many ties.
+            let logits: Vec<f32> = (0..n).map(|_| (rng.normal() * 8.0).round() / 4.0).collect();
+            let mut order: Vec<usize> = (0..n).collect();
+            order.sort_by(|a, b| logits[*b].total_cmp(&logits[*a]).then(a.cmp(b)));
+            assert_eq!(argmax(&logits), order[0] as u32);
+            for k in [1, 2, 20, n - 1] {
+                let sampling = Sampling { do_sample: true, top_k: k, ..Sampling::default() };
+                let mut sampler = Sampler::new(sampling).unwrap();
+                sampler.next(&logits, &[]);
+                let kept: Vec<usize> = sampler.candidates.iter().map(|(id, _)| *id as usize).collect();
+                assert_eq!(kept, order[..k]);
+            }
+        }
     }
 
     #[test]

@@ -3,9 +3,10 @@
 //! Shape suffixes: t tokens of the micro-batch, d hidden size, f intermediate size, h query heads · head size, k key/value
 //! heads · head size, r LoRA rank, n positions that carry loss.
 
+mod decode;
 mod layer;
 
-use crate::{Checkpoint, Config, Recompute, Result, Storage, batch::Batch, cache::KvCache};
+use crate::{Checkpoint, Config, Recompute, Result, Storage, batch::Batch};
 use layer::{ForwardBuffers, KeptActivations, Masks, Pass};
 use rayon::prelude::*;
 use std::ops::Range;
@@ -190,6 +191,7 @@ pub struct Workspace {
     losses: Vec<f32>,
     head: linear_cross_entropy::Scratch,
     back: BackwardBuffers,
+    generation: decode::Buffers,
 }
 
 #[derive(Debug, Default)]
@@ -232,7 +234,8 @@ impl Workspace {
         let two = [d_act_tf, d_gate_tf, d_up_tf, d_o_th, d_q_th, d_k_tk, d_v_tk, d_xa_tr, d_dropped];
         let tensors = inputs_td.iter().chain(one).chain(two).map(Tensor::capacity_bytes).sum::<usize>();
         let layers = self.layers.iter().map(layer).sum::<usize>() + self.made.iter().map(made).sum::<usize>();
-        tensors + layers + self.angles.num_bytes() + self.head.num_bytes() + 4 * self.losses.capacity()
+        let generation = self.generation.num_bytes();
+        tensors + layers + generation + self.angles.num_bytes() + self.head.num_bytes() + 4 * self.losses.capacity()
     }
 
     /// Loss (nats) of each position of the last batch that carries loss, in the order of [`Batch::loss_rows`].
@@ -374,7 +377,7 @@ impl Llama {
     fn pooled_loss(&self, batch: &Batch, label_smoothing: f32, ws: &mut Workspace) -> f64 {
         let mut losses = Vec::with_capacity(batch.targets.len());
         for part in batch.parts(PASS_TOKENS) {
-            self.run_layers(&part, None, Pass::Discard, ws);
+            self.run_layers(&part, Pass::Discard, ws);
             self.gather_and_norm(&part, ws);
             let (h, head) = (&ws.normed_nd, self.head_weight());
             linear_cross_entropy::forward(h, head, &part.targets, label_smoothing, &mut ws.head, &mut ws.losses);
@@ -386,27 +389,11 @@ impl Llama {
 
     /// Logits [T, V] at every position of `batch`.
     pub fn logits<'w>(&self, batch: &Batch, ws: &'w mut Workspace) -> &'w Tensor {
-        self.run_layers(batch, None, Pass::Discard, ws);
+        self.run_layers(batch, Pass::Discard, ws);
         let eps = self.config.rms_norm_eps;
         rmsnorm::forward(&ws.stream_td, self.tensor(self.norm), eps, &mut ws.normed_nd, &mut ws.rstd_n);
         linear::forward(&ws.normed_nd, self.head_weight(), 1.0, &mut ws.logits, linear::Into::Overwrite);
         &ws.logits
-    }
-
-    /// Feeds `ids` behind what `cache` holds and returns the logits [V] that follow the last of them.
-    ///
-    /// # Panics
-    /// When `ids` is empty or the cache is too small for them.
-    pub fn decode<'w>(&self, ids: &[u32], cache: &mut KvCache, ws: &'w mut Workspace) -> &'w [f32] {
-        let batch = Batch::continuation(ids, cache.len());
-        self.run_layers(&batch, Some(cache), Pass::Discard, ws);
-        cache.advance(ids.len());
-        ws.h_nd.resize(&[1, self.config.hidden_size]);
-        ws.h_nd.data_mut().copy_from_slice(ws.stream_td.row(ids.len() - 1));
-        let eps = self.config.rms_norm_eps;
-        rmsnorm::forward(&ws.h_nd, self.tensor(self.norm), eps, &mut ws.normed_nd, &mut ws.rstd_n);
-        linear::forward(&ws.normed_nd, self.head_weight(), 1.0, &mut ws.logits, linear::Into::Overwrite);
-        ws.logits.data()
     }
 
     /// One forward and backward pass: adds the gradients of `scale` · Σ loss to `gradients`, fills
@@ -436,7 +423,7 @@ impl Llama {
     fn part_gradients(&self, batch: &Batch, options: LossOptions, ws: &mut Workspace, gradients: &mut Gradients) {
         let LossOptions { step, first_token, .. } = options;
         let masks = options.dropout_seed.map(|seed| Masks { seed, step, first_token });
-        self.run_layers(batch, None, Pass::Keep(masks), ws);
+        self.run_layers(batch, Pass::Keep(masks), ws);
         self.gather_and_norm(batch, ws);
         let recompute = ws.recompute;
         let Workspace { inputs_td, layers, made, dropped, .. } = ws;
@@ -471,7 +458,7 @@ impl Llama {
                 Recompute::Block => {
                     stream_td.assign(&inputs_td[l]);
                     let buffers = ForwardBuffers { act, made, dropped };
-                    self.layer_forward(l, stream_td, buffers, angles, batch, None, Pass::Again(masks));
+                    self.layer_forward(l, stream_td, buffers, angles, batch, Pass::Again(masks));
                 }
             }
             let kept = KeptActivations { x_td: &inputs_td[l], act, made };
@@ -510,7 +497,7 @@ impl Llama {
     }
 
     /// Embedding and all layers: leaves the residual stream [T, d] in `ws.stream_td`.
-    fn run_layers(&self, batch: &Batch, mut cache: Option<&mut KvCache>, pass: Pass, ws: &mut Workspace) {
+    fn run_layers(&self, batch: &Batch, pass: Pass, ws: &mut Workspace) {
         let keeps = matches!(pass, Pass::Keep(_));
         let (keeps_layers, keeps_made) =
             (keeps && ws.recompute < Recompute::Block, keeps && ws.recompute == Recompute::None);
@@ -529,8 +516,7 @@ impl Llama {
                 made: &mut ws.made[kept(keeps_made, l)],
                 dropped: &mut ws.dropped,
             };
-            let cache = cache.as_deref_mut();
-            self.layer_forward(l, &mut ws.stream_td, buffers, &ws.angles, batch, cache, pass);
+            self.layer_forward(l, &mut ws.stream_td, buffers, &ws.angles, batch, pass);
         }
     }
 }

@@ -14,6 +14,7 @@ pub mod pool;
 pub mod quant;
 pub mod quant_encode;
 pub mod rng;
+pub mod team;
 mod tensor;
 mod weight;
 pub use cpu::matmul::threads as num_threads;

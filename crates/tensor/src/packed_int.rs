@@ -330,10 +330,7 @@ impl PackedInt {
                         if let Some(slot) = minima.get_mut(b * GROUP + lane) {
                             *slot = m;
                         }
-                        for (k, code) in values.iter().enumerate() {
-                            let zero = if let Codes::Nibbles { zero } = codes_kind { zero } else { 128 };
-                            codes_kind.put(codes, b * GGUF_BLOCK + k, lane, (i16::from(*code) + i16::from(zero)) as u8);
-                        }
+                        codes_kind.put_block(codes, b, lane, &values);
                     }
                 }
             });
@@ -460,6 +457,27 @@ impl Codes {
             Self::Nibbles { .. } => {
                 let pair = &mut group[line / 2 * 64 + byte];
                 *pair = if line % 2 == 0 { *pair & 0xf0 | code } else { *pair & 0x0f | code << 4 };
+            }
+        }
+    }
+
+    /// Stores the signed codes of block `b` of 32 elements of row `lane`, as [`Codes::put`] would one by one.
+    fn put_block(self, group: &mut [u8], b: usize, lane: usize, values: &[i8; GGUF_BLOCK]) {
+        let quads = values.as_chunks::<4>().0;
+        match self {
+            Self::Bytes => {
+                let lines = group[b * GGUF_BLOCK * GROUP..].as_chunks_mut::<64>().0;
+                for (line, quad) in lines.iter_mut().zip(quads) {
+                    line.as_chunks_mut::<4>().0[lane] = quad.map(|code| (code as u8).wrapping_add(128));
+                }
+            }
+            Self::Nibbles { zero } => {
+                let lines = group[b * GGUF_BLOCK / 2 * GROUP..].as_chunks_mut::<64>().0;
+                for (line, quads) in lines.iter_mut().zip(quads.as_chunks::<2>().0) {
+                    let pair =
+                        |i: usize| (quads[0][i] as u8).wrapping_add(zero) | (quads[1][i] as u8).wrapping_add(zero) << 4;
+                    line.as_chunks_mut::<4>().0[lane] = std::array::from_fn(pair);
+                }
             }
         }
     }

@@ -4,6 +4,7 @@
 //! built. Decoding is exact, so products over a packed matrix are those over the dense one.
 
 use crate::nf4::Nf4;
+use crate::packed_int::{GGUF_BLOCK, PackedInt};
 use crate::quant::{BlockType, all_finite, dequantize};
 use crate::{Int8Weight, MappedFile, Tensor};
 use rayon::prelude::*;
@@ -109,6 +110,41 @@ impl Weight {
         }
     }
 
+    /// The matrix as integers with a scale for each block, whose products round the other operand to 8 bits
+    /// ([`crate::ops::products`]). Blocks of a GGUF file that are such integers keep their values; everything else is
+    /// rounded to 8 bits in blocks of 32. A matrix of [`Weight::Int8`] stays what it is.
+    pub fn to_integers(&self) -> Self {
+        let shape = [self.rows(), self.cols()];
+        let integers = match self {
+            Self::Int8(_) => return self.clone(),
+            Self::Dense(tensor) => PackedInt::from_tensor(tensor, GGUF_BLOCK),
+            Self::Packed(packed) => match &packed.encoding {
+                Encoding::Integers(integers) => integers.clone(),
+                Encoding::Blocks { kind, bytes, .. } if PackedInt::holds(*kind) => {
+                    let (bytes, row_bytes) = (bytes.as_slice(), bytes.as_slice().len() / shape[0].max(1));
+                    PackedInt::from_gguf(*kind, shape[0], shape[1], |row| {
+                        let stored = packed.stored_row(row);
+                        &bytes[stored * row_bytes..(stored + 1) * row_bytes]
+                    })
+                }
+                Encoding::Blocks { .. } | Encoding::Nf4(_) => {
+                    PackedInt::quantize(shape[0], shape[1], GGUF_BLOCK, |row, out| {
+                        packed.decode_rows(row..row + 1, out)
+                    })
+                }
+            },
+        };
+        Self::Packed(Packed { shape, encoding: Encoding::Integers(integers) })
+    }
+
+    /// What [`Weight::to_integers`] made; `None` in other encodings.
+    pub fn integers(&self) -> Option<&PackedInt> {
+        match self {
+            Self::Packed(Packed { encoding: Encoding::Integers(integers), .. }) => Some(integers),
+            _ => None,
+        }
+    }
+
     /// Bytes of the encoded elements.
     pub fn num_bytes(&self) -> usize {
         match self {
@@ -145,6 +181,7 @@ pub struct Packed {
 enum Encoding {
     Blocks { kind: BlockType, bytes: Bytes, interleaved_heads: Option<usize> },
     Nf4(Nf4),
+    Integers(PackedInt),
 }
 
 /// Bytes in memory or in a mapped file, where they cost memory only while they are in use.
@@ -195,11 +232,11 @@ impl Packed {
     }
 
     /// The GGUF block type, its bytes and, for q and k, the heads by which its rows are interleaved (see
-    /// [`Packed::from_blocks`]); `None` for NF4.
+    /// [`Packed::from_blocks`]); `None` in other encodings.
     pub fn blocks(&self) -> Option<(BlockType, &[u8], Option<usize>)> {
         match &self.encoding {
             Encoding::Blocks { kind, bytes, interleaved_heads } => Some((*kind, bytes.as_slice(), *interleaved_heads)),
-            Encoding::Nf4(_) => None,
+            Encoding::Nf4(_) | Encoding::Integers(_) => None,
         }
     }
 
@@ -224,6 +261,7 @@ impl Packed {
         assert_eq!(out.len(), rows.len() * cols, "rows {rows:?} of {cols} columns");
         match &self.encoding {
             Encoding::Nf4(nf4) => nf4.dequantize(rows.start * cols..rows.end * cols, out),
+            Encoding::Integers(integers) => integers.dequantize_rows(rows, out),
             Encoding::Blocks { kind, bytes, interleaved_heads } => {
                 let row_bytes = bytes.as_slice().len() / self.shape[0].max(1);
                 let part = |first: usize, last: usize| &bytes.as_slice()[first * row_bytes..last * row_bytes];
@@ -260,6 +298,7 @@ impl Packed {
         match &self.encoding {
             Encoding::Blocks { bytes, .. } => bytes.as_slice().len(),
             Encoding::Nf4(nf4) => nf4.num_bytes(),
+            Encoding::Integers(integers) => integers.bytes(),
         }
     }
 
@@ -268,6 +307,7 @@ impl Packed {
         match &self.encoding {
             Encoding::Blocks { kind, .. } => kind.name(),
             Encoding::Nf4(_) => "NF4",
+            Encoding::Integers(_) => "integers",
         }
     }
 
@@ -276,7 +316,7 @@ impl Packed {
         match &self.encoding {
             Encoding::Blocks { kind, bytes, .. } => all_finite(*kind, bytes.as_slice()),
             // Made from finite numbers by this program.
-            Encoding::Nf4(_) => true,
+            Encoding::Nf4(_) | Encoding::Integers(_) => true,
         }
     }
 }
@@ -320,6 +360,22 @@ mod tests {
         for (row, stored) in [0, 2, 1, 3, 4, 6, 5, 7].into_iter().enumerate() {
             assert_eq!(mixed.row(row), plain.row(stored));
         }
+    }
+
+    #[test]
+    fn integers_keep_the_values_of_blocks() {
+        let stored = Packed::from_blocks([8, 64], BlockType::Q8_0, Bytes::Owned(q8(8, 64)), Some(2));
+        let stored = Weight::Packed(stored);
+        let integers = stored.to_integers();
+        assert_eq!(integers.to_tensor().data(), stored.to_tensor().data());
+        assert_eq!(integers.to_integers().to_tensor().data(), stored.to_tensor().data());
+        let dense = Weight::from(stored.to_tensor()).to_integers();
+        for (a, b) in dense.to_tensor().data().iter().zip(stored.to_tensor().data()) {
+            // Half a step of the largest scale.
+            assert!((a - b).abs() < 0.6, "{a} {b}");
+        }
+        assert!(dense.integers().is_some() && stored.integers().is_none());
+        assert_eq!(dense.encoding(), "integers");
     }
 
     #[test]

@@ -19,6 +19,7 @@ use tunesmith_train::optimizer::{AdamW, AdamWOptions, Optim, clip_coefficient, g
 pub(crate) fn run(args: &BenchArgs, settings: &Settings) -> Result<()> {
     match &args.what {
         Some(Bench::Train(args)) => train(args, settings),
+        Some(Bench::Generate(args)) => super::bench_generate::run(args, settings),
         None => machine::run(&args.machine, settings),
     }
 }

@@ -6,7 +6,6 @@ use crate::error::{Error, Result};
 use crate::load;
 use crate::source::Settings;
 use std::io::{self, BufRead, IsTerminal};
-use tunesmith_model::Storage;
 use tunesmith_text::{ChatTemplate, Message, Tokenizer};
 
 const HELP: &str = "\
@@ -95,7 +94,7 @@ pub(crate) fn run(args: &ChatArgs, settings: &Settings) -> Result<()> {
     let end_tokens = opened.end_tokens()?;
     let template = opened.template()?;
     let interrupt = Interrupt::install()?;
-    let llama = opened.llama_with(args.model.adapter.as_deref(), Storage::F32, settings)?;
+    let llama = opened.generator(args.compute, args.model.adapter.as_deref(), settings)?;
     let context = llama.config.max_position_embeddings;
     // An answer should have room, but a long wish for one must not push the whole conversation out.
     let reserve = args.sampling.max_new_tokens.min(context / 4).max(1);

@@ -210,16 +210,11 @@ impl<'a> Writer<'a> {
     fn prepare_cache(&mut self, prompt: &[u32]) {
         let context = self.llama.config.max_position_embeddings;
         let needed = prompt.len().saturating_add(self.max_new_tokens).min(context);
-        if needed > self.cache.capacity() {
-            // At least doubled, so that a conversation that grows is not read anew at every turn.
-            let capacity = needed.max(2 * self.cache.capacity()).min(context);
-            self.cache = KvCache::new(&self.llama.config, capacity);
-            self.cached.clear();
-        }
         let common = self.cached.iter().zip(prompt).take_while(|(a, b)| a == b).count();
         // The last token is always read again: its logits are what the first new token is drawn from.
         self.cache.truncate(common.min(prompt.len().saturating_sub(1)));
         self.cached.truncate(self.cache.len());
+        self.cache.set_capacity(needed);
     }
 }
 

@@ -7,7 +7,6 @@ use crate::load;
 use crate::source::Settings;
 use serde::Serialize;
 use std::io::{self, Read};
-use tunesmith_model::Storage;
 use tunesmith_text::Message;
 
 /// What `--json` prints.
@@ -45,7 +44,7 @@ pub(crate) fn run(args: &GenerateArgs, settings: &Settings) -> Result<()> {
 
     let interrupt = Interrupt::install()?;
     let adapter = args.model.adapter.as_deref();
-    let llama = opened.llama_with(adapter, Storage::F32, settings)?;
+    let llama = opened.generator(args.compute, adapter, settings)?;
     let mut writer = Writer::new(&llama, &opened.tokenizer, end_tokens, &args.sampling, sampling, interrupt)?;
     let new = writer.write(&ids, |piece| if args.json { Ok(()) } else { show(piece) })?;
     if args.json {

@@ -1,6 +1,7 @@
 //! One module a command: plan, run, print.
 
 pub(crate) mod bench;
+mod bench_generate;
 pub(crate) mod chat;
 pub(crate) mod continuation;
 pub(crate) mod evaluate;

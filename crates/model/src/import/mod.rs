@@ -133,6 +133,11 @@ impl Checkpoint {
         weights.chain(self.source.side_files.iter().cloned()).collect()
     }
 
+    /// True when a matrix is stored in quantised blocks, as GGUF files may be.
+    pub fn is_quantised(&self) -> bool {
+        self.source.tensors.values().any(|stored| stored.kind.block_len() > 1)
+    }
+
     /// The weight `name` kept as `storage` says; norms and biases are f32 always.
     ///
     /// # Errors

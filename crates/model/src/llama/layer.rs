@@ -3,7 +3,7 @@
 use super::{
     BackwardBuffers, DOWN, GATE, Gradients, K, LayerActivations, Linear, Llama, Lora, MadeActivations, O, Q, UP, V,
 };
-use crate::{batch::Batch, cache::KvCache};
+use crate::batch::Batch;
 use tunesmith_tensor::Tensor;
 use tunesmith_tensor::ops::{attention, dropout, linear, rmsnorm, rope, swiglu};
 
@@ -75,7 +75,6 @@ impl Llama {
         buffers: ForwardBuffers<'_>,
         angles: &rope::Angles,
         batch: &Batch,
-        cache: Option<&mut KvCache>,
         pass: Pass,
     ) {
         let ForwardBuffers { act, made, dropped } = buffers;
@@ -92,11 +91,7 @@ impl Llama {
         apply(V, normed_td, &mut act.v_tk, Overwrite, &mut act.xa_tr[V]);
         rope::forward(&mut act.q_th, angles);
         rope::forward(&mut act.k_tk, angles);
-        let (k, v) = match cache {
-            Some(cache) => cache.append(l, &act.k_tk, &act.v_tk),
-            None => (&act.k_tk, &act.v_tk),
-        };
-        attention::forward(&act.q_th, k, v, &batch.segments, self.heads(), &mut act.o_th, &mut act.lse);
+        attention::forward(&act.q_th, &act.k_tk, &act.v_tk, &batch.segments, self.heads(), &mut act.o_th, &mut act.lse);
         apply(O, &act.o_th, stream_td, Accumulate, &mut act.xa_tr[O]);
         if !matches!(pass, Pass::Discard) {
             act.x2_td.assign(stream_td);

@@ -10,8 +10,8 @@ use crate::cpu::{
     matmul::{Shared, threads},
     simd::multiversion,
 };
+use crate::team;
 use half::f16;
-use rayon::prelude::*;
 use std::sync::OnceLock;
 
 /// Columns of a group: the 32-bit lanes of a 512-bit register.
@@ -28,6 +28,9 @@ const STRIP_GROUPS: usize = 3;
 
 /// Up to this many rows the weights are streamed once from memory, one group after the other.
 const FEW_ROWS: usize = 4;
+
+/// Groups of a strip when there are few rows, at most.
+const FEW_ROWS_GROUPS: usize = 8;
 
 /// Products with fewer multiplications than this are not worth waking another thread.
 const SERIAL: usize = 1 << 17;
@@ -221,8 +224,8 @@ struct Cut {
 impl Cut {
     fn new(num_rows: usize, num_groups: usize) -> Self {
         let (rows, groups) = if num_rows <= FEW_ROWS {
-            // Long strips: a thread reads one stretch of memory.
-            (num_rows, num_groups.div_ceil(threads() * 4).max(1))
+            // Long strips: a thread reads one stretch of memory. Not too long, so that threads end together.
+            (num_rows, num_groups.div_ceil(threads() * 4).clamp(1, FEW_ROWS_GROUPS))
         } else {
             // Rows are cut finer when there are too few columns to keep all threads busy.
             let across = num_groups.div_ceil(STRIP_GROUPS);
@@ -268,7 +271,7 @@ pub(crate) fn products(level: Level, x: Rows<'_>, outputs: &[Option<Output<'_>>]
     if work <= SERIAL {
         (0..total).for_each(run);
     } else {
-        (0..total).into_par_iter().for_each(run);
+        team::for_each(total, run);
     }
 }
 

@@ -7,6 +7,7 @@
 pub(crate) mod adamw;
 pub(crate) mod adamw_8bit;
 pub(crate) mod attention;
+pub(crate) mod attention_decode;
 pub(crate) mod cross_entropy;
 pub(crate) mod dropout;
 pub(crate) mod int8;
@@ -16,6 +17,7 @@ mod int8_avx2;
 mod int8_avx512;
 pub(crate) mod int8_rows;
 pub(crate) mod matmul;
+pub(crate) mod products;
 pub(crate) mod rmsnorm;
 pub(crate) mod rope;
 pub(crate) mod simd;

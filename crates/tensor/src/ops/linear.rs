@@ -216,7 +216,7 @@ pub fn bias_gradient(d_y: &Tensor, d_bias: &mut Tensor) {
     }
 }
 
-fn prepare(y: &mut Tensor, m: usize, n: usize, into: Into) {
+pub(crate) fn prepare(y: &mut Tensor, m: usize, n: usize, into: Into) {
     match into {
         Into::Overwrite => y.resize(&[m, n]),
         Into::Accumulate => assert!(y.rows() == m && y.cols() == n, "cannot add [{m}, {n}] to {:?}", y.shape()),

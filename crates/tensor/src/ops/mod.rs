@@ -6,11 +6,13 @@
 pub mod adamw;
 pub mod adamw_8bit;
 pub mod attention;
+pub mod attention_decode;
 pub mod dropout;
 pub mod embedding;
 pub mod grad_norm;
 pub mod linear;
 pub mod linear_cross_entropy;
+pub mod products;
 pub mod rmsnorm;
 pub mod rope;
 pub mod swiglu;

@@ -1,0 +1,280 @@
+//! Attention of a few new tokens over the cached keys and values of one sequence (grouped heads, causal):
+//! o = softmax(q kᵀ / √D) v, where the last of T queries sees all keys, the one before all but the last, and so on.
+//!
+//! Reading the cache is what this costs, so keys and values are kept in f16 and each is read once for all query heads that
+//! share it. A long context is cut into runs of [`RUN`] keys that threads work on independently; their partial results are
+//! merged in order ("Flash-Decoding for long-context inference", Dao et al., 2023), so the result does not depend on the
+//! number of threads.
+
+use crate::ops::attention::Heads;
+use crate::{Tensor, cpu, team};
+use bytemuck::{Pod, Zeroable};
+use half::{f16, slice::HalfFloatSliceExt};
+use rayon::prelude::*;
+
+/// Keys that stand side by side, element by element: the lanes of a 512-bit vector of f32.
+pub(crate) const TILE: usize = 16;
+
+/// Keys of which one task makes a partial result.
+pub(crate) const RUN: usize = 256;
+
+/// One cache line of f16.
+#[derive(Clone, Copy, Pod, Zeroable)]
+#[repr(C, align(64))]
+struct Line([f16; 32]);
+
+/// Keys and values of one layer for the tokens of one sequence, in f16; numbers beyond ±65504 are stored as ±65504.
+/// Memory grows with the tokens, [`RUN`] at a time.
+#[derive(Clone, Debug)]
+pub struct KeyValues {
+    heads: Heads,
+    per_head: Vec<HeadCache>,
+}
+
+/// The cache of one key/value head.
+#[derive(Clone, Default)]
+struct HeadCache {
+    /// Keys: tiles of [`TILE`] tokens, each [D, TILE].
+    k: Vec<Line>,
+    /// Values: [tokens, D].
+    v: Vec<Line>,
+}
+
+impl std::fmt::Debug for HeadCache {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "HeadCache({} bytes)", (self.k.len() + self.v.len()) * size_of::<Line>())
+    }
+}
+
+impl HeadCache {
+    fn k(&self) -> &[f16] {
+        bytemuck::cast_slice(&self.k)
+    }
+
+    fn v(&self) -> &[f16] {
+        bytemuck::cast_slice(&self.v)
+    }
+}
+
+/// Elements that are converted at a time: the conversion is several times faster over a slice than one by one.
+const CONVERT: usize = 64;
+
+/// `x` as f16, saturating: calls `put` with the place of each piece and its at most [`CONVERT`] elements.
+fn narrow(x: &[f32], mut put: impl FnMut(usize, &[f16])) {
+    let (mut clamped, mut halves) = ([0.0; CONVERT], [f16::ZERO; CONVERT]);
+    for (i, x) in x.chunks(CONVERT).enumerate() {
+        for (to, x) in clamped.iter_mut().zip(x) {
+            *to = x.clamp(-65504.0, 65504.0);
+        }
+        halves.convert_from_f32_slice(&clamped);
+        put(i * CONVERT, &halves[..x.len()]);
+    }
+}
+
+impl KeyValues {
+    /// An empty cache.
+    pub fn new(heads: Heads) -> Self {
+        Self { heads, per_head: vec![HeadCache::default(); heads.num_kv_heads] }
+    }
+
+    /// Writes `k` and `v` [T, K·D] as tokens `at..at + T`; what was there or behind is forgotten.
+    ///
+    /// # Panics
+    /// When the tokens before `at` were never written.
+    pub fn write(&mut self, at: usize, k: &Tensor, v: &Tensor) {
+        let (num_tokens, d) = (k.rows(), self.heads.head_dim);
+        assert!(k.shape() == v.shape() && k.cols() == self.heads.kv_cols(), "k {:?}, v {:?}", k.shape(), v.shape());
+        assert!(at <= self.room(), "token {at} behind {} that are there", self.room());
+        let lines = ((at + num_tokens).next_multiple_of(RUN) * d).div_ceil(32);
+        let write_head = |(head, cache): (usize, &mut HeadCache)| {
+            for buffer in [&mut cache.k, &mut cache.v] {
+                if lines > buffer.len() {
+                    buffer.reserve_exact(lines - buffer.len());
+                    buffer.resize(lines, Line([f16::ZERO; 32]));
+                }
+            }
+            let keys: &mut [f16] = bytemuck::cast_slice_mut(&mut cache.k);
+            let values: &mut [f16] = bytemuck::cast_slice_mut(&mut cache.v);
+            for t in 0..num_tokens {
+                let token = at + t;
+                let columns = head * d..(head + 1) * d;
+                let (tile, lane) = (&mut keys[token / TILE * TILE * d..][..TILE * d], token % TILE);
+                narrow(&k.row(t)[columns.clone()], |first, halves| {
+                    for (i, x) in halves.iter().enumerate() {
+                        tile[(first + i) * TILE + lane] = *x;
+                    }
+                });
+                let row = &mut values[token * d..(token + 1) * d];
+                narrow(&v.row(t)[columns], |first, halves| row[first..first + halves.len()].copy_from_slice(halves));
+            }
+        };
+        if num_tokens < TILE {
+            self.per_head.iter_mut().enumerate().for_each(write_head);
+        } else {
+            self.per_head.par_iter_mut().enumerate().for_each(write_head);
+        }
+    }
+
+    /// The first `num_tokens` keys and values as rows of `k` and `v` [at least `num_tokens`, K·D]; further rows stay.
+    ///
+    /// # Panics
+    /// When there are not as many tokens or rows.
+    pub fn read(&self, num_tokens: usize, k: &mut Tensor, v: &mut Tensor) {
+        let (cols, d) = (self.heads.kv_cols(), self.heads.head_dim);
+        assert!(num_tokens <= self.room() && k.rows().min(v.rows()) >= num_tokens, "{num_tokens} tokens");
+        assert!(k.cols() == cols && v.cols() == cols);
+        let (k, v) = (&mut k.data_mut()[..num_tokens * cols], &mut v.data_mut()[..num_tokens * cols]);
+        let tiles = k.par_chunks_mut(TILE * cols).zip(v.par_chunks_mut(TILE * cols));
+        tiles.enumerate().for_each(|(tile, (k, v))| {
+            let num_rows = k.len() / cols;
+            for (head, cache) in self.per_head.iter().enumerate() {
+                let mut line = [0.0; TILE];
+                for (i, lanes) in cache.k()[tile * TILE * d..][..TILE * d].chunks_exact(TILE).enumerate() {
+                    lanes.convert_to_f32_slice(&mut line);
+                    for (t, x) in line[..num_rows].iter().enumerate() {
+                        k[t * cols + head * d + i] = *x;
+                    }
+                }
+                let values = cache.v()[tile * TILE * d..].chunks_exact(d);
+                for (row, value) in v.chunks_exact_mut(cols).zip(values) {
+                    value.convert_to_f32_slice(&mut row[head * d..(head + 1) * d]);
+                }
+            }
+        });
+    }
+
+    /// Tokens that the memory held now has room for.
+    fn room(&self) -> usize {
+        self.per_head.first().map_or(0, |cache| cache.k().len() / self.heads.head_dim)
+    }
+
+    /// Bytes of memory held.
+    pub fn bytes(&self) -> usize {
+        self.per_head.iter().map(|cache| (cache.k.capacity() + cache.v.capacity()) * size_of::<Line>()).sum()
+    }
+}
+
+/// Buffers for partial results, kept from call to call.
+#[derive(Debug, Default)]
+pub struct Scratch {
+    /// For each run of keys, key/value head, query row and head of the group: D sums, then maximum and total.
+    partial: Vec<f32>,
+}
+
+/// `o` [T, H·D] from `q` [T, H·D] and the first `num_keys` tokens of `cache`, of which the last T belong to `q`.
+///
+/// # Panics
+/// When shapes do not fit, or the cache holds fewer tokens.
+#[allow(unsafe_code)]
+pub fn forward(q: &Tensor, cache: &KeyValues, num_keys: usize, o: &mut Tensor, scratch: &mut Scratch) {
+    let heads = cache.heads;
+    let (d, group, num_rows) = (heads.head_dim, heads.group(), q.rows());
+    assert_eq!(q.cols(), heads.q_cols());
+    assert!(num_rows <= num_keys && num_keys <= cache.room(), "{num_rows} queries, {num_keys} keys");
+    o.resize(q.shape());
+    let num_runs = num_keys.div_ceil(RUN);
+    let record = group * (d + 2);
+    scratch.partial.resize(num_runs * heads.num_kv_heads * num_rows * record, 0.0);
+    let records = cpu::matmul::Shared::new(&mut scratch.partial);
+    team::for_each(num_runs * heads.num_kv_heads, |task| {
+        let (run, kv_head) = (task / heads.num_kv_heads, task % heads.num_kv_heads);
+        let first = run * RUN;
+        let keys = &cache.per_head[kv_head].k()[first * d..];
+        let values = &cache.per_head[kv_head].v()[first * d..];
+        for row in 0..num_rows {
+            let seen = (num_keys - num_rows + row + 1).saturating_sub(first).min(RUN);
+            let q = &q.row(row)[kv_head * group * d..(kv_head + 1) * group * d];
+            // SAFETY: one record for each task and row, and no two of them overlap.
+            let record = unsafe { records.slice((task * num_rows + row) * record, record) };
+            cpu::attention_decode::partial(q, keys, values, seen, heads.scale(), d, record);
+        }
+    });
+    let partial = &scratch.partial;
+    for row in 0..num_rows {
+        for (kv_head, o) in o.row_mut(row).chunks_exact_mut(group * d).enumerate() {
+            let runs = (0..num_runs).map(|run| (run * heads.num_kv_heads + kv_head) * num_rows + row);
+            cpu::attention_decode::merge(runs.map(|at| &partial[at * record..(at + 1) * record]), d, o);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::attention::{Segment, forward as reference};
+    use crate::rng::Rng;
+
+    fn random(rng: &mut Rng, rows: usize, cols: usize) -> Tensor {
+        Tensor::from_slice(&[rows, cols], &rng.normals(rows * cols, 1.0))
+    }
+
+    /// As it comes back from the cache.
+    fn rounded(x: &Tensor) -> Tensor {
+        let values: Vec<f32> = x.data().iter().map(|x| f16::from_f32(*x).to_f32()).collect();
+        Tensor::from_slice(x.shape(), &values)
+    }
+
+    #[test]
+    fn matches_attention_over_the_same_numbers() {
+        let mut rng = Rng::new(31, 0);
+        let mut scratch = Scratch::default();
+        for (num_heads, num_kv_heads, head_dim) in [(9, 3, 64), (4, 2, 6), (8, 1, 16), (5, 1, 80), (2, 2, 128)] {
+            let heads = Heads { num_heads, num_kv_heads, head_dim };
+            for (num_rows, num_keys) in [(1, 1), (1, 15), (3, 16), (2, 257), (4, 260), (1, 700)] {
+                let q = random(&mut rng, num_rows, heads.q_cols());
+                let [k, v] = [(); 2].map(|_| random(&mut rng, num_keys, heads.kv_cols()));
+                let mut cache = KeyValues::new(heads);
+                cache.write(0, &k, &v);
+                let mut o = Tensor::default();
+                forward(&q, &cache, num_keys, &mut o, &mut scratch);
+                let (mut want, mut lse) = (Tensor::default(), Tensor::default());
+                let segments = [Segment { queries: 0..num_rows, keys: 0..num_keys }];
+                reference(&q, &rounded(&k), &rounded(&v), &segments, heads, &mut want, &mut lse);
+                for (a, b) in o.data().iter().zip(want.data()) {
+                    assert!((a - b).abs() < 2e-6, "{heads:?} {num_rows} {num_keys}: {a} {b}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn tokens_may_come_one_by_one_and_be_forgotten() {
+        let mut rng = Rng::new(32, 0);
+        let heads = Heads { num_heads: 2, num_kv_heads: 2, head_dim: 24 };
+        let [k, v] = [(); 2].map(|_| random(&mut rng, 300, 48));
+        let part = |t: &Tensor, rows: std::ops::Range<usize>| {
+            Tensor::from_slice(&[rows.len(), 48], &t.data()[rows.start * 48..rows.end * 48])
+        };
+        let mut cache = KeyValues::new(heads);
+        cache.write(0, &part(&k, 7..250), &part(&v, 7..250));
+        for token in (0..240).chain(230..300) {
+            cache.write(token, &part(&k, token..token + 1), &part(&v, token..token + 1));
+        }
+        let (mut got_k, mut got_v) = (Tensor::zeros(&[301, 48]), Tensor::zeros(&[301, 48]));
+        cache.read(300, &mut got_k, &mut got_v);
+        assert_eq!(part(&got_k, 0..300).data(), rounded(&k).data());
+        assert_eq!(part(&got_v, 0..300).data(), rounded(&v).data());
+        assert_eq!(got_k.row(300), &[0.0; 48]);
+        assert_eq!(cache.bytes(), 2 * 2 * 512 * 24 * 2);
+        cache.write(5, &Tensor::from_slice(&[1, 48], &[1e9; 48]), &Tensor::from_slice(&[1, 48], &[-1e9; 48]));
+        cache.read(6, &mut got_k, &mut got_v);
+        assert_eq!((got_k.row(5)[0], got_v.row(5)[47]), (65504.0, -65504.0));
+    }
+
+    #[test]
+    fn threads_do_not_change_the_result() {
+        let mut rng = Rng::new(33, 0);
+        let heads = Heads { num_heads: 6, num_kv_heads: 2, head_dim: 32 };
+        let q = random(&mut rng, 2, heads.q_cols());
+        let [k, v] = [(); 2].map(|_| random(&mut rng, 1000, heads.kv_cols()));
+        let mut cache = KeyValues::new(heads);
+        cache.write(0, &k, &v);
+        let results = [1, 3].map(|threads| {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            let mut o = Tensor::default();
+            pool.install(|| team::scope(|| forward(&q, &cache, 1000, &mut o, &mut Scratch::default())));
+            o
+        });
+        assert_eq!(results[0].data(), results[1].data());
+    }
+}
