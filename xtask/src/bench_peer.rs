@@ -10,7 +10,7 @@ use serde_json::Value;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{SystemTime, UNIX_EPOCH};
-use tunesmith::args::{BenchMethod, ComputeName};
+use tunesmith::args::{BenchMethod, ComputeName, RecomputeName};
 use tunesmith::source;
 
 #[derive(Debug, clap::Args)]
@@ -30,6 +30,10 @@ pub(crate) struct Args {
     /// How our frozen weights multiply (the peer's always in f32); may be repeated [default: f32].
     #[arg(long, value_enum)]
     compute: Vec<ComputeName>,
+    /// What both recompute in the backward pass; may be repeated. `block` is gradient checkpointing to the peer, which keeps
+    /// everything otherwise [default: norms].
+    #[arg(long, value_enum)]
+    recompute: Vec<RecomputeName>,
     /// Measured steps of a run, after one that warms up.
     #[arg(long, default_value_t = 4)]
     steps: usize,
@@ -106,24 +110,56 @@ fn name(method: BenchMethod) -> &'static str {
     }
 }
 
-/// What trains, and how our frozen weights multiply. Full fine-tuning has none.
-fn methods(args: &Args) -> Vec<(BenchMethod, ComputeName)> {
-    let methods = if args.method.is_empty() { &[BenchMethod::Lora, BenchMethod::Full][..] } else { &args.method };
-    let computes = if args.compute.is_empty() { &[ComputeName::F32][..] } else { &args.compute };
-    let pairs = methods.iter().flat_map(|method| computes.iter().map(|compute| (*method, *compute)));
-    pairs.filter(|pair| *pair != (BenchMethod::Full, ComputeName::Int8)).collect()
+/// One line of a table.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Case {
+    method: BenchMethod,
+    /// How our frozen weights multiply.
+    compute: ComputeName,
+    recompute: RecomputeName,
 }
 
-/// Asks ours for the method and the kind of products, the peer for the method. Returns their name.
-fn set_method(ours: &mut Command, peer: &mut Command, (method, compute): (BenchMethod, ComputeName)) -> String {
-    for command in [&mut *ours, peer] {
-        command.args(["--method", name(method)]);
+impl Case {
+    /// Every combination that was asked for. Full fine-tuning has no frozen weights.
+    fn all(args: &Args) -> Vec<Self> {
+        let methods = if args.method.is_empty() { &[BenchMethod::Lora, BenchMethod::Full][..] } else { &args.method };
+        let computes = if args.compute.is_empty() { &[ComputeName::F32][..] } else { &args.compute };
+        let levels = if args.recompute.is_empty() { &[RecomputeName::Norms][..] } else { &args.recompute };
+        let mut cases = Vec::new();
+        for method in methods.iter().copied() {
+            for compute in computes.iter().copied() {
+                if method == BenchMethod::Lora || compute == ComputeName::F32 {
+                    cases.extend(levels.iter().map(|recompute| Self { method, compute, recompute: *recompute }));
+                }
+            }
+        }
+        cases
     }
-    if compute == ComputeName::F32 {
-        return name(method).to_owned();
+
+    /// Adds the arguments that say so. Returns what to call it.
+    fn set(self, ours: &mut Command, peer: &mut Command) -> String {
+        let mut title = name(self.method).to_owned();
+        for command in [&mut *ours, &mut *peer] {
+            command.args(["--method", name(self.method)]);
+        }
+        if self.compute == ComputeName::Int8 {
+            ours.args(["--compute", "int8"]);
+            title += " int8";
+        }
+        match self.recompute {
+            RecomputeName::Norms => {}
+            RecomputeName::None => {
+                ours.args(["--recompute", "none"]);
+                title += ", nothing recomputed";
+            }
+            RecomputeName::Block => {
+                ours.args(["--recompute", "block"]);
+                peer.arg("--ckpt");
+                title += ", blocks recomputed";
+            }
+        }
+        title
     }
-    ours.args(["--compute", "int8"]);
-    format!("{} int8", name(method))
 }
 
 /// The release binary of what is in the tree now: an old one would be measured by mistake sooner or later.
@@ -287,6 +323,37 @@ mod tests {
         let ours = vec![run(300.0, 2.0), run(400.0, 3.0), run(310.0, 2.0)];
         let pair = Pair { ours, peer: vec![run(200.0, 8.0), run(300.0, 6.0)] };
         assert_eq!(pair.cells(), "310.0 | 250.0 | 1.24 | 3.00 | 8.00 | 0.38");
+    }
+
+    #[test]
+    fn cases_are_the_combinations_that_make_sense() {
+        #[derive(clap::Parser)]
+        struct Line {
+            #[command(flatten)]
+            args: Args,
+        }
+        let cases = |line: &str| {
+            let line = <Line as clap::Parser>::try_parse_from(format!("x {line}").split_whitespace()).unwrap();
+            let set = |case: Case| {
+                let (mut ours, mut peer) = (Command::new("a"), Command::new("b"));
+                let name = case.set(&mut ours, &mut peer);
+                (name, shown(&ours), shown(&peer))
+            };
+            Case::all(&line.args).into_iter().map(set).collect::<Vec<_>>()
+        };
+        let own = |texts: [&str; 3]| (texts[0].to_owned(), texts[1].to_owned(), texts[2].to_owned());
+        assert_eq!(
+            cases("--compute f32 --compute int8"),
+            [
+                own(["lora", "a --method lora", "b --method lora"]),
+                own(["lora int8", "a --method lora --compute int8", "b --method lora"]),
+                own(["full", "a --method full", "b --method full"]),
+            ]
+        );
+        assert_eq!(
+            cases("--method full --recompute block"),
+            [own(["full, blocks recomputed", "a --method full --recompute block", "b --method full --ckpt",])]
+        );
     }
 
     #[test]

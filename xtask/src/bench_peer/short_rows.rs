@@ -1,7 +1,7 @@
 //! Training on short rows: ours packed into blocks, the peer's in padded batches. The same rows, each once, and the same
 //! tokens that carry loss.
 
-use super::{Args, CELLS, Measured, Pair, RULES, load_average, methods, ours, peer, set_method, shown, today};
+use super::{Args, CELLS, Case, Measured, Pair, RULES, load_average, ours, peer, shown, today};
 use crate::{Result, size::target_directory, write};
 use std::{io::Read, path::Path};
 use tunesmith::source::{self, Resolved, Settings};
@@ -21,12 +21,12 @@ pub(super) fn run(root: &Path, binary: &Path, model: &Resolved, settings: &Setti
     let peer_batches = if args.peer_batch.is_empty() { vec![32, 64] } else { args.peer_batch.clone() };
     let load_before = load_average();
     let (mut versions, mut commands, mut lines, mut counts) = (None, Vec::new(), Vec::new(), None);
-    for method in methods(args) {
+    for case in Case::all(args) {
         for batch in &peer_batches {
             let (mut ours, mut peer) = (ours(binary, model), peer(root, model, args));
             ours.args(["--batch", &BLOCKS.0.to_string(), "--seq", &BLOCKS.1.to_string()]);
             peer.args(["--batch", &batch.to_string()]);
-            let name = set_method(&mut ours, &mut peer, method);
+            let name = case.set(&mut ours, &mut peer);
             for command in [&mut ours, &mut peer] {
                 command.arg("--data").arg(&file);
             }

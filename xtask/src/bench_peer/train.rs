@@ -1,6 +1,6 @@
 //! Training steps on random tokens.
 
-use super::{Args, CELLS, Pair, RULES, load_average, methods, ours, peer, set_method, shown, today};
+use super::{Args, CELLS, Case, Pair, RULES, load_average, ours, peer, shown, today};
 use crate::Result;
 use std::path::Path;
 use tunesmith::source::Resolved;
@@ -19,9 +19,9 @@ pub(super) fn run(root: &Path, binary: &Path, model: &Resolved, args: &Args) -> 
     let load_before = load_average();
     let (mut versions, mut commands, mut threads, mut rows) = (None, Vec::new(), Vec::new(), Vec::new());
     for (batch, seq) in shapes {
-        for method in methods(args) {
+        for case in Case::all(args) {
             let (mut ours, mut peer) = (ours(binary, model), peer(root, model, args));
-            let name = set_method(&mut ours, &mut peer, method);
+            let name = case.set(&mut ours, &mut peer);
             for command in [&mut ours, &mut peer] {
                 for (flag, value) in [("--batch", batch), ("--seq", seq), ("--steps", args.steps)] {
                     command.arg(flag).arg(value.to_string());
