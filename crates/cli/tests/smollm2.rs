@@ -284,7 +284,8 @@ fn the_binary_merges_and_generates() {
         String::from_utf8(output.stdout).unwrap()
     };
     let generated = |model: &str| -> Value {
-        let args = ["generate", "--model", model, "--greedy", "--chat", "--max-new-tokens", "48", "--json", prompt];
+        let exact = ["--compute", "f32", "--greedy", "--chat", "--max-new-tokens", "48", "--json"];
+        let args = [&["generate", "--model", model][..], &exact, &[prompt]].concat();
         serde_json::from_str(&run(&args)).unwrap()
     };
     let direct = generated(NAME);
