@@ -145,6 +145,11 @@ impl Weight {
         }
     }
 
+    /// Whether the weight is kept as integers, whose products round what they multiply ([`Weight::to_integers`]).
+    pub fn is_integers(&self) -> bool {
+        matches!(self, Self::Packed(Packed { encoding: Encoding::Integers(_), .. }))
+    }
+
     /// Bytes of the encoded elements.
     pub fn num_bytes(&self) -> usize {
         match self {

@@ -10,7 +10,7 @@ use serde::Serialize;
 use std::io::Read;
 use std::process::{Command, Stdio};
 use std::time::Instant;
-use tunesmith_model::{KvCache, Llama, Workspace, argmax};
+use tunesmith_model::{Llama, Workspace, argmax};
 use tunesmith_tensor::rng::Rng;
 
 #[derive(Serialize)]
@@ -95,7 +95,7 @@ fn random_ids(llama: &Llama, num: usize) -> Vec<u32> {
 }
 
 fn prompt_seconds(llama: &Llama, num: usize, ws: &mut Workspace) -> f64 {
-    let mut cache = KvCache::new(&llama.config, num);
+    let mut cache = llama.new_cache(num);
     let ids = random_ids(llama, num);
     let start = Instant::now();
     llama.decode(&ids, &mut cache, ws);
@@ -103,7 +103,7 @@ fn prompt_seconds(llama: &Llama, num: usize, ws: &mut Workspace) -> f64 {
 }
 
 fn decode_seconds(llama: &Llama, context: usize, new: usize, ws: &mut Workspace) -> f64 {
-    let mut cache = KvCache::new(&llama.config, context + new);
+    let mut cache = llama.new_cache(context + new);
     if context > 0 {
         llama.decode(&random_ids(llama, context), &mut cache, ws);
     }

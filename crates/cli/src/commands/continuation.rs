@@ -129,7 +129,7 @@ impl<'a> Writer<'a> {
             max_new_tokens: args.max_new_tokens,
             stop: args.stop.clone(),
             sampler: Sampler::new(sampling)?,
-            cache: KvCache::new(&llama.config, 0),
+            cache: llama.new_cache(0),
             cached: Vec::new(),
             ws: Workspace::default(),
             interrupt,

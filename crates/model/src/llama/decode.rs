@@ -1,7 +1,7 @@
 //! The forward pass of generation: a prompt in pieces that make large matrix products, then token by token.
 //!
 //! The same operations as in training, put together for reading weights and cache as seldom as can be: products with the
-//! same input are one call, the cache is in f16, the head and most of the last layer run for the last token only. While there
+//! same input are one call, the cache may be in f16, the head and most of the last layer run for the last token only. While there
 //! are few rows, the threads of the pool stand by instead of being woken for every product.
 
 use super::{DOWN, GATE, K, Layer, Llama, Lora, O, Q, UP, V, Workspace};
@@ -100,6 +100,12 @@ impl Llama {
         matrices.filter(|p| !p.name.starts_with("base_model.")).for_each(|p| p.value = p.value.to_integers());
     }
 
+    /// An empty cache for up to `capacity` tokens, in the precision of this model: f16 where its matrices are integers, f32 elsewhere.
+    pub fn new_cache(&self, capacity: usize) -> KvCache {
+        let integers = self.parameters.iter().any(|p| p.value.is_integers());
+        if integers { KvCache::half(&self.config, capacity) } else { KvCache::new(&self.config, capacity) }
+    }
+
     fn embed_tokens(&self, ids: &[u32], first: usize, buffers: &mut Buffers) {
         embedding::forward(self.value(self.embed), ids, &mut buffers.stream_td);
         buffers.positions.clear();
@@ -118,7 +124,8 @@ impl Llama {
         let num_rows = q_th.rows();
         let num_keys = cache.len() + num_rows;
         if products::are_few(num_rows) {
-            attention_decode::forward(q_th, cache.write(l, k_tk, v_tk), num_keys, o_th, &mut buffers.attention);
+            cache.write(l, k_tk, v_tk);
+            cache.attend(l, q_th, num_keys, self.heads(), o_th, lse, &mut buffers.attention);
         } else {
             let (k, v) = cache.extend(l, k_tk, v_tk);
             let segments = [Segment { queries: 0..num_rows, keys: 0..num_keys }];
@@ -138,14 +145,15 @@ impl Llama {
 
     /// Behind [`Llama::extend_cache`] of the last layer: its attention for the last token only. Leaves one row.
     fn attend_last(&self, cache: &KvCache, num_keys: usize, buffers: &mut Buffers) {
-        let Buffers { stream_td, normed_td, q_th, o_th, xa_tr, rounded, angles, positions, attention, .. } = buffers;
+        let Buffers { stream_td, normed_td, q_th, o_th, lse, xa_tr, rounded, angles, positions, attention, .. } =
+            buffers;
         let last = self.layers.len() - 1;
         keep_last_row(stream_td);
         keep_last_row(normed_td);
         angles.fill(&positions[positions.len() - 1..], &self.frequencies);
         self.products(&self.layers[last], normed_td, &mut [(Q, q_th)], Overwrite, xa_tr, rounded);
         rope::forward(q_th, angles);
-        attention_decode::forward(q_th, cache.layer(last), num_keys, o_th, attention);
+        cache.attend(last, q_th, num_keys, self.heads(), o_th, lse, attention);
     }
 
     /// From the output of attention to that of the layer.
