@@ -81,6 +81,8 @@ pub struct PassShape {
     pub loss_rows: usize,
     /// Threads that work on it.
     pub threads: usize,
+    /// Whether frozen weights multiply in 8-bit integers.
+    pub int8: bool,
 }
 
 /// Bytes of a training pass.
@@ -135,6 +137,7 @@ struct Buffers {
     head_dim: usize,
     vocab: usize,
     threads: usize,
+    int8: bool,
     /// Sum and largest of the ranks of a layer's adapters, and the widest input of one with dropout.
     ranks: usize,
     largest_rank: usize,
@@ -154,6 +157,7 @@ impl Buffers {
             head_dim: config.head_dim,
             vocab: config.vocab_size,
             threads: shape.threads,
+            int8: shape.int8,
             ranks: 0,
             largest_rank: 0,
             dropped: 0,
@@ -205,7 +209,11 @@ impl Buffers {
             head_dim: self.head_dim,
         };
         let thread = linear::THREAD_BYTES + attention::thread_bytes(self.head_dim);
-        (self.threads * thread + attention::shared_bytes(self.t, heads)) as u64
+        // The operand of an integer product as bytes with scales: rows of logits, or of the widest layer.
+        let chunk = self.n.min(linear_cross_entropy::CHUNK_ROWS) * self.vocab;
+        let operand = chunk.max(self.t * self.f.max(self.d).max(self.h));
+        let operand = if self.int8 { operand + operand / 16 } else { 0 };
+        (self.threads * thread + attention::shared_bytes(self.t, heads) + operand) as u64
     }
 }
 

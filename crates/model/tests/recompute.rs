@@ -107,14 +107,17 @@ fn buffers_are_as_large_as_planned() {
         let (lora, adapter) = adapted(model);
         for (llama, adapter) in [(full, None), (lora, Some(&adapter))] {
             let batch = packed(&[300, 1, 220, 60, 700], 256);
-            let shape = PassShape { tokens: 700, loss_rows: 466, threads: num_threads() };
+            let shape = PassShape { tokens: 700, loss_rows: 466, threads: num_threads(), int8: false };
             for level in Recompute::ALL {
                 let (_, _, ws) = gradients(&llama, &batch, level);
                 let planned = training_bytes(&llama.config, adapter, shape, level);
                 let (planned, there) = ((planned.activations + planned.workspace) as f64, ws.num_bytes() as f64);
-                // The plan has the tiles of the threads too, and buffers are rounded up to cache lines.
+                // The plan has the buffers of the kernels too.
+                let kernels =
+                    training_bytes(&llama.config, adapter, PassShape { tokens: 0, loss_rows: 0, ..shape }, level);
+                let planned = planned - kernels.workspace as f64;
                 let error = (planned / there - 1.0).abs();
-                assert!(error < 0.05, "{model} {level}: planned {planned}, there are {there}");
+                assert!(error < 0.02, "{model} {level}: planned {planned}, there are {there}");
             }
         }
     }

@@ -5,6 +5,7 @@
 //! function says.
 
 mod cpu;
+mod freed;
 mod int8_weight;
 mod mapped;
 pub mod nf4;
@@ -18,6 +19,7 @@ pub mod team;
 mod tensor;
 mod weight;
 pub use cpu::matmul::threads as num_threads;
+pub use freed::release_freed_memory;
 pub use int8_weight::Int8Weight;
 pub use mapped::MappedFile;
 pub use tensor::Tensor;

@@ -3,7 +3,7 @@
 //! Every buffer has a size that follows from the configuration, the model and the lengths of the documents; what the program
 //! and the tokenizer take is measured by whoever asks ([`Inputs::baseline`]). A run's peak is that of its largest phase.
 
-use crate::config::{Config, Method};
+use crate::config::{Compute, Config, Method};
 use crate::optimizer::Optim;
 use crate::train::Order;
 use crate::{Error, Result};
@@ -181,7 +181,12 @@ impl Inputs<'_> {
         }
         let gradients = 4 * trained.iter().sum::<usize>() as u64;
         let optimizer = trained.iter().map(|n| self.config.training.optim.state_bytes(*n) as u64).sum();
-        let shape = |tokens| PassShape { tokens, loss_rows: tokens, threads: self.threads };
+        let shape = |tokens| PassShape {
+            tokens,
+            loss_rows: tokens,
+            threads: self.threads,
+            int8: self.config.compute == Compute::Int8,
+        };
         let pass = training_bytes(model, self.adapter, shape(choice.pass_tokens), choice.recompute);
         // Evaluation and samples keep nothing for a backward pass, like a pass that keeps only blocks, of one block.
         let forward = |tokens| {
@@ -274,6 +279,9 @@ impl Inputs<'_> {
         }
         if self.config.method == Method::Full {
             found.push("method = \"lora\" trains far fewer weights".into());
+            return found;
+        }
+        if self.config.compute == Compute::Int8 {
             return found;
         }
         for (storage, weights) in self.other_weights {

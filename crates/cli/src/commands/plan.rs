@@ -12,7 +12,7 @@ use tunesmith_model::{AdapterConfig, Batch, Config as Model, Gradients, Llama, L
 use tunesmith_tensor::{num_threads, rng::Rng};
 use tunesmith_text::{Message, PreparedSplit, Report, Split};
 use tunesmith_train::checkpoint::{self, free_bytes};
-use tunesmith_train::config::Config;
+use tunesmith_train::config::{Compute, Config};
 use tunesmith_train::memory::{DataShape, Inputs, Plan, format_bytes};
 use tunesmith_train::optimizer::{AdamW, AdamWOptions};
 use tunesmith_train::train::adapter_config;
@@ -81,15 +81,21 @@ impl Facts {
         }
         let storage = config.model.storage;
         let checkpoint = &opened.checkpoint;
+        let mut weights = checkpoint.weight_bytes(storage);
+        let mut loading = checkpoint.loading_bytes(storage);
+        if config.compute == Compute::Int8 {
+            let [after, most] = checkpoint.int8_bytes(storage);
+            (weights, loading) = (after, most - after);
+        }
         Ok(Self {
             adapter: adapter_config(config, &opened.base_name())?,
             data: DataShape::of(config, &train?, &validation?)?,
             trained_share: data.train.trained_tokens as f64 / data.train.tokens.max(1) as f64,
-            weights: checkpoint.weight_bytes(storage),
+            weights,
             other_weights: [Storage::Stored, Storage::Nf4]
                 .map(|other| (other, checkpoint.weight_bytes(other)))
                 .to_vec(),
-            loading: checkpoint.loading_bytes(storage),
+            loading,
             baseline: resident() + GROWTH,
             sample: longest.map(|prompt| (prompt, samples.max_new_tokens)),
         })
@@ -192,6 +198,9 @@ impl Facts {
         match &self.adapter {
             None => llama.train_all(),
             Some(adapter) => llama.add_adapter(adapter, 0)?,
+        }
+        if config.compute == Compute::Int8 {
+            llama.compute_int8(true)?;
         }
         let tokens = probe_tokens(&settled.plan);
         let mut rng = Rng::new(0, 0);
@@ -366,6 +375,8 @@ fn duration(seconds: f64) -> String {
 
 /// Memory of this process, where the system tells.
 fn resident() -> u64 {
+    // What preparing data has freed would otherwise count.
+    tunesmith_tensor::release_freed_memory();
     memory_stats::memory_stats().map_or(0, |m| m.physical_mem as u64)
 }
 

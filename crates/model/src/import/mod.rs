@@ -163,6 +163,19 @@ impl Checkpoint {
         self.names.iter().map(|name| kept_bytes(&self.source.tensors[name], storage) as u64).sum()
     }
 
+    /// Bytes of all weights after [`crate::Llama::compute_int8`], and the most that there are while it works.
+    pub fn int8_bytes(&self, storage: Storage) -> [u64; 2] {
+        let config = self.config();
+        let head = int8_bytes(config.vocab_size * config.hidden_size);
+        let kept = self.names.iter().map(|name| {
+            let stored = &self.source.tensors[name];
+            let multiplies = name.ends_with("_proj.weight") || name == "lm_head.weight";
+            if multiplies { int8_bytes(stored.len()) } else { kept_bytes(stored, storage) as u64 }
+        });
+        let after = kept.sum::<u64>() + if config.tie_word_embeddings { head } else { 0 };
+        [after, after.max(self.weight_bytes(storage) + head)]
+    }
+
     /// Most bytes that loading holds besides the weights: a matrix on its way into another encoding.
     pub fn loading_bytes(&self, storage: Storage) -> u64 {
         let largest = self.names.iter().map(|name| {
@@ -217,6 +230,11 @@ pub enum Storage {
     Stored,
     /// Rounded to NF4 with double quantisation when they are loaded, 4.127 bits a weight: the base of QLoRA.
     Nf4,
+}
+
+/// Bytes of a matrix of `len` elements in 8-bit integers both ways, with its scales.
+fn int8_bytes(len: usize) -> u64 {
+    2 * (len + len / 48) as u64
 }
 
 /// Bytes of a weight as it is kept.
