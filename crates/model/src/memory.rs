@@ -90,8 +90,10 @@ pub struct PassShape {
 pub struct PassBytes {
     /// What the forward pass keeps for the backward pass, all layers together.
     pub activations: u64,
-    /// Everything else: what one layer after the other uses, gradients of activations, logits, tiles of the threads.
+    /// What one layer after the other uses, gradients of activations, logits.
     pub workspace: u64,
+    /// What the kernels keep for themselves: tiles of the threads, sums that are added up later.
+    pub kernels: u64,
 }
 
 /// Bytes of a training pass over `shape`: the buffers of [`Workspace`](crate::Workspace), and those of the kernels.
@@ -116,11 +118,12 @@ pub fn training_bytes(
     let bytes = |floats: usize| 4 * floats as u64;
     PassBytes {
         activations: bytes(activations - shared),
-        workspace: bytes(shared + b.head() + b.backward()) + b.kernels(),
+        workspace: bytes(shared + b.head() + b.backward()),
+        kernels: b.kernels(),
     }
 }
 
-/// Bytes of a cache of keys and values for `tokens` tokens.
+/// Bytes of a cache of keys and values in f32 for `tokens` tokens.
 pub fn cache_bytes(config: &Config, tokens: usize) -> u64 {
     (2 * 4 * config.num_hidden_layers * tokens * config.num_key_value_heads * config.head_dim) as u64
 }

@@ -110,6 +110,6 @@ mod tests {
     fn takes_little_more_than_a_byte_a_weight_each_way() {
         let w = Tensor::zeros(&[192, 576]);
         let bytes = |backward| Int8Weight::new(&w, backward).num_bytes() as f64 / w.len() as f64;
-        assert!(bytes(false) < 1.03 && bytes(true) < 2.06, "{} {}", bytes(false), bytes(true));
+        assert!(bytes(false) < 1.07 && bytes(true) < 2.14, "{} {}", bytes(false), bytes(true));
     }
 }

@@ -8,6 +8,7 @@ use crate::optimizer::Optim;
 use crate::train::Order;
 use crate::{Error, Result};
 use serde::Serialize;
+use tunesmith_model::llama::PASS_TOKENS;
 use tunesmith_model::memory::{PassShape, Recompute, adapter_ranks, cache_bytes, training_bytes};
 use tunesmith_model::{AdapterConfig, Config as Model, Storage, largest_part};
 use tunesmith_text::PreparedSplit;
@@ -192,14 +193,15 @@ impl Inputs<'_> {
         let forward = |tokens| {
             let one = Model { num_hidden_layers: 1, ..model.clone() };
             let pass = training_bytes(&one, self.adapter, shape(tokens), Recompute::Block);
-            pass.activations + pass.workspace
+            pass.activations + pass.workspace + pass.kernels
         };
         let resident = self.baseline + self.weights + adapters + gradients + optimizer;
-        let training = pass.activations + pass.workspace;
+        let training = pass.activations + pass.workspace + pass.kernels;
         // They share the buffers of training, which are not given back.
         let evaluation = training.max(forward(self.data.evaluation_tokens()));
         let sampling = self.sample.map_or(0, |(prompt, new)| {
-            training.max(forward(prompt)) + cache_bytes(model, (prompt + new).min(model.max_position_embeddings))
+            let tokens = (prompt + new).min(model.max_position_embeddings);
+            training.max(forward(prompt.min(PASS_TOKENS))) + cache_bytes(model, tokens)
         });
         let loading_peak = self.baseline + self.weights + self.loading;
         let training_peak = resident + training;
@@ -211,7 +213,7 @@ impl Inputs<'_> {
             gradients,
             optimizer,
             activations: pass.activations,
-            workspace: pass.workspace,
+            workspace: pass.workspace + pass.kernels,
             baseline: self.baseline,
             loading_peak,
             training_peak,
@@ -253,7 +255,8 @@ impl Inputs<'_> {
              memory_limit = \"{}MB\" or more",
             self.config.memory_limit.as_deref().unwrap_or_default(),
             format_bytes(smallest),
-            smallest.div_ceil(1_000_000)
+            // What the program itself takes differs a little from start to start.
+            (smallest + smallest / 50).div_ceil(1_000_000)
         );
         for suggestion in self.suggestions(limit, smallest) {
             message.push_str("; ");
