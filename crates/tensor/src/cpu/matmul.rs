@@ -4,9 +4,9 @@
 //! cache, and lets the rows of `a` go by, read where they lie; `tile.rs` does the arithmetic. Packing turns `b` when its
 //! columns are not side by side (a weight in the forward pass), and keeps strides of a power of two, which fall on few
 //! cache sets, out of the inner loop. Against the `gemm` crate, which packs both operands, this was measured at 0.95 to 1.12
-//! times its speed on the forward products and input gradients of SmolLM2-135M (1,024 tokens, Zen 4), and it takes a sum of
-//! products in one pass over the result, which an adapter needs. Weight gradients and products of few columns were slower
-//! (0.77 to 0.95): [`gemm`] leaves them to that crate.
+//! times its speed on the forward products and the layers' input gradients of SmolLM2-135M (1,024 tokens, Zen 4), and it takes a
+//! sum of products in one pass over the result, which an adapter needs. Weight gradients, products of few columns and the head's
+//! input gradient were mostly slower (0.77 to 1.0): [`gemm`] leaves them to that crate.
 
 use crate::cpu::simd::{Level, level, multiversion, reduce2};
 use crate::cpu::tile::{Panels, panel_width, product, tile_rows};
