@@ -1,9 +1,10 @@
 //! Keys and values of the tokens that a sequence has already been through.
 
 use crate::Config;
+use half::f16;
 use tunesmith_tensor::Tensor;
-use tunesmith_tensor::ops::attention::{self, Heads, Segment};
-use tunesmith_tensor::ops::attention_decode::{self, KeyValues};
+use tunesmith_tensor::ops::attention::Heads;
+use tunesmith_tensor::ops::attention_decode::{self, Element, KeyValues};
 
 /// The cache of one sequence: for each layer the keys and values of its first [`KvCache::len`] tokens. Memory follows the
 /// number of tokens, not the capacity.
@@ -12,34 +13,40 @@ pub struct KvCache {
     layers: Layers,
     len: usize,
     capacity: usize,
-    /// Keys and values of one layer in f32, for prompts that continue a cached sequence in f16.
+    /// Keys and values of one layer as rows, for prompts that continue a cached sequence.
     k: Tensor,
     v: Tensor,
 }
 
 #[derive(Debug)]
 enum Layers {
-    /// Rows of f32: k and v [T, K·D].
-    Exact(Vec<(Tensor, Tensor)>),
-    Half(Vec<KeyValues>),
+    Exact(Vec<KeyValues<f32>>),
+    Half(Vec<KeyValues<f16>>),
+}
+
+/// The same for caches of either precision.
+macro_rules! either {
+    ($layers:expr, $caches:ident => $result:expr) => {
+        match $layers {
+            Layers::Exact($caches) => $result,
+            Layers::Half($caches) => $result,
+        }
+    };
 }
 
 impl KvCache {
     /// An empty cache in f32 for up to `capacity` tokens: generation computes what a pass over the whole text computes.
     pub fn new(config: &Config, capacity: usize) -> Self {
-        let layers = (0..config.num_hidden_layers).map(|_| <(Tensor, Tensor)>::default()).collect();
-        Self { layers: Layers::Exact(layers), len: 0, capacity, k: Tensor::default(), v: Tensor::default() }
+        Self::of(Layers::Exact(empty(config)), capacity)
     }
 
     /// An empty cache in f16: half the memory and half the reading, in the precision of weights of 8 bits.
     pub fn half(config: &Config, capacity: usize) -> Self {
-        let heads = Heads {
-            num_heads: config.num_attention_heads,
-            num_kv_heads: config.num_key_value_heads,
-            head_dim: config.head_dim,
-        };
-        let layers = (0..config.num_hidden_layers).map(|_| KeyValues::new(heads)).collect();
-        Self { layers: Layers::Half(layers), ..Self::new(config, capacity) }
+        Self::of(Layers::Half(empty(config)), capacity)
+    }
+
+    fn of(layers: Layers, capacity: usize) -> Self {
+        Self { layers, len: 0, capacity, k: Tensor::default(), v: Tensor::default() }
     }
 
     /// Tokens in the cache.
@@ -64,10 +71,7 @@ impl KvCache {
 
     /// Bytes of memory held for keys and values.
     pub fn bytes(&self) -> usize {
-        match &self.layers {
-            Layers::Exact(layers) => layers.iter().map(|(k, v)| k.capacity_bytes() + v.capacity_bytes()).sum(),
-            Layers::Half(layers) => layers.iter().map(KeyValues::bytes).sum(),
-        }
+        either!(&self.layers, layers => layers.iter().map(KeyValues::bytes).sum())
     }
 
     /// Forgets all but the first `len` tokens.
@@ -78,15 +82,7 @@ impl KvCache {
     /// Writes `k` and `v` [T, K·D] of `layer` behind the cached tokens.
     pub(crate) fn write(&mut self, layer: usize, k: &Tensor, v: &Tensor) {
         assert!(self.len + k.rows() <= self.capacity, "the cache holds {} tokens", self.capacity);
-        match &mut self.layers {
-            Layers::Exact(layers) => {
-                let (all_k, all_v) = &mut layers[layer];
-                for (all, new) in [(all_k, k), (all_v, v)] {
-                    append(all, self.len, new);
-                }
-            }
-            Layers::Half(layers) => layers[layer].write(self.len, k, v),
-        }
+        either!(&mut self.layers, layers => layers[layer].write(self.len, k, v));
     }
 
     /// Attention of the last few tokens, `q` [T, H·D], over the first `num_keys` tokens of `layer`, theirs included: `o` [T, H·D].
@@ -95,36 +91,24 @@ impl KvCache {
         layer: usize,
         q: &Tensor,
         num_keys: usize,
-        heads: Heads,
         o: &mut Tensor,
-        lse: &mut Tensor,
         scratch: &mut attention_decode::Scratch,
     ) {
-        match &self.layers {
-            Layers::Exact(layers) => {
-                let (k, v) = &layers[layer];
-                let segments = [Segment { queries: 0..q.rows(), keys: 0..num_keys }];
-                attention::forward(q, k, v, &segments, heads, o, lse);
-            }
-            Layers::Half(layers) => attention_decode::forward(q, &layers[layer], num_keys, o, scratch),
-        }
+        either!(&self.layers, layers => attention_decode::forward(q, &layers[layer], num_keys, o, scratch));
     }
 
     /// As [`KvCache::write`]; returns keys and values of all tokens as rows in f32, the new ones as they came.
     pub(crate) fn extend<'a>(&'a mut self, layer: usize, k: &'a Tensor, v: &'a Tensor) -> (&'a Tensor, &'a Tensor) {
         self.write(layer, k, v);
-        match &self.layers {
-            Layers::Exact(layers) => (&layers[layer].0, &layers[layer].1),
-            Layers::Half(_) if self.len == 0 => (k, v),
-            Layers::Half(layers) => {
-                for (all, new) in [(&mut self.k, k), (&mut self.v, v)] {
-                    all.resize(&[self.len + new.rows(), new.cols()]);
-                    all.data_mut()[self.len * new.cols()..].copy_from_slice(new.data());
-                }
-                layers[layer].read(self.len, &mut self.k, &mut self.v);
-                (&self.k, &self.v)
-            }
+        if self.len == 0 {
+            return (k, v);
         }
+        for (all, new) in [(&mut self.k, k), (&mut self.v, v)] {
+            all.resize(&[self.len + new.rows(), new.cols()]);
+            all.data_mut()[self.len * new.cols()..].copy_from_slice(new.data());
+        }
+        either!(&self.layers, layers => layers[layer].read(self.len, &mut self.k, &mut self.v));
+        (&self.k, &self.v)
     }
 
     pub(crate) fn advance(&mut self, tokens: usize) {
@@ -132,17 +116,12 @@ impl KvCache {
     }
 }
 
-/// Tokens by which a cache in f32 grows.
-const STEP: usize = 256;
-
-/// Puts the rows of `new` behind the first `kept` rows of `all`; what was there behind them is forgotten.
-fn append(all: &mut Tensor, kept: usize, new: &Tensor) {
-    let (rows, cols) = (kept + new.rows(), new.cols());
-    if all.capacity_bytes() < 4 * rows * cols {
-        let mut larger = Tensor::zeros(&[rows.next_multiple_of(STEP), cols]);
-        larger.data_mut()[..kept * cols].copy_from_slice(&all.data()[..kept * cols]);
-        *all = larger;
-    }
-    all.resize(&[rows, cols]);
-    all.data_mut()[kept * cols..].copy_from_slice(new.data());
+/// One empty cache for each layer.
+fn empty<E: Element>(config: &Config) -> Vec<KeyValues<E>> {
+    let heads = Heads {
+        num_heads: config.num_attention_heads,
+        num_kv_heads: config.num_key_value_heads,
+        head_dim: config.head_dim,
+    };
+    (0..config.num_hidden_layers).map(|_| KeyValues::new(heads)).collect()
 }

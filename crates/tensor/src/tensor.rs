@@ -1,6 +1,7 @@
 //! Row-major, contiguous f32 tensors in cache-line-aligned memory.
 
 use bytemuck::{Pod, Zeroable};
+use memmap2::MmapMut;
 use rayon::prelude::*;
 
 /// One cache line: the unit of allocation, so that every buffer starts on a 64-byte boundary.
@@ -10,6 +11,52 @@ struct Line([f32; 16]);
 
 const LINE: usize = 16;
 
+/// Bytes from which a buffer is a mapping of its own instead of a piece of the heap.
+const LARGE: usize = 4 << 20;
+
+/// Memory that is zero when it is new.
+enum Memory {
+    Heap(Vec<Line>),
+    /// Pages of its own: given back at once when dropped, not touched before they are used (the heap writes zeros into memory that
+    /// has to be aligned), and of 2 MB where Linux can, since products stride over more small pages than a processor remembers.
+    Pages(MmapMut),
+}
+
+impl Memory {
+    fn zeros(lines: usize) -> Self {
+        let bytes = lines * size_of::<Line>();
+        if bytes >= LARGE
+            && let Ok(pages) = MmapMut::map_anon(bytes)
+        {
+            // A wish: whatever the answer, the memory is there.
+            #[cfg(target_os = "linux")]
+            let _ = pages.advise(memmap2::Advice::HugePage);
+            return Self::Pages(pages);
+        }
+        Self::Heap(bytemuck::zeroed_vec(lines))
+    }
+
+    fn floats(&self) -> &[f32] {
+        match self {
+            Self::Heap(lines) => bytemuck::cast_slice(lines),
+            Self::Pages(pages) => bytemuck::cast_slice(pages),
+        }
+    }
+
+    fn floats_mut(&mut self) -> &mut [f32] {
+        match self {
+            Self::Heap(lines) => bytemuck::cast_slice_mut(lines),
+            Self::Pages(pages) => bytemuck::cast_slice_mut(pages),
+        }
+    }
+}
+
+impl Default for Memory {
+    fn default() -> Self {
+        Self::Heap(Vec::new())
+    }
+}
+
 /// Elements that a thread copies or clears at a time.
 const CHUNK: usize = 1 << 16;
 
@@ -18,11 +65,19 @@ const CHUNK: usize = 1 << 16;
 /// Memory is kept when a tensor is resized to something smaller, so that a buffer can be reused for micro-batches of
 /// different lengths without going back to the operating system (fresh pages have to be zeroed, which costs more than
 /// most of the ops).
-#[derive(Clone, Default)]
+#[derive(Default)]
 pub struct Tensor {
     shape: Vec<usize>,
     len: usize,
-    lines: Vec<Line>,
+    memory: Memory,
+}
+
+impl Clone for Tensor {
+    fn clone(&self) -> Self {
+        let mut copy = Self::default();
+        copy.assign(self);
+        copy
+    }
 }
 
 impl Tensor {
@@ -49,10 +104,10 @@ impl Tensor {
     pub fn resize(&mut self, shape: &[usize]) {
         let len = shape.iter().product::<usize>();
         let lines = len.div_ceil(LINE);
-        if lines > self.lines.len() {
-            // What was there need not survive, so the old memory goes first; the new one is not touched before it is used.
-            self.lines = Vec::new();
-            self.lines = bytemuck::zeroed_vec(lines);
+        if lines * LINE > self.memory.floats().len() {
+            // What was there need not survive, so the old memory goes first.
+            self.memory = Memory::default();
+            self.memory = Memory::zeros(lines);
         }
         self.len = len;
         self.shape.clear();
@@ -98,12 +153,12 @@ impl Tensor {
 
     /// The elements in row-major order.
     pub fn data(&self) -> &[f32] {
-        &bytemuck::cast_slice::<Line, f32>(&self.lines)[..self.len]
+        &self.memory.floats()[..self.len]
     }
 
     /// The elements in row-major order, to be changed.
     pub fn data_mut(&mut self) -> &mut [f32] {
-        &mut bytemuck::cast_slice_mut::<Line, f32>(&mut self.lines)[..self.len]
+        &mut self.memory.floats_mut()[..self.len]
     }
 
     /// Row `i` of a matrix.
@@ -120,7 +175,7 @@ impl Tensor {
 
     /// Bytes of memory held (at least 4 times [`Tensor::len`]).
     pub fn capacity_bytes(&self) -> usize {
-        self.lines.capacity() * size_of::<Line>()
+        size_of_val(self.memory.floats())
     }
 }
 
@@ -151,6 +206,16 @@ mod tests {
         assert_eq!((t.shape(), t.data()), (&[1, values.len()][..], &values[..]));
         t.clear();
         assert!(t.data().iter().all(|x| *x == 0.0));
+    }
+
+    #[test]
+    fn large_tensors_are_zero_and_aligned_too() {
+        let mut t = Tensor::zeros(&[LARGE / 4 / 16 + 1, 16]);
+        assert!(matches!(t.memory, Memory::Pages(_)) && t.data().iter().all(|x| *x == 0.0));
+        assert_eq!((t.data().as_ptr() as usize % 64, t.capacity_bytes()), (0, LARGE + 64));
+        t.row_mut(LARGE / 64)[15] = 3.0;
+        let copy = t.clone();
+        assert_eq!((copy.data(), copy.shape()), (t.data(), t.shape()));
     }
 
     #[test]

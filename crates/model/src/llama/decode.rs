@@ -125,7 +125,7 @@ impl Llama {
         let num_keys = cache.len() + num_rows;
         if products::are_few(num_rows) {
             cache.write(l, k_tk, v_tk);
-            cache.attend(l, q_th, num_keys, self.heads(), o_th, lse, &mut buffers.attention);
+            cache.attend(l, q_th, num_keys, o_th, &mut buffers.attention);
         } else {
             let (k, v) = cache.extend(l, k_tk, v_tk);
             let segments = [Segment { queries: 0..num_rows, keys: 0..num_keys }];
@@ -145,15 +145,14 @@ impl Llama {
 
     /// Behind [`Llama::extend_cache`] of the last layer: its attention for the last token only. Leaves one row.
     fn attend_last(&self, cache: &KvCache, num_keys: usize, buffers: &mut Buffers) {
-        let Buffers { stream_td, normed_td, q_th, o_th, lse, xa_tr, rounded, angles, positions, attention, .. } =
-            buffers;
+        let Buffers { stream_td, normed_td, q_th, o_th, xa_tr, rounded, angles, positions, attention, .. } = buffers;
         let last = self.layers.len() - 1;
         keep_last_row(stream_td);
         keep_last_row(normed_td);
         angles.fill(&positions[positions.len() - 1..], &self.frequencies);
         self.products(&self.layers[last], normed_td, &mut [(Q, q_th)], Overwrite, xa_tr, rounded);
         rope::forward(q_th, angles);
-        cache.attend(last, q_th, num_keys, self.heads(), o_th, lse, attention);
+        cache.attend(last, q_th, num_keys, o_th, attention);
     }
 
     /// From the output of attention to that of the layer.

@@ -1,7 +1,7 @@
-//! Kernels of attention over a cache in f16; contract and layout of the cache in `ops/attention_decode.rs`.
+//! Kernels of attention over a cache in f32 or f16; contract and layout of the cache in `ops/attention_decode.rs`.
 
 use crate::cpu::simd::{exp, max, multiversion, reduce2};
-use crate::ops::attention_decode::{RUN, TILE};
+use crate::ops::attention_decode::{Element, RUN, TILE};
 use half::f16;
 
 /// Query heads of which one pass over keys or values keeps the sums in registers.
@@ -11,7 +11,15 @@ const QUERIES: usize = 4;
 ///
 /// `q` is [group, d]; `keys` holds tiles [d, TILE] and `values` rows [d], both from the run's first token on. `record` takes
 /// group x d sums of exp(score − maximum) · value, then the group's maxima, then its totals of exp(score − maximum).
-pub(crate) fn partial(q: &[f32], keys: &[f16], values: &[f16], seen: usize, scale: f32, d: usize, record: &mut [f32]) {
+pub(crate) fn partial<E: Element>(
+    q: &[f32],
+    keys: &[E],
+    values: &[E],
+    seen: usize,
+    scale: f32,
+    d: usize,
+    record: &mut [f32],
+) {
     let group = q.len() / d;
     let (sums, rest) = record.split_at_mut(group * d);
     let (maxima, totals) = rest.split_at_mut(group);
@@ -76,7 +84,7 @@ multiversion! {
 
 /// `scores[g][token]` = `q[g]` · key of the token, for all tokens of `keys` (whole tiles).
 #[allow(unsafe_code)]
-fn score(q: &[f32], keys: &[f16], d: usize, scores: &mut [[f32; RUN]]) {
+fn score<E: Element>(q: &[f32], keys: &[E], d: usize, scores: &mut [[f32; RUN]]) {
     #[cfg(target_arch = "x86_64")]
     if crate::cpu::simd::level() == crate::cpu::simd::Level::Avx512 {
         // SAFETY: `level` has seen AVX-512 F on this processor.
@@ -87,7 +95,7 @@ fn score(q: &[f32], keys: &[f16], d: usize, scores: &mut [[f32; RUN]]) {
 
 /// `sums[g]` [d] = Σ over tokens of `weights[g][token]` · value of the token.
 #[allow(unsafe_code)]
-fn weigh(weights: &[[f32; RUN]], values: &[f16], d: usize, sums: &mut [f32]) {
+fn weigh<E: Element>(weights: &[[f32; RUN]], values: &[E], d: usize, sums: &mut [f32]) {
     #[cfg(target_arch = "x86_64")]
     if crate::cpu::simd::level() == crate::cpu::simd::Level::Avx512 && d.is_multiple_of(16) {
         // SAFETY: as above.
@@ -99,20 +107,20 @@ fn weigh(weights: &[[f32; RUN]], values: &[f16], d: usize, sums: &mut [f32]) {
 /// f16 → f32 for finite numbers, in integer and float operations that vectorise on every target: the exponent moves by
 /// 112, which multiplication does right for subnormal numbers too.
 #[inline(always)]
-fn widen(x: f16) -> f32 {
+pub(crate) fn widen(x: f16) -> f32 {
     let bits = u32::from(x.to_bits());
     let magnitude = f32::from_bits((bits & 0x7fff) << 13) * f32::from_bits((127 + 112) << 23);
     f32::from_bits(magnitude.to_bits() | (bits & 0x8000) << 16)
 }
 
 multiversion! {
-    fn score_portable(q: &[f32], keys: &[f16], d: usize, scores: &mut [[f32; RUN]]) {
+    fn score_portable<E: Element>(q: &[f32], keys: &[E], d: usize, scores: &mut [[f32; RUN]]) {
         for (t, tile) in keys.chunks_exact(TILE * d).enumerate() {
             for (q, scores) in q.chunks_exact(d).zip(scores.iter_mut()) {
                 let mut sums = [0.0f32; TILE];
                 for (lanes, q) in tile.as_chunks::<TILE>().0.iter().zip(q) {
                     for i in 0..TILE {
-                        sums[i] += q * widen(lanes[i]);
+                        sums[i] += q * lanes[i].to_f32();
                     }
                 }
                 scores[t * TILE..(t + 1) * TILE].copy_from_slice(&sums);
@@ -122,12 +130,12 @@ multiversion! {
 }
 
 multiversion! {
-    fn weigh_portable(weights: &[[f32; RUN]], values: &[f16], d: usize, sums: &mut [f32]) {
+    fn weigh_portable<E: Element>(weights: &[[f32; RUN]], values: &[E], d: usize, sums: &mut [f32]) {
         for (weights, sums) in weights.iter().zip(sums.chunks_exact_mut(d)) {
             sums.fill(0.0);
             for (value, weight) in values.chunks_exact(d).zip(weights) {
                 for (sum, x) in sums.iter_mut().zip(value) {
-                    *sum += weight * widen(*x);
+                    *sum += weight * x.to_f32();
                 }
             }
         }
@@ -136,17 +144,22 @@ multiversion! {
 
 #[cfg(target_arch = "x86_64")]
 mod avx512 {
-    use super::{QUERIES, RUN, TILE};
-    use half::f16;
+    use super::{Element, QUERIES, RUN, TILE};
     use std::arch::x86_64::*;
 
-    /// Sixteen f16 as f32.
+    /// Sixteen elements as f32.
     #[target_feature(enable = "avx512f")]
     #[inline]
     #[allow(unsafe_code)]
-    fn load(x: &[f16; 16]) -> __m512 {
-        // SAFETY: an array of 16 f16 is 32 readable bytes, and the load needs no alignment.
-        _mm512_cvtph_ps(unsafe { _mm256_loadu_si256(x.as_ptr().cast()) })
+    fn load<E: Element>(x: &[E; 16]) -> __m512 {
+        if size_of::<E>() == 2 {
+            // SAFETY: 16 elements of 2 bytes are 32 readable bytes, and the load needs no alignment.
+            _mm512_cvtph_ps(unsafe { _mm256_loadu_si256(x.as_ptr().cast()) })
+        } else {
+            const { assert!(size_of::<E>() == 2 || size_of::<E>() == 4) };
+            // SAFETY: 16 elements of 4 bytes are 64 readable bytes, and the load needs no alignment.
+            unsafe { _mm512_loadu_ps(x.as_ptr().cast()) }
+        }
     }
 
     #[target_feature(enable = "avx512f")]
@@ -158,41 +171,41 @@ mod avx512 {
     }
 
     #[target_feature(enable = "avx512f")]
-    pub(super) fn score(q: &[f32], keys: &[f16], d: usize, scores: &mut [[f32; RUN]]) {
+    pub(super) fn score<E: Element>(q: &[f32], keys: &[E], d: usize, scores: &mut [[f32; RUN]]) {
         // A vector of each query head for QUERIES tiles at a time: enough sums to hide the latency of an addition.
         match scores.len() {
-            1 => score_heads::<1>(q, keys, d, scores),
-            2 => score_heads::<2>(q, keys, d, scores),
-            3 => score_heads::<3>(q, keys, d, scores),
-            _ => score_heads::<QUERIES>(q, keys, d, scores),
+            1 => score_heads::<E, 1>(q, keys, d, scores),
+            2 => score_heads::<E, 2>(q, keys, d, scores),
+            3 => score_heads::<E, 3>(q, keys, d, scores),
+            _ => score_heads::<E, QUERIES>(q, keys, d, scores),
         }
     }
 
     #[target_feature(enable = "avx512f")]
-    fn score_heads<const G: usize>(q: &[f32], keys: &[f16], d: usize, scores: &mut [[f32; RUN]]) {
+    fn score_heads<E: Element, const G: usize>(q: &[f32], keys: &[E], d: usize, scores: &mut [[f32; RUN]]) {
         let q: [&[f32]; G] = std::array::from_fn(|g| &q[g * d..(g + 1) * d]);
         let num_tiles = keys.len() / (TILE * d);
         let mut tile = 0;
         while num_tiles - tile >= 4 {
-            score_tiles::<G, 4>(&q, keys, d, tile, scores);
+            score_tiles::<E, G, 4>(&q, keys, d, tile, scores);
             tile += 4;
         }
         while tile < num_tiles {
-            score_tiles::<G, 1>(&q, keys, d, tile, scores);
+            score_tiles::<E, G, 1>(&q, keys, d, tile, scores);
             tile += 1;
         }
     }
 
     #[target_feature(enable = "avx512f")]
-    fn score_tiles<const G: usize, const N: usize>(
+    fn score_tiles<E: Element, const G: usize, const N: usize>(
         q: &[&[f32]; G],
-        keys: &[f16],
+        keys: &[E],
         d: usize,
         first: usize,
         scores: &mut [[f32; RUN]],
     ) {
         let tile = |n: usize| keys[(first + n) * TILE * d..(first + n + 1) * TILE * d].as_chunks::<TILE>().0;
-        let tiles: [&[[f16; TILE]]; N] = std::array::from_fn(tile);
+        let tiles: [&[[E; TILE]]; N] = std::array::from_fn(tile);
         let mut sums = [[_mm512_setzero_ps(); N]; G];
         for i in 0..d {
             let mut lanes = [_mm512_setzero_ps(); N];
@@ -215,33 +228,33 @@ mod avx512 {
     }
 
     #[target_feature(enable = "avx512f")]
-    pub(super) fn weigh(weights: &[[f32; RUN]], values: &[f16], d: usize, sums: &mut [f32]) {
+    pub(super) fn weigh<E: Element>(weights: &[[f32; RUN]], values: &[E], d: usize, sums: &mut [f32]) {
         match weights.len() {
-            1 => weigh_heads::<1>(weights, values, d, sums),
-            2 => weigh_heads::<2>(weights, values, d, sums),
-            3 => weigh_heads::<3>(weights, values, d, sums),
-            _ => weigh_heads::<QUERIES>(weights, values, d, sums),
+            1 => weigh_heads::<E, 1>(weights, values, d, sums),
+            2 => weigh_heads::<E, 2>(weights, values, d, sums),
+            3 => weigh_heads::<E, 3>(weights, values, d, sums),
+            _ => weigh_heads::<E, QUERIES>(weights, values, d, sums),
         }
     }
 
     #[target_feature(enable = "avx512f")]
-    fn weigh_heads<const G: usize>(weights: &[[f32; RUN]], values: &[f16], d: usize, sums: &mut [f32]) {
+    fn weigh_heads<E: Element, const G: usize>(weights: &[[f32; RUN]], values: &[E], d: usize, sums: &mut [f32]) {
         let mut column = 0;
         while d - column >= 64 {
-            weigh_columns::<G, 4>(weights, values, d, column, sums);
+            weigh_columns::<E, G, 4>(weights, values, d, column, sums);
             column += 64;
         }
         while column < d {
-            weigh_columns::<G, 1>(weights, values, d, column, sums);
+            weigh_columns::<E, G, 1>(weights, values, d, column, sums);
             column += 16;
         }
     }
 
     /// Columns `first..first + 16 · N` of the sums.
     #[target_feature(enable = "avx512f")]
-    fn weigh_columns<const G: usize, const N: usize>(
+    fn weigh_columns<E: Element, const G: usize, const N: usize>(
         weights: &[[f32; RUN]],
-        values: &[f16],
+        values: &[E],
         d: usize,
         first: usize,
         sums: &mut [f32],
@@ -290,17 +303,25 @@ mod tests {
         let mut rng = Rng::new(34, 0);
         for (d, group) in [(64, 3), (16, 4), (80, 1), (48, 2)] {
             let num = 5 * TILE;
-            let x: Vec<f16> = rng.normals(num * d, 1.0).iter().map(|x| f16::from_f32(*x)).collect();
+            let exact = rng.normals(num * d, 1.0);
+            let halves: Vec<f16> = exact.iter().map(|x| f16::from_f32(*x)).collect();
             let q = rng.normals(group * d, 1.0);
-            let [mut a, mut b] = [[[0.0f32; RUN]; QUERIES]; 2];
-            score(&q, &x, d, &mut a[..group]);
-            score_portable(&q, &x, d, &mut b[..group]);
-            let close = |a: &[f32], b: &[f32]| a.iter().zip(b).all(|(a, b)| (a - b).abs() < 1e-4);
-            assert!(a.iter().zip(&b).all(|(a, b)| close(a, b)) && a[0][num - 1] != 0.0);
-            let [mut c, mut e] = [vec![f32::NAN; group * d], vec![f32::NAN; group * d]];
-            weigh(&a[..group], &x, d, &mut c);
-            weigh_portable(&a[..group], &x, d, &mut e);
-            assert!(c.iter().zip(&e).all(|(a, b)| (a - b).abs() < 2e-3), "{c:?} {e:?}");
+            agree(&q, &exact, d);
+            agree(&q, &halves, d);
         }
+    }
+
+    /// Both kernels on `x` as keys and as values.
+    fn agree<E: Element>(q: &[f32], x: &[E], d: usize) {
+        let (group, num) = (q.len() / d, x.len() / d);
+        let [mut a, mut b] = [[[0.0f32; RUN]; QUERIES]; 2];
+        score(q, x, d, &mut a[..group]);
+        score_portable(q, x, d, &mut b[..group]);
+        let close = |a: &[f32], b: &[f32]| a.iter().zip(b).all(|(a, b)| (a - b).abs() < 1e-4);
+        assert!(a.iter().zip(&b).all(|(a, b)| close(a, b)) && a[0][num - 1] != 0.0);
+        let [mut c, mut e] = [vec![f32::NAN; group * d], vec![f32::NAN; group * d]];
+        weigh(&a[..group], x, d, &mut c);
+        weigh_portable(&a[..group], x, d, &mut e);
+        assert!(c.iter().zip(&e).all(|(a, b)| (a - b).abs() < 2e-3), "{c:?} {e:?}");
     }
 }

@@ -65,18 +65,19 @@ fn best() -> Level {
 /// Defines a function whose body is compiled once per [`Level`] and picked at run time. Everything the body calls must
 /// be `#[inline(always)]` to be compiled with the same instructions.
 macro_rules! multiversion {
-    ($(#[$meta:meta])* $vis:vis fn $name:ident($($arg:ident: $ty:ty),* $(,)?) $(-> $ret:ty)? $body:block) => {
+    ($(#[$meta:meta])* $vis:vis fn $name:ident $(<$E:ident: $bound:ident>)? ($($arg:ident: $ty:ty),* $(,)?) $(-> $ret:ty)?
+     $body:block) => {
         $(#[$meta])*
         #[allow(unsafe_code)]
-        $vis fn $name($($arg: $ty),*) $(-> $ret)? {
+        $vis fn $name $(<$E: $bound>)? ($($arg: $ty),*) $(-> $ret)? {
             #[inline(always)]
-            fn body($($arg: $ty),*) $(-> $ret)? $body
+            fn body $(<$E: $bound>)? ($($arg: $ty),*) $(-> $ret)? $body
             #[cfg(target_arch = "x86_64")]
             {
                 #[target_feature(enable = "avx512f,avx512vl,avx512bw,avx512dq,avx2,fma")]
-                fn avx512($($arg: $ty),*) $(-> $ret)? { body($($arg),*) }
+                fn avx512 $(<$E: $bound>)? ($($arg: $ty),*) $(-> $ret)? { body($($arg),*) }
                 #[target_feature(enable = "avx2,fma")]
-                fn avx2($($arg: $ty),*) $(-> $ret)? { body($($arg),*) }
+                fn avx2 $(<$E: $bound>)? ($($arg: $ty),*) $(-> $ret)? { body($($arg),*) }
                 match $crate::cpu::simd::level() {
                     // SAFETY: `level` has seen these features on this processor.
                     $crate::cpu::simd::Level::Avx512 => return unsafe { avx512($($arg),*) },

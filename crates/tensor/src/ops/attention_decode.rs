@@ -1,7 +1,7 @@
 //! Attention of a few new tokens over the cached keys and values of one sequence (grouped heads, causal):
 //! o = softmax(q kᵀ / √D) v, where the last of T queries sees all keys, the one before all but the last, and so on.
 //!
-//! Reading the cache is what this costs, so keys and values are kept in f16 and each is read once for all query heads that
+//! Reading the cache is what this costs, so keys and values may be kept in f16, and each is read once for all query heads that
 //! share it. A long context is cut into runs of [`RUN`] keys that threads work on independently; their partial results are
 //! merged in order ("Flash-Decoding for long-context inference", Dao et al., 2023), so the result does not depend on the
 //! number of threads.
@@ -11,6 +11,7 @@ use crate::{Tensor, cpu, team};
 use bytemuck::{Pod, Zeroable};
 use half::{f16, slice::HalfFloatSliceExt};
 use rayon::prelude::*;
+use std::marker::PhantomData;
 
 /// Keys that stand side by side, element by element: the lanes of a 512-bit vector of f32.
 pub(crate) const TILE: usize = 16;
@@ -18,17 +19,71 @@ pub(crate) const TILE: usize = 16;
 /// Keys of which one task makes a partial result.
 pub(crate) const RUN: usize = 256;
 
-/// One cache line of f16.
+/// A number as a cache keeps it.
+pub trait Element: Pod + Send + Sync {
+    /// `x` as such numbers: calls `put` with pieces of them, in order, and where each begins.
+    fn narrow(x: &[f32], put: impl FnMut(usize, &[Self]));
+
+    /// `to[i]` = `from[i]`, exactly.
+    fn widen(from: &[Self], to: &mut [f32]);
+
+    /// This number, exactly.
+    fn to_f32(self) -> f32;
+}
+
+impl Element for f32 {
+    fn narrow(x: &[f32], mut put: impl FnMut(usize, &[f32])) {
+        put(0, x);
+    }
+
+    fn widen(from: &[f32], to: &mut [f32]) {
+        to.copy_from_slice(from);
+    }
+
+    #[inline(always)]
+    fn to_f32(self) -> f32 {
+        self
+    }
+}
+
+/// Elements that are converted at a time: the conversion is several times faster over a slice than one by one.
+const CONVERT: usize = 64;
+
+/// Numbers beyond ±65504 become ±65504.
+impl Element for f16 {
+    fn narrow(x: &[f32], mut put: impl FnMut(usize, &[f16])) {
+        let (mut clamped, mut halves) = ([0.0; CONVERT], [f16::ZERO; CONVERT]);
+        for (i, x) in x.chunks(CONVERT).enumerate() {
+            for (to, x) in clamped.iter_mut().zip(x) {
+                *to = x.clamp(-65504.0, 65504.0);
+            }
+            halves.convert_from_f32_slice(&clamped);
+            put(i * CONVERT, &halves[..x.len()]);
+        }
+    }
+
+    fn widen(from: &[f16], to: &mut [f32]) {
+        from.convert_to_f32_slice(to);
+    }
+
+    #[inline(always)]
+    fn to_f32(self) -> f32 {
+        cpu::attention_decode::widen(self)
+    }
+}
+
+/// One cache line.
 #[derive(Clone, Copy, Pod, Zeroable)]
 #[repr(C, align(64))]
-struct Line([f16; 32]);
+struct Line([u8; 64]);
 
-/// Keys and values of one layer for the tokens of one sequence, in f16; numbers beyond ±65504 are stored as ±65504.
-/// Memory grows with the tokens, [`RUN`] at a time.
+/// Keys and values of one layer for the tokens of one sequence, as numbers of type `E`. Memory grows with the tokens, [`RUN`]
+/// at a time.
 #[derive(Clone, Debug)]
-pub struct KeyValues {
+pub struct KeyValues<E> {
     heads: Heads,
     per_head: Vec<HeadCache>,
+    elements: PhantomData<E>,
 }
 
 /// The cache of one key/value head.
@@ -47,34 +102,19 @@ impl std::fmt::Debug for HeadCache {
 }
 
 impl HeadCache {
-    fn k(&self) -> &[f16] {
+    fn k<E: Element>(&self) -> &[E] {
         bytemuck::cast_slice(&self.k)
     }
 
-    fn v(&self) -> &[f16] {
+    fn v<E: Element>(&self) -> &[E] {
         bytemuck::cast_slice(&self.v)
     }
 }
 
-/// Elements that are converted at a time: the conversion is several times faster over a slice than one by one.
-const CONVERT: usize = 64;
-
-/// `x` as f16, saturating: calls `put` with the place of each piece and its at most [`CONVERT`] elements.
-fn narrow(x: &[f32], mut put: impl FnMut(usize, &[f16])) {
-    let (mut clamped, mut halves) = ([0.0; CONVERT], [f16::ZERO; CONVERT]);
-    for (i, x) in x.chunks(CONVERT).enumerate() {
-        for (to, x) in clamped.iter_mut().zip(x) {
-            *to = x.clamp(-65504.0, 65504.0);
-        }
-        halves.convert_from_f32_slice(&clamped);
-        put(i * CONVERT, &halves[..x.len()]);
-    }
-}
-
-impl KeyValues {
+impl<E: Element> KeyValues<E> {
     /// An empty cache.
     pub fn new(heads: Heads) -> Self {
-        Self { heads, per_head: vec![HeadCache::default(); heads.num_kv_heads] }
+        Self { heads, per_head: vec![HeadCache::default(); heads.num_kv_heads], elements: PhantomData }
     }
 
     /// Writes `k` and `v` [T, K·D] as tokens `at..at + T`; what was there or behind is forgotten.
@@ -85,27 +125,27 @@ impl KeyValues {
         let (num_tokens, d) = (k.rows(), self.heads.head_dim);
         assert!(k.shape() == v.shape() && k.cols() == self.heads.kv_cols(), "k {:?}, v {:?}", k.shape(), v.shape());
         assert!(at <= self.room(), "token {at} behind {} that are there", self.room());
-        let lines = ((at + num_tokens).next_multiple_of(RUN) * d).div_ceil(32);
+        let lines = ((at + num_tokens).next_multiple_of(RUN) * d * size_of::<E>()).div_ceil(size_of::<Line>());
         let write_head = |(head, cache): (usize, &mut HeadCache)| {
             for buffer in [&mut cache.k, &mut cache.v] {
                 if lines > buffer.len() {
                     buffer.reserve_exact(lines - buffer.len());
-                    buffer.resize(lines, Line([f16::ZERO; 32]));
+                    buffer.resize(lines, Line::zeroed());
                 }
             }
-            let keys: &mut [f16] = bytemuck::cast_slice_mut(&mut cache.k);
-            let values: &mut [f16] = bytemuck::cast_slice_mut(&mut cache.v);
+            let keys: &mut [E] = bytemuck::cast_slice_mut(&mut cache.k);
+            let values: &mut [E] = bytemuck::cast_slice_mut(&mut cache.v);
             for t in 0..num_tokens {
                 let token = at + t;
                 let columns = head * d..(head + 1) * d;
                 let (tile, lane) = (&mut keys[token / TILE * TILE * d..][..TILE * d], token % TILE);
-                narrow(&k.row(t)[columns.clone()], |first, halves| {
-                    for (i, x) in halves.iter().enumerate() {
+                E::narrow(&k.row(t)[columns.clone()], |first, part| {
+                    for (i, x) in part.iter().enumerate() {
                         tile[(first + i) * TILE + lane] = *x;
                     }
                 });
                 let row = &mut values[token * d..(token + 1) * d];
-                narrow(&v.row(t)[columns], |first, halves| row[first..first + halves.len()].copy_from_slice(halves));
+                E::narrow(&v.row(t)[columns], |first, part| row[first..first + part.len()].copy_from_slice(part));
             }
         };
         if num_tokens < TILE {
@@ -129,15 +169,15 @@ impl KeyValues {
             let num_rows = k.len() / cols;
             for (head, cache) in self.per_head.iter().enumerate() {
                 let mut line = [0.0; TILE];
-                for (i, lanes) in cache.k()[tile * TILE * d..][..TILE * d].chunks_exact(TILE).enumerate() {
-                    lanes.convert_to_f32_slice(&mut line);
+                for (i, lanes) in cache.k::<E>()[tile * TILE * d..][..TILE * d].chunks_exact(TILE).enumerate() {
+                    E::widen(lanes, &mut line);
                     for (t, x) in line[..num_rows].iter().enumerate() {
                         k[t * cols + head * d + i] = *x;
                     }
                 }
-                let values = cache.v()[tile * TILE * d..].chunks_exact(d);
+                let values = cache.v::<E>()[tile * TILE * d..].chunks_exact(d);
                 for (row, value) in v.chunks_exact_mut(cols).zip(values) {
-                    value.convert_to_f32_slice(&mut row[head * d..(head + 1) * d]);
+                    E::widen(value, &mut row[head * d..(head + 1) * d]);
                 }
             }
         });
@@ -145,7 +185,7 @@ impl KeyValues {
 
     /// Tokens that the memory held now has room for.
     fn room(&self) -> usize {
-        self.per_head.first().map_or(0, |cache| cache.k().len() / self.heads.head_dim)
+        self.per_head.first().map_or(0, |cache| cache.k::<E>().len() / self.heads.head_dim)
     }
 
     /// Bytes of memory held.
@@ -166,7 +206,7 @@ pub struct Scratch {
 /// # Panics
 /// When shapes do not fit, or the cache holds fewer tokens.
 #[allow(unsafe_code)]
-pub fn forward(q: &Tensor, cache: &KeyValues, num_keys: usize, o: &mut Tensor, scratch: &mut Scratch) {
+pub fn forward<E: Element>(q: &Tensor, cache: &KeyValues<E>, num_keys: usize, o: &mut Tensor, scratch: &mut Scratch) {
     let heads = cache.heads;
     let (d, group, num_rows) = (heads.head_dim, heads.group(), q.rows());
     assert_eq!(q.cols(), heads.q_cols());
@@ -179,8 +219,8 @@ pub fn forward(q: &Tensor, cache: &KeyValues, num_keys: usize, o: &mut Tensor, s
     team::for_each(num_runs * heads.num_kv_heads, |task| {
         let (run, kv_head) = (task / heads.num_kv_heads, task % heads.num_kv_heads);
         let first = run * RUN;
-        let keys = &cache.per_head[kv_head].k()[first * d..];
-        let values = &cache.per_head[kv_head].v()[first * d..];
+        let keys = &cache.per_head[kv_head].k::<E>()[first * d..];
+        let values = &cache.per_head[kv_head].v::<E>()[first * d..];
         for row in 0..num_rows {
             let seen = (num_keys - num_rows + row + 1).saturating_sub(first).min(RUN);
             let q = &q.row(row)[kv_head * group * d..(kv_head + 1) * group * d];
@@ -209,27 +249,26 @@ mod tests {
     }
 
     /// As it comes back from the cache.
-    fn rounded(x: &Tensor) -> Tensor {
-        let values: Vec<f32> = x.data().iter().map(|x| f16::from_f32(*x).to_f32()).collect();
+    fn rounded<E: Element>(x: &Tensor) -> Tensor {
+        let mut values = Vec::new();
+        E::narrow(x.data(), |_, part| values.extend(part.iter().map(|x| x.to_f32())));
         Tensor::from_slice(x.shape(), &values)
     }
 
-    #[test]
-    fn matches_attention_over_the_same_numbers() {
-        let mut rng = Rng::new(31, 0);
-        let mut scratch = Scratch::default();
+    fn matches_the_training_kernel<E: Element>() {
+        let (mut rng, mut scratch) = (Rng::new(31, 0), Scratch::default());
         for (num_heads, num_kv_heads, head_dim) in [(9, 3, 64), (4, 2, 6), (8, 1, 16), (5, 1, 80), (2, 2, 128)] {
             let heads = Heads { num_heads, num_kv_heads, head_dim };
             for (num_rows, num_keys) in [(1, 1), (1, 15), (3, 16), (2, 257), (4, 260), (1, 700)] {
                 let q = random(&mut rng, num_rows, heads.q_cols());
                 let [k, v] = [(); 2].map(|_| random(&mut rng, num_keys, heads.kv_cols()));
-                let mut cache = KeyValues::new(heads);
+                let mut cache = KeyValues::<E>::new(heads);
                 cache.write(0, &k, &v);
                 let mut o = Tensor::default();
                 forward(&q, &cache, num_keys, &mut o, &mut scratch);
                 let (mut want, mut lse) = (Tensor::default(), Tensor::default());
                 let segments = [Segment { queries: 0..num_rows, keys: 0..num_keys }];
-                reference(&q, &rounded(&k), &rounded(&v), &segments, heads, &mut want, &mut lse);
+                reference(&q, &rounded::<E>(&k), &rounded::<E>(&v), &segments, heads, &mut want, &mut lse);
                 for (a, b) in o.data().iter().zip(want.data()) {
                     assert!((a - b).abs() < 2e-6, "{heads:?} {num_rows} {num_keys}: {a} {b}");
                 }
@@ -238,27 +277,45 @@ mod tests {
     }
 
     #[test]
-    fn tokens_may_come_one_by_one_and_be_forgotten() {
+    fn both_caches_match_the_training_kernel() {
+        matches_the_training_kernel::<f16>();
+        matches_the_training_kernel::<f32>();
+    }
+
+    fn tokens_may_come_one_by_one<E: Element>() {
         let mut rng = Rng::new(32, 0);
         let heads = Heads { num_heads: 2, num_kv_heads: 2, head_dim: 24 };
         let [k, v] = [(); 2].map(|_| random(&mut rng, 300, 48));
         let part = |t: &Tensor, rows: std::ops::Range<usize>| {
             Tensor::from_slice(&[rows.len(), 48], &t.data()[rows.start * 48..rows.end * 48])
         };
-        let mut cache = KeyValues::new(heads);
+        let mut cache = KeyValues::<E>::new(heads);
         cache.write(0, &part(&k, 7..250), &part(&v, 7..250));
         for token in (0..240).chain(230..300) {
             cache.write(token, &part(&k, token..token + 1), &part(&v, token..token + 1));
         }
         let (mut got_k, mut got_v) = (Tensor::zeros(&[301, 48]), Tensor::zeros(&[301, 48]));
         cache.read(300, &mut got_k, &mut got_v);
-        assert_eq!(part(&got_k, 0..300).data(), rounded(&k).data());
-        assert_eq!(part(&got_v, 0..300).data(), rounded(&v).data());
+        assert_eq!(part(&got_k, 0..300).data(), rounded::<E>(&k).data());
+        assert_eq!(part(&got_v, 0..300).data(), rounded::<E>(&v).data());
         assert_eq!(got_k.row(300), &[0.0; 48]);
-        assert_eq!(cache.bytes(), 2 * 2 * 512 * 24 * 2);
-        cache.write(5, &Tensor::from_slice(&[1, 48], &[1e9; 48]), &Tensor::from_slice(&[1, 48], &[-1e9; 48]));
-        cache.read(6, &mut got_k, &mut got_v);
-        assert_eq!((got_k.row(5)[0], got_v.row(5)[47]), (65504.0, -65504.0));
+        assert_eq!(cache.bytes(), 2 * 2 * 512 * 24 * size_of::<E>());
+    }
+
+    #[test]
+    fn tokens_may_come_one_by_one_and_be_forgotten() {
+        tokens_may_come_one_by_one::<f16>();
+        tokens_may_come_one_by_one::<f32>();
+    }
+
+    #[test]
+    fn what_is_too_large_for_f16_saturates() {
+        let heads = Heads { num_heads: 2, num_kv_heads: 2, head_dim: 24 };
+        let mut cache = KeyValues::<f16>::new(heads);
+        cache.write(0, &Tensor::from_slice(&[1, 48], &[1e9; 48]), &Tensor::from_slice(&[1, 48], &[-1e9; 48]));
+        let (mut k, mut v) = (Tensor::zeros(&[1, 48]), Tensor::zeros(&[1, 48]));
+        cache.read(1, &mut k, &mut v);
+        assert_eq!((k.row(0)[0], v.row(0)[47]), (65504.0, -65504.0));
     }
 
     #[test]
@@ -267,7 +324,7 @@ mod tests {
         let heads = Heads { num_heads: 6, num_kv_heads: 2, head_dim: 32 };
         let q = random(&mut rng, 2, heads.q_cols());
         let [k, v] = [(); 2].map(|_| random(&mut rng, 1000, heads.kv_cols()));
-        let mut cache = KeyValues::new(heads);
+        let mut cache = KeyValues::<f16>::new(heads);
         cache.write(0, &k, &v);
         let results = [1, 3].map(|threads| {
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
