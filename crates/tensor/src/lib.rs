@@ -5,6 +5,8 @@
 //! function says.
 
 mod cpu;
+pub mod cuda;
+mod device;
 mod freed;
 mod int8_weight;
 mod mapped;
@@ -19,6 +21,7 @@ pub mod team;
 mod tensor;
 mod weight;
 pub use cpu::matmul::threads as num_threads;
+pub use device::{Device, Dtype};
 pub use freed::release_freed_memory;
 pub use int8_weight::Int8Weight;
 pub use mapped::MappedFile;

@@ -39,6 +39,15 @@ pub struct Nf4 {
     scales: Scales,
 }
 
+/// What [`Nf4`] consists of.
+#[derive(Clone, Copy)]
+pub(crate) enum Nf4Parts<'a> {
+    /// With the absolute maximum of each block.
+    Plain { packed: &'a [u8], maxima: &'a [f32] },
+    /// With maxima rounded to [`dynamic_code`] in groups.
+    Double { packed: &'a [u8], codes: &'a [u8], groups: &'a [f32], offset: f32 },
+}
+
 #[derive(Clone, Debug)]
 enum Scales {
     /// The absolute maximum of each block.
@@ -63,6 +72,15 @@ impl Nf4 {
         );
         let scales = if double { Scales::double(&absmax) } else { Scales::Plain(absmax) };
         Self { len: values.len(), packed, scales }
+    }
+
+    /// Codes and scales as they are stored.
+    pub(crate) fn parts(&self) -> Nf4Parts<'_> {
+        let packed = self.packed.as_slice();
+        match &self.scales {
+            Scales::Plain(maxima) => Nf4Parts::Plain { packed, maxima },
+            Scales::Double { codes, groups, offset } => Nf4Parts::Double { packed, codes, groups, offset: *offset },
+        }
     }
 
     /// The two codes of each pair of elements, the first in the high nibble.

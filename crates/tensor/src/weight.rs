@@ -3,10 +3,11 @@
 //! A packed matrix is decoded to f32 a panel of rows at a time, where a product needs it; the dense matrix is never
 //! built. Decoding is exact, so products over a packed matrix are those over the dense one.
 
+use crate::cuda::DeviceWeight;
 use crate::nf4::Nf4;
 use crate::packed_int::{GGUF_BLOCK, PackedInt};
 use crate::quant::{BlockType, all_finite, dequantize};
-use crate::{Int8Weight, MappedFile, Tensor};
+use crate::{Device, Dtype, Int8Weight, MappedFile, Tensor};
 use rayon::prelude::*;
 use std::ops::Range;
 use std::sync::Arc;
@@ -20,6 +21,8 @@ pub enum Weight {
     Packed(Packed),
     /// A frozen matrix rounded to 8 bits, multiplied as integers.
     Int8(Int8Weight),
+    /// A frozen matrix in a smaller encoding on a GPU. A dense tensor may be there too.
+    Device(DeviceWeight),
 }
 
 impl Weight {
@@ -29,6 +32,7 @@ impl Weight {
             Self::Dense(tensor) => tensor.shape(),
             Self::Packed(packed) => &packed.shape,
             Self::Int8(int8) => int8.shape(),
+            Self::Device(weight) => weight.shape(),
         }
     }
 
@@ -56,7 +60,7 @@ impl Weight {
     pub fn dense(&self) -> Option<&Tensor> {
         match self {
             Self::Dense(tensor) => Some(tensor),
-            Self::Packed(_) | Self::Int8(_) => None,
+            Self::Packed(_) | Self::Int8(_) | Self::Device(_) => None,
         }
     }
 
@@ -67,7 +71,7 @@ impl Weight {
     pub fn tensor(&self) -> &Tensor {
         match self {
             Self::Dense(tensor) => tensor,
-            Self::Packed(_) | Self::Int8(_) => {
+            Self::Packed(_) | Self::Int8(_) | Self::Device(_) => {
                 panic!("a weight of shape {:?} is {} where a dense one is needed", self.shape(), self.encoding())
             }
         }
@@ -80,7 +84,7 @@ impl Weight {
     pub fn tensor_mut(&mut self) -> &mut Tensor {
         match self {
             Self::Dense(tensor) => tensor,
-            Self::Packed(_) | Self::Int8(_) => {
+            Self::Packed(_) | Self::Int8(_) | Self::Device(_) => {
                 panic!("a weight of shape {:?} is {} where a dense one is needed", self.shape(), self.encoding())
             }
         }
@@ -95,6 +99,7 @@ impl Weight {
             Self::Dense(tensor) => tensor.clone(),
             Self::Packed(packed) => packed.to_tensor(),
             Self::Int8(_) => panic!("the values of an int8 weight of shape {:?} are gone", self.shape()),
+            Self::Device(_) => panic!("{ON_GPU}"),
         }
     }
 
@@ -107,6 +112,7 @@ impl Weight {
             Self::Dense(tensor) => out.copy_from_slice(tensor.row(i)),
             Self::Packed(packed) => packed.decode_rows(i..i + 1, out),
             Self::Int8(_) => panic!("the values of an int8 weight of shape {:?} are gone", self.shape()),
+            Self::Device(_) => panic!("{ON_GPU}"),
         }
     }
 
@@ -117,6 +123,7 @@ impl Weight {
         let shape = [self.rows(), self.cols()];
         let integers = match self {
             Self::Int8(_) => return self.clone(),
+            Self::Device(_) => panic!("{ON_GPU}"),
             Self::Dense(tensor) => PackedInt::from_tensor(tensor, GGUF_BLOCK),
             Self::Packed(packed) => match &packed.encoding {
                 Encoding::Integers(integers) => integers.clone(),
@@ -153,9 +160,10 @@ impl Weight {
     /// Bytes of the encoded elements.
     pub fn num_bytes(&self) -> usize {
         match self {
-            Self::Dense(tensor) => 4 * tensor.len(),
+            Self::Dense(tensor) => tensor.dtype().bytes() * tensor.len(),
             Self::Packed(packed) => packed.num_bytes(),
             Self::Int8(int8) => int8.num_bytes(),
+            Self::Device(weight) => weight.num_bytes(),
         }
     }
 
@@ -165,9 +173,48 @@ impl Weight {
             Self::Dense(_) => BlockType::F32.name(),
             Self::Packed(packed) => packed.encoding(),
             Self::Int8(_) => "int8",
+            Self::Device(weight) => weight.encoding(),
         }
     }
 }
+
+impl Weight {
+    /// Where the elements are.
+    pub fn device(&self) -> Device {
+        match self {
+            Self::Dense(tensor) => tensor.device(),
+            Self::Packed(_) | Self::Int8(_) => Device::Cpu,
+            Self::Device(weight) => Device::Cuda(weight.gpu().clone()),
+        }
+    }
+
+    /// A copy on `device` for products with activations of `dtype`: quantised blocks and NF4 as they are, everything else
+    /// dense in `dtype`.
+    ///
+    /// # Panics
+    /// When the weight is rounded to 8 bits for the processor's products.
+    pub fn to_device(&self, device: &Device, dtype: Dtype) -> Self {
+        let Some(gpu) = device.gpu() else { return self.clone() };
+        match self {
+            Self::Dense(tensor) => Self::Dense(tensor.to_device(device, dtype)),
+            Self::Packed(packed) => match &packed.encoding {
+                Encoding::Nf4(nf4) => Self::Device(DeviceWeight::nf4(gpu, dtype, packed.shape, nf4.parts())),
+                Encoding::Blocks { kind, bytes, interleaved_heads } if kind.block_len() > 1 => {
+                    let bytes = bytes.as_slice();
+                    Self::Device(DeviceWeight::blocks(gpu, dtype, packed.shape, *kind, bytes, *interleaved_heads))
+                }
+                Encoding::Blocks { .. } | Encoding::Integers(_) => {
+                    Self::Dense(packed.to_tensor().to_device(device, dtype))
+                }
+            },
+            Self::Int8(_) => panic!("int8 products are the processor's"),
+            Self::Device(_) => panic!("{ON_GPU}"),
+        }
+    }
+}
+
+/// Why the elements cannot be had.
+const ON_GPU: &str = "the weight is on a GPU in its encoding; what it was made from has its elements";
 
 impl From<Tensor> for Weight {
     fn from(tensor: Tensor) -> Self {

@@ -45,6 +45,12 @@ impl Factors {
         }
     }
 
+    /// All of them, in the order of their declaration, each of the two-element arrays one after the other.
+    pub(crate) fn values(&self) -> [f32; 9] {
+        let Self { betas: [b1, b2], rests: [r1, r2], decay, rate, root, epsilon, grad_scale } = *self;
+        [b1, b2, r1, r2, decay, rate, root, epsilon, grad_scale]
+    }
+
     /// Updates one weight and its moments.
     #[inline(always)]
     pub(crate) fn apply(&self, value: &mut f32, grad: f32, m: &mut f32, v: &mut f32) {

@@ -30,6 +30,16 @@ fn code(sign: Sign) -> &'static Code {
     &codes[usize::from(sign == Sign::Unsigned)]
 }
 
+/// Levels and ends of the signed code, then of the unsigned one, 256 each.
+pub(crate) fn tables() -> [f32; 1024] {
+    let mut tables = [0.0; 1024];
+    for (sign, table) in [Sign::Signed, Sign::Unsigned].into_iter().zip(tables.chunks_exact_mut(512)) {
+        table[..256].copy_from_slice(&code(sign).levels);
+        table[256..].copy_from_slice(&code(sign).ends);
+    }
+    tables
+}
+
 /// The magnitudes of the dynamic code: decade i of seven holds the middles of 2^i (signed) or 2^(i + 1) (unsigned) equal
 /// parts; 0 comes before them. The unsigned code has room for 1; the signed one is stretched to end there.
 pub(crate) fn levels(sign: Sign) -> Vec<f32> {

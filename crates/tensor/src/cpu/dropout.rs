@@ -9,8 +9,7 @@ use rayon::prelude::*;
 /// elsewhere.
 #[inline(always)]
 fn factors(row: u64, cols: usize, mask: Mask, mut f: impl FnMut(usize, f32)) {
-    let keep = 1.0 / (1.0 - mask.p);
-    let threshold = (mask.p as f64 * (1u64 << 32) as f64) as u32;
+    let (keep, threshold) = (mask.keep(), mask.threshold());
     let key = [mask.seed as u32, (mask.seed >> 32) as u32];
     let blocks = cols.div_ceil(4) as u64;
     for block in 0..blocks {

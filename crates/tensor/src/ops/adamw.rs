@@ -1,6 +1,6 @@
 //! AdamW (Loshchilov and Hutter, "Decoupled weight decay regularization", 2019), in the order of operations of PyTorch.
 
-use crate::{Tensor, cpu};
+use crate::{Tensor, cpu, cuda};
 
 /// The numbers of one update.
 #[derive(Clone, Copy, Debug)]
@@ -25,7 +25,22 @@ pub struct Step {
 pub fn update(value: &mut Tensor, grad: &Tensor, m: &mut Tensor, v: &mut Tensor, step: &Step) {
     assert!(value.len() == grad.len() && value.len() == m.len() && value.len() == v.len());
     assert!(step.number > 0, "updates count from 1");
+    if let Some(gpu) = value.gpu().cloned() {
+        return cuda::optimizer::update(&gpu, value, None, grad, m, v, step);
+    }
     cpu::adamw::update(value.data_mut(), grad.data(), m.data_mut(), v.data_mut(), step);
+}
+
+/// As [`update`], of weights in bf16 on a GPU whose f32 values are kept in two halves: `value` is the upper one, and `low` (16
+/// bits an element) is what rounding left, so that steps too small for bf16 add up.
+///
+/// # Panics
+/// When the tensors are on the processor.
+pub fn update_split(value: &mut Tensor, low: &mut Tensor, grad: &Tensor, m: &mut Tensor, v: &mut Tensor, step: &Step) {
+    assert!(value.len() == grad.len() && value.len() == m.len() && value.len() == v.len());
+    assert!(step.number > 0, "updates count from 1");
+    let Some(gpu) = value.gpu().cloned() else { panic!("{value:?} must be on a GPU") };
+    cuda::optimizer::update(&gpu, value, Some(low), grad, m, v, step);
 }
 
 #[cfg(test)]

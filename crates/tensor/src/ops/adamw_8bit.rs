@@ -8,8 +8,10 @@
 //! explodes, while the smallest code makes one that is merely too short. And the code of the first moment is a sign and 7
 //! bits of magnitude, so that the largest element of a block is exact whatever its sign.
 
+use crate::cuda::{self, Buffer, Gpu};
 use crate::ops::adamw::Step;
 use crate::{Tensor, cpu};
+use std::sync::Arc;
 
 /// Elements that share a scale.
 pub const BLOCK: usize = 256;
@@ -51,6 +53,46 @@ impl Moment {
         blocks.for_each(|((values, codes), scale)| cpu::adamw_8bit::decode(codes, *scale, self.sign, values));
         values
     }
+}
+
+/// A moment on a GPU.
+#[derive(Debug)]
+pub struct DeviceMoment {
+    pub(crate) codes: Buffer,
+    pub(crate) scales: Buffer,
+    len: usize,
+    sign: Sign,
+}
+
+impl DeviceMoment {
+    /// A copy of `moment` on `gpu`.
+    pub fn new(gpu: &Arc<Gpu>, moment: &Moment) -> Self {
+        let Moment { codes, scales, sign } = moment;
+        Self { codes: gpu.upload(codes), scales: gpu.upload(scales), len: codes.len(), sign: *sign }
+    }
+
+    /// A copy on the processor.
+    pub fn to_host(&self) -> Moment {
+        let mut moment = Moment::zeros(self.len, self.sign);
+        self.codes.read(0, &mut moment.codes);
+        self.scales.read(0, bytemuck::cast_slice_mut(&mut moment.scales));
+        moment
+    }
+}
+
+/// [`update`] on a GPU; `low` as in [`crate::ops::adamw::update_split`].
+pub fn update_on_device(
+    value: &mut Tensor,
+    low: Option<&mut Tensor>,
+    grad: &Tensor,
+    m: &mut DeviceMoment,
+    r: &mut DeviceMoment,
+    step: &Step,
+) {
+    assert!(value.len() == grad.len() && value.len() == m.len && value.len() == r.len);
+    assert!((m.sign, r.sign) == (Sign::Signed, Sign::Unsigned) && step.number > 0, "updates count from 1");
+    let gpu = m.codes.gpu().clone();
+    cuda::optimizer::update_8bit(&gpu, value, low, grad, m, r, step);
 }
 
 /// Updates `value`, its first moment `m` (signed) and the root `r` of its second moment (unsigned), all of one length, with

@@ -1,7 +1,7 @@
 //! Causal scaled dot-product attention with grouped heads over independent segments:
 //! o = softmax(q kᵀ / √D, causal) v, for each segment and query head; query head h reads key/value head h / (H / K).
 
-use crate::{Tensor, cpu};
+use crate::{Tensor, cpu, cuda};
 use std::ops::Range;
 
 /// Bytes of the tiles that each thread keeps.
@@ -96,9 +96,30 @@ pub fn forward(
     lse: &mut Tensor,
 ) {
     check(q, k, v, segments, heads);
-    o.resize(q.shape());
-    lse.resize(&[q.rows(), heads.num_heads]);
+    if let Some(gpu) = q.gpu() {
+        return cuda::attention::forward(gpu, q, k, v, segments, heads, o, lse);
+    }
+    o.resize_like(q, q.shape());
+    lse.resize_like(q, &[q.rows(), heads.num_heads]);
     cpu::attention::forward(q.data(), k.data(), v.data(), segments, heads, o.data_mut(), lse.data_mut());
+}
+
+/// `o` [T, H·D] of the last T tokens `q` of one sequence over the first `num_keys` rows of `k` and `v`, theirs included; `lse` is
+/// a buffer.
+pub fn forward_last(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    num_keys: usize,
+    heads: Heads,
+    o: &mut Tensor,
+    lse: &mut Tensor,
+) {
+    if let Some(gpu) = q.gpu().filter(|_| cuda::decode::takes(q.rows(), heads)) {
+        return cuda::decode::attention(gpu, q, k, v, num_keys, heads, o);
+    }
+    let segments = [Segment { queries: 0..q.rows(), keys: 0..num_keys }];
+    forward(q, k, v, &segments, heads, o, lse);
 }
 
 /// `d_q` [T, H·D], `d_k`, `d_v` [T, K·D] = gradients for `d_o` [T, H·D]. Segments must have as many queries as keys and
@@ -118,9 +139,12 @@ pub fn backward(
 ) {
     check(q, k, v, segments, heads);
     assert!(segments.iter().all(|s| s.queries == s.keys) && k.rows() == q.rows(), "training has no cache");
-    d_q.resize(q.shape());
-    d_k.resize(k.shape());
-    d_v.resize(v.shape());
+    if let Some(gpu) = q.gpu() {
+        return cuda::attention::backward(gpu, q, k, v, o, lse, d_o, segments, heads, d_q, d_k, d_v);
+    }
+    d_q.resize_like(q, q.shape());
+    d_k.resize_like(k, k.shape());
+    d_v.resize_like(v, v.shape());
     cpu::attention::backward(
         q.data(),
         k.data(),

@@ -2,7 +2,7 @@
 //! backward pass makes it again, every device draws the same one, and rows that are taken in several parts get what they
 //! would have got together.
 
-use crate::{Tensor, cpu};
+use crate::{Tensor, cpu, cuda};
 
 /// Which mask: a probability of dropping, a seed for the run, and a stream for (step, layer, module).
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -17,15 +17,33 @@ pub struct Mask {
     pub first_row: u64,
 }
 
+impl Mask {
+    /// An element is dropped when its random word is below this.
+    pub(crate) fn threshold(&self) -> u32 {
+        (self.p as f64 * (1u64 << 32) as f64) as u32
+    }
+
+    /// Factor of what is kept.
+    pub(crate) fn keep(&self) -> f32 {
+        1.0 / (1.0 - self.p)
+    }
+}
+
 /// `y` [T, d] = masked and rescaled `x`.
 pub fn forward(x: &Tensor, mask: Mask, y: &mut Tensor) {
-    y.resize(x.shape());
+    if let Some(gpu) = x.gpu() {
+        return cuda::elementwise::dropout(gpu, x, mask, y, false);
+    }
+    y.resize_like(x, x.shape());
     cpu::dropout::forward(x.data(), x.cols(), mask, y.data_mut());
 }
 
 /// `d_x` **+=** masked and rescaled `d_y`.
 pub fn backward(d_y: &Tensor, mask: Mask, d_x: &mut Tensor) {
     assert_eq!(d_y.shape(), d_x.shape());
+    if let Some(gpu) = d_y.gpu() {
+        return cuda::elementwise::dropout(gpu, d_y, mask, d_x, true);
+    }
     cpu::dropout::backward(d_y.data(), d_y.cols(), mask, d_x.data_mut());
 }
 

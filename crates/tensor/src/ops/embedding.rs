@@ -1,13 +1,17 @@
 //! Token embedding: x[t] = table[ids[t]].
 
-use crate::{Tensor, Weight};
+use crate::{Device, Dtype, Tensor, Weight, cuda};
 
 /// `x` [T, d] = rows `ids` [T] of `table` [V, d].
 ///
 /// # Panics
 /// When an id is not below V.
 pub fn forward(table: &Weight, ids: &[u32], x: &mut Tensor) {
-    x.resize(&[ids.len(), table.cols()]);
+    if let Some(gpu) = table.device().gpu() {
+        assert!(ids.iter().all(|id| (*id as usize) < table.rows()), "an id lies outside the table of {}", table.rows());
+        return cuda::elementwise::embedding(gpu, table, ids, x);
+    }
+    x.resize_on(&Device::Cpu, Dtype::F32, &[ids.len(), table.cols()]);
     for (t, id) in ids.iter().enumerate() {
         table.row_into(*id as usize, x.row_mut(t));
     }
@@ -16,6 +20,9 @@ pub fn forward(table: &Weight, ids: &[u32], x: &mut Tensor) {
 /// `d_table` [V, d] += `d_x` [T, d] at rows `ids` [T].
 pub fn backward(d_x: &Tensor, ids: &[u32], d_table: &mut Tensor) {
     assert_eq!((d_x.rows(), d_x.cols()), (ids.len(), d_table.cols()));
+    if let Some(gpu) = d_x.gpu() {
+        return cuda::elementwise::embedding_gradient(gpu, d_x, ids, d_table);
+    }
     // In token order on one thread: rows that occur twice are summed in one order, and this is a sliver of the step.
     for (t, id) in ids.iter().enumerate() {
         for (sum, g) in d_table.row_mut(*id as usize).iter_mut().zip(d_x.row(t)) {

@@ -1,10 +1,22 @@
 //! Squared Euclidean norm of a gradient; the global norm for clipping is the root of the sum over all tensors.
 
-use crate::{Tensor, cpu};
+use crate::{Tensor, cpu, cuda};
 
 /// Σ x², summed in f64 in an order that does not depend on the number of threads.
 pub fn sum_of_squares(x: &Tensor) -> f64 {
-    cpu::adamw::sum_of_squares(x.data())
+    norm_squares(&[x])[0]
+}
+
+/// The Euclidean norm over all `tensors` together, which are on one device.
+pub fn norm(tensors: &[&Tensor]) -> f64 {
+    norm_squares(tensors).iter().sum::<f64>().sqrt()
+}
+
+fn norm_squares(tensors: &[&Tensor]) -> Vec<f64> {
+    match tensors.first().and_then(|x| x.gpu()) {
+        Some(gpu) => cuda::optimizer::sums_of_squares(gpu, tensors),
+        None => tensors.iter().map(|x| cpu::adamw::sum_of_squares(x.data())).collect(),
+    }
 }
 
 #[cfg(test)]

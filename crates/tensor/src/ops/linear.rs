@@ -2,7 +2,9 @@
 //! y = x Wᵀ + bias + s · (dropout(x) Aᵀ) Bᵀ (Hu et al., "LoRA", 2021). Weights are stored [out, in], A [r, in], B [out, r].
 
 use crate::cpu::matmul::{FEW_ROWS, Term, View, gemm, gemm_sum, matmul_nt, matmul_nt_packed};
-use crate::{Packed, Tensor, Weight, cpu};
+use crate::cuda::linear::{self as on_gpu, beta, matrix};
+use crate::cuda::{self, Gemm};
+use crate::{Dtype, Packed, Tensor, Weight, cpu};
 use rayon::prelude::*;
 use std::cell::Cell;
 
@@ -45,8 +47,19 @@ pub struct Adapter<'a> {
 /// columns each.
 pub fn forward(x: &Tensor, w: &Weight, alpha: f32, y: &mut Tensor, into: Into) {
     assert_eq!(w.cols(), x.cols(), "x {:?} against weight {:?}", x.shape(), w.shape());
-    prepare(y, x.rows(), w.rows(), into);
+    prepare(y, x, w.rows(), into);
+    if let Some(gpu) = x.gpu() {
+        return on_gpu::forward(gpu, matrix(x), x.rows(), w, alpha, None, matrix(y), into);
+    }
     forward_rows(x.data(), w, alpha, None, y.data_mut(), into);
+}
+
+/// Logits: `y` [T, V] in f32 = `x` [T, d] · `w` [V, d]ᵀ, whatever the type of the activations.
+pub fn logits(x: &Tensor, w: &Weight, y: &mut Tensor) {
+    let Some(gpu) = x.gpu() else { return forward(x, w, 1.0, y, Into::Overwrite) };
+    assert_eq!(w.cols(), x.cols(), "x {:?} against weight {:?}", x.shape(), w.shape());
+    y.resize_on(&x.device(), Dtype::F32, &[x.rows(), w.rows()]);
+    on_gpu::forward(gpu, matrix(x), x.rows(), w, 1.0, None, matrix(y), Into::Overwrite);
 }
 
 /// As [`forward`] with `alpha` 1, plus `scale` · `inner` · `outer`ᵀ of the adapter.
@@ -54,7 +67,10 @@ pub fn forward_adapted(x: &Tensor, w: &Weight, adapter: Adapter<'_>, y: &mut Ten
     assert_eq!(w.cols(), x.cols(), "x {:?} against weight {:?}", x.shape(), w.shape());
     let Adapter { inner, outer, .. } = adapter;
     assert!(inner.rows() == x.rows() && outer.shape() == [w.rows(), inner.cols()], "{inner:?} against {outer:?}");
-    prepare(y, x.rows(), w.rows(), into);
+    prepare(y, x, w.rows(), into);
+    if let Some(gpu) = x.gpu() {
+        return on_gpu::forward(gpu, matrix(x), x.rows(), w, 1.0, Some(adapter), matrix(y), into);
+    }
     forward_rows(x.data(), w, 1.0, Some(adapter), y.data_mut(), into);
 }
 
@@ -67,6 +83,7 @@ pub(crate) fn forward_rows(x: &[f32], w: &Weight, alpha: f32, adapter: Option<Ad
         match w {
             Weight::Dense(w) => matmul_nt((m, n, k), y, accumulate, alpha, x, w.data()),
             Weight::Packed(w) => matmul_nt_packed(m, y, accumulate, alpha, x, w),
+            Weight::Device(_) => panic!("a weight on a GPU times a tensor on the processor"),
             Weight::Int8(w) => w.forward(x, y, into),
         }
         if let Some(Adapter { inner, outer, scale }) = adapter {
@@ -90,6 +107,7 @@ pub(crate) fn forward_rows(x: &[f32], w: &Weight, alpha: f32, adapter: Option<Ad
     match w {
         Weight::Dense(w) => columns(0, n, w.data()),
         Weight::Packed(w) => panels(w, columns),
+        Weight::Device(_) => panic!("a weight on a GPU times a tensor on the processor"),
         Weight::Int8(w) => {
             w.forward(x, y, into);
             if let Some(Adapter { inner, outer, scale }) = adapter {
@@ -102,7 +120,10 @@ pub(crate) fn forward_rows(x: &[f32], w: &Weight, alpha: f32, adapter: Option<Ad
 /// Gradient of the input: `d_x` [T, in] = or += `alpha` · `d_y` [T, out] · `w` [out, in]; a packed weight as in [`forward`].
 pub fn input_gradient(d_y: &Tensor, w: &Weight, alpha: f32, d_x: &mut Tensor, into: Into) {
     assert_eq!(w.rows(), d_y.cols(), "d_y {:?} against weight {:?}", d_y.shape(), w.shape());
-    prepare(d_x, d_y.rows(), w.cols(), into);
+    prepare(d_x, d_y, w.cols(), into);
+    if let Some(gpu) = d_y.gpu() {
+        return on_gpu::input_gradient(gpu, matrix(d_y), d_y.rows(), w, alpha, None, matrix(d_x), into);
+    }
     input_gradient_rows(d_y.data(), w, alpha, None, d_x.data_mut(), into);
 }
 
@@ -111,7 +132,10 @@ pub fn input_gradient_adapted(d_y: &Tensor, w: &Weight, adapter: Adapter<'_>, d_
     assert_eq!(w.rows(), d_y.cols(), "d_y {:?} against weight {:?}", d_y.shape(), w.shape());
     let Adapter { inner, outer, .. } = adapter;
     assert!(inner.rows() == d_y.rows() && outer.shape() == [inner.cols(), w.cols()], "{inner:?} against {outer:?}");
-    prepare(d_x, d_y.rows(), w.cols(), into);
+    prepare(d_x, d_y, w.cols(), into);
+    if let Some(gpu) = d_y.gpu() {
+        return on_gpu::input_gradient(gpu, matrix(d_y), d_y.rows(), w, 1.0, Some(adapter), matrix(d_x), into);
+    }
     input_gradient_rows(d_y.data(), w, 1.0, Some(adapter), d_x.data_mut(), into);
 }
 
@@ -143,6 +167,7 @@ pub(crate) fn input_gradient_rows(
     match w {
         Weight::Dense(w) => rows(0, k, w.data()),
         Weight::Packed(w) => panels(w, rows),
+        Weight::Device(_) => panic!("a weight on a GPU times a tensor on the processor"),
         Weight::Int8(w) => {
             w.input_gradient(d_y, d_x, into);
             if let Some(Adapter { inner, outer, scale }) = adapter {
@@ -169,7 +194,11 @@ pub enum Into {
 pub fn matmul(x: &Tensor, w: &Tensor, alpha: f32, y: &mut Tensor, into: Into) {
     let (m, n, k) = (x.rows(), w.rows(), x.cols());
     assert_eq!(k, w.cols(), "x {:?} against weight {:?}", x.shape(), w.shape());
-    prepare(y, m, n, into);
+    prepare(y, x, n, into);
+    if let Some(gpu) = x.gpu() {
+        let (a, b, beta) = (matrix(x), matrix(w).t(), beta(into));
+        return gpu.gemm(&Gemm { m, n, k, alpha, a, b, beta, c: matrix(y) });
+    }
     matmul_nt((m, n, k), y.data_mut(), into == Into::Accumulate, alpha, x.data(), w.data());
 }
 
@@ -177,7 +206,11 @@ pub fn matmul(x: &Tensor, w: &Tensor, alpha: f32, y: &mut Tensor, into: Into) {
 pub fn matmul_input_gradient(d_y: &Tensor, w: &Tensor, alpha: f32, d_x: &mut Tensor, into: Into) {
     let (m, n, k) = (d_y.rows(), w.cols(), w.rows());
     assert_eq!(k, d_y.cols(), "d_y {:?} against weight {:?}", d_y.shape(), w.shape());
-    prepare(d_x, m, n, into);
+    prepare(d_x, d_y, n, into);
+    if let Some(gpu) = d_y.gpu() {
+        let (a, b, beta) = (matrix(d_y), matrix(w), beta(into));
+        return gpu.gemm(&Gemm { m, n, k, alpha, a, b, beta, c: matrix(d_x) });
+    }
     let (a, b) = (View::rows(d_y.data(), k), View::rows(w.data(), n));
     gemm((m, n, k), d_x.data_mut(), n, into == Into::Accumulate, alpha, a, b);
 }
@@ -185,6 +218,9 @@ pub fn matmul_input_gradient(d_y: &Tensor, w: &Tensor, alpha: f32, d_x: &mut Ten
 /// Gradient of the weight: `d_w` [out, in] **+=** `alpha` · `d_y` [T, out]ᵀ · `x` [T, in].
 pub fn matmul_weight_gradient(d_y: &Tensor, x: &Tensor, alpha: f32, d_w: &mut Tensor) {
     assert!(d_y.rows() == x.rows() && d_w.shape() == [d_y.cols(), x.cols()], "d_w {:?}", d_w.shape());
+    if let Some(gpu) = x.gpu() {
+        return on_gpu::weight_gradient(gpu, matrix(d_y), matrix(x), x.rows(), alpha, d_w);
+    }
     weight_gradient_rows(d_y.data(), x.data(), alpha, d_w);
 }
 
@@ -200,6 +236,9 @@ pub(crate) fn weight_gradient_rows(d_y: &[f32], x: &[f32], alpha: f32, d_w: &mut
 pub fn add_bias(bias: &Tensor, y: &mut Tensor) {
     let n = bias.len();
     assert_eq!(n, y.cols());
+    if let Some(gpu) = y.gpu().cloned() {
+        return cuda::elementwise::add_bias(&gpu, bias, y);
+    }
     let rows = cpu::rows_per_task(n);
     y.data_mut().par_chunks_mut(rows * n).for_each(|rows| {
         for row in rows.chunks_exact_mut(n) {
@@ -211,14 +250,19 @@ pub fn add_bias(bias: &Tensor, y: &mut Tensor) {
 /// `d_bias` [out] += the column sums of `d_y` [T, out].
 pub fn bias_gradient(d_y: &Tensor, d_bias: &mut Tensor) {
     assert_eq!(d_y.cols(), d_bias.len());
+    if let Some(gpu) = d_y.gpu() {
+        return cuda::elementwise::column_sums(gpu, d_y, d_bias);
+    }
     for t in 0..d_y.rows() {
         d_bias.data_mut().iter_mut().zip(d_y.row(t)).for_each(|(sum, g)| *sum += g);
     }
 }
 
-pub(crate) fn prepare(y: &mut Tensor, m: usize, n: usize, into: Into) {
+/// Gives the product of `x` [m, ..] its shape [m, n], where `x` is, or checks it.
+pub(crate) fn prepare(y: &mut Tensor, x: &Tensor, n: usize, into: Into) {
+    let m = x.rows();
     match into {
-        Into::Overwrite => y.resize(&[m, n]),
+        Into::Overwrite => y.resize_like(x, &[m, n]),
         Into::Accumulate => assert!(y.rows() == m && y.cols() == n, "cannot add [{m}, {n}] to {:?}", y.shape()),
     }
 }

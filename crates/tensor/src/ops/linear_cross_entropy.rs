@@ -2,7 +2,7 @@
 //! loss_n = (1 − ε) · (logsumexp(z_n) − z_n[target]) + ε · (logsumexp(z_n) − mean(z_n)) with z = h Wᵀ and label smoothing ε.
 
 use crate::ops::linear::{Into, forward_rows, input_gradient_rows, weight_gradient_rows};
-use crate::{Tensor, Weight, cpu};
+use crate::{Tensor, Weight, cpu, cuda};
 
 /// Rows of logits that exist at a time. More rows make the products a little faster and the buffer larger
 /// (rows x V x 4 bytes).
@@ -12,12 +12,13 @@ pub const CHUNK_ROWS: usize = 256;
 #[derive(Debug, Default)]
 pub struct Scratch {
     logits: Tensor,
+    device: cuda::cross_entropy::Scratch,
 }
 
 impl Scratch {
     /// Bytes of memory held.
     pub fn num_bytes(&self) -> usize {
-        self.logits.capacity_bytes()
+        self.logits.capacity_bytes() + self.device.num_bytes()
     }
 }
 
@@ -62,8 +63,11 @@ fn run(
     assert!(h.rows() == n && w.cols() == d, "h {:?}, w {:?}, {n} targets", h.shape(), w.shape());
     assert!(targets.iter().all(|t| (*t as usize) < vocab), "a target lies outside the vocabulary of {vocab}");
     loss.resize(n, 0.0);
+    if let Some(gpu) = h.gpu() {
+        return cuda::cross_entropy::run(gpu, h, w, targets, smoothing, &mut scratch.device, loss, gradients);
+    }
     if let Some(g) = &mut gradients {
-        g.d_h.resize(&[n, d]);
+        g.d_h.resize_like(h, &[n, d]);
     }
     for start in (0..n).step_by(CHUNK_ROWS) {
         let rows = CHUNK_ROWS.min(n - start);

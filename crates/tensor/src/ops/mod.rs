@@ -5,6 +5,7 @@
 
 pub mod adamw;
 pub mod adamw_8bit;
+pub mod argmax;
 pub mod attention;
 pub mod attention_decode;
 pub mod dropout;
@@ -15,6 +16,7 @@ pub mod linear_cross_entropy;
 pub mod products;
 pub mod rmsnorm;
 pub mod rope;
+pub mod rows;
 pub mod swiglu;
 
 #[cfg(test)]

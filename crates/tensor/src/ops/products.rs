@@ -37,12 +37,13 @@ pub fn are_few(rows: usize) -> bool {
 /// # Panics
 /// When shapes do not fit, or α is not 1 for a weight of integers.
 pub fn forward(products: &mut [Product<'_>], rounded: &mut Int8Rows) {
-    let few = products.iter().all(|p| are_few(p.x.rows()));
+    // On a GPU each product is a launch of its own.
+    let few = products.iter().all(|p| are_few(p.x.rows()) && p.x.gpu().is_none());
     let (mut inputs, mut integers, mut others) = (Vec::new(), Vec::new(), Vec::new());
     for Product { x, weight, alpha, y, into } in products {
         if let Some(weights) = weight.integers() {
             assert_eq!(*alpha, 1.0, "a factor on a product with integers");
-            linear::prepare(y, x.rows(), weights.rows(), *into);
+            linear::prepare(y, x, weights.rows(), *into);
             inputs.push(*x);
             integers.push(packed_int::Product { weights, y: y.data_mut(), into: *into });
         } else if few && !matches!(weight, Weight::Int8(_)) {
@@ -76,9 +77,9 @@ fn few_rows(products: &mut [Product<'_>]) {
     let mut num_tasks = 0;
     let mut plans = Vec::with_capacity(products.len());
     for p in products {
-        let (m, n, k) = (p.x.rows(), p.weight.rows(), p.x.cols());
+        let (n, k) = (p.weight.rows(), p.x.cols());
         assert_eq!(k, p.weight.cols(), "x {:?} against weight {:?}", p.x.shape(), p.weight.shape());
-        linear::prepare(p.y, m, n, p.into);
+        linear::prepare(p.y, p.x, n, p.into);
         let first = num_tasks;
         num_tasks += n.div_ceil(strip(k));
         plans.push((first, p.x, p.weight, p.alpha, p.into == Into::Accumulate, Shared::new(p.y.data_mut())));
@@ -97,7 +98,7 @@ fn few_rows(products: &mut [Product<'_>]) {
         };
         match weight {
             Weight::Dense(w) => multiply(&w.data()[rows.start * k..rows.end * k]),
-            Weight::Int8(_) => unreachable!("`forward` keeps these for `linear::forward`"),
+            Weight::Int8(_) | Weight::Device(_) => unreachable!("`forward` keeps these for `linear::forward`"),
             Weight::Packed(w) => {
                 let mut decoded = vec![0.0; rows.len() * k];
                 w.decode_rows(rows.clone(), &mut decoded);

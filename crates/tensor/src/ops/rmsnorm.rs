@@ -1,19 +1,25 @@
 //! RMSNorm: y = x · rstd · weight with rstd = 1 / √(mean(x²) + eps) (Zhang and Sennrich 2019).
 
-use crate::{Tensor, cpu};
+use crate::{Tensor, cpu, cuda};
 
 /// `y` [T, d] from `x` [T, d] and `weight` [d]; `rstd` [T] is kept for the backward pass.
 pub fn forward(x: &Tensor, weight: &Tensor, eps: f32, y: &mut Tensor, rstd: &mut Tensor) {
     assert_eq!(x.cols(), weight.len());
-    y.resize(x.shape());
-    rstd.resize(&[x.rows()]);
+    if let Some(gpu) = x.gpu() {
+        return cuda::rmsnorm::forward(gpu, x, weight, eps, y, rstd);
+    }
+    y.resize_like(x, x.shape());
+    rstd.resize_like(x, &[x.rows()]);
     cpu::rmsnorm::forward(x.data(), weight.data(), eps, y.data_mut(), rstd.data_mut());
 }
 
 /// `y` [T, d] again, to the bit, from the `rstd` [T] that [`forward`] left.
 pub fn apply(x: &Tensor, weight: &Tensor, rstd: &Tensor, y: &mut Tensor) {
     assert!(x.cols() == weight.len() && x.rows() == rstd.len());
-    y.resize(x.shape());
+    if let Some(gpu) = x.gpu() {
+        return cuda::rmsnorm::apply(gpu, x, weight, rstd, y);
+    }
+    y.resize_like(x, x.shape());
     cpu::rmsnorm::apply(x.data(), weight.data(), rstd.data(), y.data_mut());
 }
 
@@ -28,6 +34,9 @@ pub fn backward(
     d_weight: Option<&mut Tensor>,
 ) {
     assert!(x.shape() == d_y.shape() && x.shape() == d_x.shape() && rstd.len() == x.rows());
+    if let Some(gpu) = x.gpu() {
+        return cuda::rmsnorm::backward(gpu, x, weight, rstd, d_y, d_x, d_weight);
+    }
     let d_weight = d_weight.map(|t| t.data_mut());
     cpu::rmsnorm::backward(x.data(), weight.data(), rstd.data(), d_y.data(), d_x.data_mut(), d_weight);
 }

@@ -1,7 +1,7 @@
 //! Rotary position embedding in the half-split form of Hugging Face (Su et al., "RoFormer", 2021): within a head of size D,
 //! (x[i], x[i + D/2]) turns by the angle position · frequency[i].
 
-use crate::{Tensor, cpu};
+use crate::{Device, Dtype, Tensor, cpu, cuda};
 
 /// Cosines and sines of the angles of each token: `cos` and `sin` are [T, D/2].
 #[derive(Clone, Debug, Default)]
@@ -19,9 +19,17 @@ impl Angles {
     /// Fills the table for `positions` [T] and inverse `frequencies` [D/2] (radians a position). The angle is rounded to f32
     /// before its sine is taken, as the reference implementation does.
     pub fn fill(&mut self, positions: &[u32], frequencies: &[f32]) {
+        self.fill_on(&Device::Cpu, positions, frequencies);
+    }
+
+    /// As [`Angles::fill`], where the tensors are that will be turned.
+    pub fn fill_on(&mut self, device: &Device, positions: &[u32], frequencies: &[f32]) {
         let shape = [positions.len(), frequencies.len()];
-        self.cos.resize(&shape);
-        self.sin.resize(&shape);
+        self.cos.resize_on(device, Dtype::F32, &shape);
+        self.sin.resize_on(device, Dtype::F32, &shape);
+        if let Some(gpu) = device.gpu() {
+            return cuda::rope::angles(gpu, positions, frequencies, &mut self.cos, &mut self.sin);
+        }
         for (t, position) in positions.iter().enumerate() {
             for (i, frequency) in frequencies.iter().enumerate() {
                 let (sin, cos) = (*position as f32 * frequency).sin_cos();
@@ -45,6 +53,9 @@ pub fn backward(d_x: &mut Tensor, angles: &Angles) {
 fn rotate(x: &mut Tensor, angles: &Angles, direction: f32) {
     let (cols, head_dim) = (x.cols(), 2 * angles.cos.cols());
     assert!(x.rows() == angles.cos.rows() && cols.is_multiple_of(head_dim), "x {:?}", x.shape());
+    if let Some(gpu) = angles.cos.gpu() {
+        return cuda::rope::rotate(gpu, x, &angles.cos, &angles.sin, direction);
+    }
     cpu::rope::rotate(x.data_mut(), cols, head_dim, angles.cos.data(), angles.sin.data(), direction);
 }
 

@@ -1,19 +1,25 @@
 //! SwiGLU: y = silu(gate) · up with silu(z) = z / (1 + e⁻ᶻ) (Shazeer 2020).
 
-use crate::{Tensor, cpu};
+use crate::{Tensor, cpu, cuda};
 
 /// `y` [T, f] from `gate` and `up` [T, f].
 pub fn forward(gate: &Tensor, up: &Tensor, y: &mut Tensor) {
     assert_eq!(gate.shape(), up.shape());
-    y.resize(gate.shape());
+    if let Some(gpu) = gate.gpu() {
+        return cuda::elementwise::swiglu_forward(gpu, gate, up, y);
+    }
+    y.resize_like(gate, gate.shape());
     cpu::swiglu::forward(gate.data(), up.data(), y.data_mut());
 }
 
 /// `d_gate` and `d_up` [T, f] = gradients for `d_y` [T, f].
 pub fn backward(gate: &Tensor, up: &Tensor, d_y: &Tensor, d_gate: &mut Tensor, d_up: &mut Tensor) {
     assert!(gate.shape() == d_y.shape() && up.shape() == d_y.shape());
-    d_gate.resize(d_y.shape());
-    d_up.resize(d_y.shape());
+    if let Some(gpu) = gate.gpu() {
+        return cuda::elementwise::swiglu_backward(gpu, gate, up, d_y, d_gate, d_up);
+    }
+    d_gate.resize_like(d_y, d_y.shape());
+    d_up.resize_like(d_y, d_y.shape());
     cpu::swiglu::backward(gate.data(), up.data(), d_y.data(), d_gate.data_mut(), d_up.data_mut());
 }
 

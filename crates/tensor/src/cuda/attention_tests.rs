@@ -1,0 +1,70 @@
+//! Attention on the emulated device against the processor: packed documents, grouped heads, caches, every size of head.
+
+use super::kernels::Source;
+use super::lab::{Lab, labs};
+use crate::ops::attention::{self, Heads, Segment};
+use crate::{Dtype, Tensor};
+
+/// Forward and backward over documents of these `lengths`.
+fn compare(lab: &mut Lab, heads: Heads, lengths: &[usize]) {
+    let n = lengths.iter().sum();
+    let segments = Segment::documents(lengths);
+    let [q, d_o] = [(); 2].map(|()| lab.random(&[n, heads.q_cols()], 1.0));
+    let [k, v] = [(); 2].map(|()| lab.random(&[n, heads.kv_cols()], 1.0));
+    let [mut o, mut lse, mut d_q, mut d_k, mut d_v] = [(); 5].map(|()| Tensor::default());
+    attention::forward(&q, &k, &v, &segments, heads, &mut o, &mut lse);
+    attention::backward(&q, &k, &v, &o, &lse, &d_o, &segments, heads, &mut d_q, &mut d_k, &mut d_v);
+
+    let [gq, gk, gv, gd_o] = [&q, &k, &v, &d_o].map(|t| lab.up(t));
+    let [mut go, mut glse, mut gd_q, mut gd_k, mut gd_v] = [(); 5].map(|()| Tensor::default());
+    attention::forward(&gq, &gk, &gv, &segments, heads, &mut go, &mut glse);
+    attention::backward(&gq, &gk, &gv, &go, &glse, &gd_o, &segments, heads, &mut gd_q, &mut gd_k, &mut gd_v);
+    for (what, got, want) in
+        [("o", &go, &o), ("lse", &glse, &lse), ("d_q", &gd_q, &d_q), ("d_k", &gd_k, &d_k), ("d_v", &gd_v, &d_v)]
+    {
+        lab.close(&format!("{what} of {heads:?} over {lengths:?}"), got, want, 2e-6);
+    }
+}
+
+#[test]
+fn documents_and_groups() {
+    for mut lab in labs(11) {
+        for (num_heads, num_kv_heads) in [(2, 2), (4, 1)] {
+            compare(&mut lab, Heads { num_heads, num_kv_heads, head_dim: 16 }, &[3, 1, 70, 64, 130]);
+        }
+    }
+}
+
+#[test]
+fn every_size_of_head() {
+    for mut lab in labs(12) {
+        let sizes: &[usize] =
+            if lab.dtype == Dtype::BF16 { Source::Attention.head_dims() } else { &[12, 33, 128, 256] };
+        for head_dim in sizes {
+            compare(&mut lab, Heads { num_heads: 2, num_kv_heads: 1, head_dim: *head_dim }, &[37, 68]);
+        }
+    }
+}
+
+#[test]
+fn queries_behind_a_cache() {
+    let heads = Heads { num_heads: 4, num_kv_heads: 2, head_dim: 32 };
+    for mut lab in labs(13) {
+        for (num_queries, num_keys) in [(1, 1), (1, 300), (5, 70), (17, 40), (70, 200)] {
+            let q = lab.random(&[num_queries, heads.q_cols()], 1.0);
+            let [k, v] = [(); 2].map(|()| lab.random(&[num_keys + 3, heads.kv_cols()], 1.0));
+            let [mut o, mut lse, mut go, mut glse] = [(); 4].map(|()| Tensor::default());
+            attention::forward_last(&q, &k, &v, num_keys, heads, &mut o, &mut lse);
+            let [gq, gk, gv] = [&q, &k, &v].map(|t| lab.up(t));
+            attention::forward_last(&gq, &gk, &gv, num_keys, heads, &mut go, &mut glse);
+            lab.close(&format!("{num_queries} of {num_keys}"), &go, &o, 2e-6);
+        }
+    }
+}
+
+#[test]
+#[should_panic(expected = "head_dim is 48")]
+fn other_heads_are_refused() {
+    let [_, mut lab] = labs(14);
+    compare(&mut lab, Heads { num_heads: 1, num_kv_heads: 1, head_dim: 48 }, &[4]);
+}

@@ -1,0 +1,47 @@
+// Softmax cross-entropy over rows of logits; contract in ops/linear_cross_entropy.rs. One block a row.
+
+// loss [rows], and unless `scale` is 0 the gradient times `scale` in d_logits [rows, vocab], which may be the logits.
+extern "C" __global__ void __launch_bounds__(1024)
+cross_entropy(const float *logits, const u32 *__restrict__ targets, float smoothing, float scale, element *d_logits,
+              float *__restrict__ loss, u32 vocab) {
+    SHARED(memory);
+    float *scratch = (float *)memory;
+    const float *row = logits + (u64)blockIdx.x * vocab;
+    u32 target = targets[blockIdx.x];
+    float target_logit = row[target];
+    // Each thread keeps the largest logit it has seen and its sums relative to that.
+    float largest = -INFINITY, sum = 0.0f, plain = 0.0f;
+    auto take = [&](float x) {
+        if (x > largest) {
+            sum *= expf(largest - x);
+            largest = x;
+        }
+        sum += expf(x - largest);
+        plain += x;
+    };
+    // Rows begin on 16 bytes only when they are whole packs.
+    u32 whole = vocab % 4 ? 0 : vocab;
+    for (u32 i = threadIdx.x * 4; i < whole; i += blockDim.x * 4) {
+        float values[4];
+        load16(row + i, values);
+#pragma unroll
+        for (int j = 0; j < 4; j++) take(values[j]);
+    }
+    for (u32 i = whole + threadIdx.x; i < vocab; i += blockDim.x) take(row[i]);
+    float top = block_max(largest, scratch);
+    // A thread without logits has 0 times a factor that is 0 too, not NaN.
+    sum = block_sum(largest == -INFINITY ? 0.0f : sum * expf(largest - top), scratch);
+    plain = block_sum(plain, scratch);
+    float log_sum = logf(sum) + top;
+    if (threadIdx.x == 0) {
+        float smooth = smoothing > 0.0f ? log_sum - plain / (float)vocab : 0.0f;
+        loss[blockIdx.x] = (1.0f - smoothing) * (log_sum - target_logit) + smoothing * smooth;
+    }
+    if (scale == 0.0f) return;
+    element *d_row = d_logits + (u64)blockIdx.x * vocab;
+    float factor = scale / sum, uniform = scale * smoothing / (float)vocab, at_target = scale * (1.0f - smoothing);
+    for (u32 i = threadIdx.x; i < vocab; i += blockDim.x) {
+        float gradient = expf(row[i] - top) * factor - uniform;
+        d_row[i] = from_float<element>(i == target ? gradient - at_target : gradient);
+    }
+}

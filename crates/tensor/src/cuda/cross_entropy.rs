@@ -1,0 +1,86 @@
+//! Head and cross-entropy in chunks of rows; contract in `ops/linear_cross_entropy.rs`. Logits are f32 whatever the element is:
+//! the loss of a vocabulary of 128,000 would not survive bf16.
+
+use super::kernels::{Module, Source};
+use super::linear::{self, matrix};
+use super::{Arg, Gpu, Launch, Matrix, argument, argument_at, buffer};
+use crate::ops::linear::Into;
+use crate::ops::linear_cross_entropy::Gradients;
+use crate::{Device, Dtype, Tensor, Weight};
+use std::sync::Arc;
+
+/// Logits that exist at a time: 512 MiB.
+const LOGITS: usize = 1 << 27;
+
+/// What is kept from call to call.
+#[derive(Debug, Default)]
+pub(crate) struct Scratch {
+    logits: Tensor,
+    d_logits: Tensor,
+    loss: Tensor,
+}
+
+impl Scratch {
+    pub(crate) fn num_bytes(&self) -> usize {
+        [&self.logits, &self.d_logits, &self.loss].map(Tensor::capacity_bytes).iter().sum()
+    }
+}
+
+pub(crate) fn run(
+    gpu: &Arc<Gpu>,
+    h: &Tensor,
+    w: &Weight,
+    targets: &[u32],
+    smoothing: f32,
+    scratch: &mut Scratch,
+    loss: &mut [f32],
+    mut gradients: Option<Gradients<'_>>,
+) {
+    let (n, d, vocab, element) = (targets.len(), h.cols(), w.rows(), h.dtype());
+    if let Some(g) = &mut gradients {
+        g.d_h.resize_like(h, &[n, d]);
+    }
+    let device = Device::Cuda(gpu.clone());
+    let step = (LOGITS / vocab.max(1)).clamp(1, n.max(1));
+    let targets = gpu.table(targets);
+    scratch.loss.resize_on(&device, Dtype::F32, &[n]);
+    for start in (0..n).step_by(step) {
+        let rows = step.min(n - start);
+        scratch.logits.resize_on(&device, Dtype::F32, &[rows, vocab]);
+        let h = matrix(h).at(start * d);
+        linear::forward(gpu, h, rows, w, 1.0, None, matrix(&scratch.logits), Into::Overwrite);
+        // In f32 the gradient takes the place of the logits.
+        let apart = element != Dtype::F32 && gradients.is_some();
+        if apart {
+            scratch.d_logits.resize_on(&device, element, &[rows, vocab]);
+        }
+        let d_logits = if apart { &scratch.d_logits } else { &scratch.logits };
+        let d_arg = if gradients.is_some() { argument(d_logits, element) } else { Arg::Null };
+        let block = if vocab < 4096 { 128 } else { 1024 };
+        gpu.launch(&Launch {
+            module: Module::new(Source::CrossEntropy, element),
+            kernel: "cross_entropy",
+            grid: [rows as u32, 1, 1],
+            block,
+            shared: block as usize / 32 * 4,
+            args: &[
+                argument(&scratch.logits, Dtype::F32),
+                Arg::Buffer(&targets, 4 * start),
+                Arg::F32(smoothing),
+                Arg::F32(gradients.as_ref().map_or(0.0, |g| g.scale)),
+                d_arg,
+                argument_at(&scratch.loss, Dtype::F32, start),
+                Arg::U32(vocab as u32),
+            ],
+        });
+        if let Some(g) = &mut gradients {
+            let d_logits = Matrix::new(buffer(d_logits), element, vocab);
+            let d_h = matrix(g.d_h).at(start * d);
+            linear::input_gradient(gpu, d_logits, rows, w, 1.0, None, d_h, Into::Overwrite);
+            if let Some(d_w) = g.d_w.as_deref_mut() {
+                linear::weight_gradient(gpu, d_logits, h, rows, 1.0, d_w);
+            }
+        }
+    }
+    scratch.loss.read(loss);
+}

@@ -1,0 +1,166 @@
+//! Quantised weights on the device, and their decoding; formats in `quant.rs` and `nf4.rs`.
+
+use super::kernels::{Module, Source};
+use super::{Arg, Buffer, Gpu, Launch, blocks, buffer};
+use crate::nf4::{self, Nf4Parts};
+use crate::quant::BlockType;
+use crate::{Dtype, Tensor};
+use std::sync::Arc;
+
+const THREADS: u32 = 256;
+
+/// A frozen matrix [rows, cols] on a GPU in a smaller encoding.
+#[derive(Clone, Debug)]
+pub struct DeviceWeight {
+    shape: [usize; 2],
+    element: Dtype,
+    encoding: Encoding,
+}
+
+#[derive(Clone, Debug)]
+enum Encoding {
+    Blocks { kind: BlockType, bytes: Arc<Buffer>, half_head: usize },
+    Nf4(Arc<Nf4>),
+}
+
+#[derive(Debug)]
+struct Nf4 {
+    packed: Buffer,
+    code: Buffer,
+    scales: Scales,
+}
+
+#[derive(Debug)]
+enum Scales {
+    Plain(Buffer),
+    Double { codes: Buffer, table: Buffer, groups: Buffer, offset: f32 },
+}
+
+impl DeviceWeight {
+    /// A matrix whose rows are whole blocks of `kind`; `interleaved_heads` as in [`crate::Packed::from_blocks`].
+    pub(crate) fn blocks(
+        gpu: &Arc<Gpu>,
+        element: Dtype,
+        shape: [usize; 2],
+        kind: BlockType,
+        bytes: &[u8],
+        interleaved_heads: Option<usize>,
+    ) -> Self {
+        assert!(shape[1].is_multiple_of(8), "rows of {} elements", shape[1]);
+        let half_head = interleaved_heads.map_or(0, |heads| shape[0] / heads / 2);
+        Self { shape, element, encoding: Encoding::Blocks { kind, bytes: Arc::new(gpu.upload(bytes)), half_head } }
+    }
+
+    /// A matrix in NF4.
+    pub(crate) fn nf4(gpu: &Arc<Gpu>, element: Dtype, shape: [usize; 2], parts: Nf4Parts<'_>) -> Self {
+        assert!(shape[1].is_multiple_of(8), "rows of {} elements", shape[1]);
+        let scales = match parts {
+            Nf4Parts::Plain { maxima, .. } => Scales::Plain(gpu.upload(maxima)),
+            Nf4Parts::Double { codes, groups, offset, .. } => Scales::Double {
+                codes: gpu.upload(codes),
+                table: gpu.upload(nf4::dynamic_code()),
+                groups: gpu.upload(groups),
+                offset,
+            },
+        };
+        let (Nf4Parts::Plain { packed, .. } | Nf4Parts::Double { packed, .. }) = parts;
+        let nf4 = Nf4 { packed: gpu.upload(packed), code: gpu.upload(&nf4::CODE), scales };
+        Self { shape, element, encoding: Encoding::Nf4(Arc::new(nf4)) }
+    }
+
+    /// Rows and columns.
+    pub fn shape(&self) -> &[usize; 2] {
+        &self.shape
+    }
+
+    /// Type that products decode it to, that of the activations.
+    pub(crate) fn element(&self) -> Dtype {
+        self.element
+    }
+
+    /// Bytes on the device.
+    pub fn num_bytes(&self) -> usize {
+        match &self.encoding {
+            Encoding::Blocks { bytes, .. } => bytes.bytes(),
+            Encoding::Nf4(nf4) => {
+                let scales = match &nf4.scales {
+                    Scales::Plain(maxima) => maxima.bytes(),
+                    Scales::Double { codes, table, groups, .. } => codes.bytes() + table.bytes() + groups.bytes(),
+                };
+                nf4.packed.bytes() + nf4.code.bytes() + scales
+            }
+        }
+    }
+
+    /// Name of the encoding.
+    pub fn encoding(&self) -> &'static str {
+        match &self.encoding {
+            Encoding::Blocks { kind, .. } => kind.name(),
+            Encoding::Nf4(_) => "NF4",
+        }
+    }
+
+    /// The device.
+    pub(crate) fn gpu(&self) -> &Arc<Gpu> {
+        match &self.encoding {
+            Encoding::Blocks { bytes, .. } => bytes.gpu(),
+            Encoding::Nf4(nf4) => nf4.packed.gpu(),
+        }
+    }
+}
+
+/// Which rows are decoded.
+#[derive(Clone, Copy)]
+enum Rows<'a> {
+    /// The first and how many.
+    Range(usize, usize),
+    Listed(&'a Buffer),
+}
+
+/// Decodes `count` rows from `first` on to the start of `to`, as `element`.
+pub(crate) fn rows(gpu: &Gpu, w: &DeviceWeight, first: usize, count: usize, to: &Buffer, element: Dtype) {
+    assert!(first + count <= w.shape[0], "rows {first} + {count} of {:?}", w.shape);
+    decode(gpu, w, Rows::Range(first, count), to, element);
+}
+
+/// Decodes the rows `index` to `y` [N, cols], which has its shape.
+pub(crate) fn listed_rows(gpu: &Arc<Gpu>, w: &DeviceWeight, index: &[u32], y: &Tensor) {
+    decode(gpu, w, Rows::Listed(&gpu.table(index)), buffer(y), y.dtype());
+}
+
+fn decode(gpu: &Gpu, w: &DeviceWeight, rows: Rows<'_>, to: &Buffer, element: Dtype) {
+    let cols = w.shape[1];
+    let (index, first, count) = match rows {
+        Rows::Range(first, count) => (Arg::Null, first, count),
+        Rows::Listed(index) => (Arg::Buffer(index, 0), 0, index.bytes() / 4),
+    };
+    assert!(count * cols * element.bytes() <= to.bytes(), "{count} rows of {:?}", w.shape);
+    let to = Arg::Buffer(to, 0);
+    let launch = |kernel, args: &[Arg<'_>]| {
+        let grid = [blocks(count * cols / 8, THREADS), 1, 1];
+        let module = Module::new(Source::Dequantize, element);
+        gpu.launch(&Launch { module, kernel, grid, block: THREADS, shared: 0, args });
+    };
+    match &w.encoding {
+        Encoding::Blocks { kind, bytes, half_head } => {
+            let sizes = [kind.ggml() as usize, kind.block_len(), kind.block_bytes(), first, count, cols, *half_head];
+            let pointers = [Arg::Buffer(bytes, 0), index, to];
+            let args: Vec<Arg<'_>> = pointers.into_iter().chain(sizes.map(|x| Arg::U32(x as u32))).collect();
+            launch("dequantize_blocks", &args);
+        }
+        Encoding::Nf4(nf4) => {
+            let (maxima, codes, table, groups, offset) = match &nf4.scales {
+                Scales::Plain(maxima) => (Arg::Buffer(maxima, 0), Arg::Null, Arg::Null, Arg::Null, 0.0),
+                Scales::Double { codes, table, groups, offset } => {
+                    (Arg::Null, Arg::Buffer(codes, 0), Arg::Buffer(table, 0), Arg::Buffer(groups, 0), *offset)
+                }
+            };
+            let [packed, code] = [&nf4.packed, &nf4.code].map(|b| Arg::Buffer(b, 0));
+            let [first, count, cols] = [first, count, cols].map(|x| Arg::U32(x as u32));
+            launch(
+                "dequantize_nf4",
+                &[packed, code, maxima, codes, table, groups, Arg::F32(offset), index, to, first, count, cols],
+            );
+        }
+    }
+}

@@ -1,0 +1,311 @@
+//! The driver's back end against libraries that are made for the test: what is missing, too old or too small is an error with
+//! the way out, and what works is asked for in the right order.
+#![cfg(target_os = "linux")]
+
+use super::{Arg, Error, Gemm, Gpu, Launch, Matrix, Options, Search};
+use crate::cuda::kernels::{Module, Source};
+use crate::{Device, Dtype, Tensor};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+/// Functions of the driver that need no more than to succeed.
+const QUIET: [&str; 8] = [
+    "cuInit",
+    "cuCtxSetCurrent",
+    "cuStreamDestroy_v2",
+    "cuDevicePrimaryCtxRelease_v2",
+    "cuStreamSynchronize",
+    "cuModuleUnload",
+    "cuFuncSetAttribute",
+    "cuDeviceGet",
+];
+
+/// The rest of a driver: memory is the process's, the one kernel writes its second argument to where its first points.
+const DRIVER: &str = r#"
+#include <stdlib.h>
+#include <string.h>
+typedef unsigned long long u64;
+int cuDriverGetVersion(int *v) { *v = VERSION; return 0; }
+int cuGetErrorName(int e, const char **name) { *name = "CUDA_ERROR_OF_THE_TEST"; return e == 700 ? 0 : 1; }
+int cuDeviceGetCount(int *n) { *n = DEVICES; return 0; }
+int cuDeviceGetName(char *name, int len, int device) { strncpy(name, "Fake GPU", len); return 0; }
+int cuDeviceGetAttribute(int *value, unsigned what, int device) { *value = what == 75 ? MAJOR : 6; return 0; }
+int cuDevicePrimaryCtxRetain(void **context, int device) { *context = (void *)1; return 0; }
+int cuStreamCreate(void **stream, unsigned flags) { *stream = (void *)2; return flags != 1; }
+int cuMemAlloc_v2(u64 *address, size_t bytes) {
+    if (bytes > (1ull << 40)) return 2;
+    *address = (u64)aligned_alloc(256, bytes);
+    return 0;
+}
+int cuMemFree_v2(u64 address) { free((void *)address); return 0; }
+int cuMemcpyHtoDAsync_v2(u64 to, const void *from, size_t n, void *s) { memcpy((void *)to, from, n); return s != (void *)2; }
+int cuMemcpyDtoHAsync_v2(void *to, u64 from, size_t n, void *s) { memcpy(to, (void *)from, n); return s != (void *)2; }
+int cuMemcpyDtoDAsync_v2(u64 to, u64 from, size_t n, void *s) { memmove((void *)to, (void *)from, n); return s != (void *)2; }
+int cuMemsetD8Async(u64 to, unsigned char byte, size_t n, void *s) { memset((void *)to, byte, n); return s != (void *)2; }
+int cuModuleLoadData(void **module, const void *image) { *module = (void *)3; return memcmp(image, "cubin for", 9); }
+int cuModuleGetFunction(void **f, void *module, const char *name) { *f = (void *)name; return module != (void *)3; }
+int cuLaunchKernel(void *f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz, unsigned shared,
+                   void *stream, void **args, void **extra) {
+    if (gx == 13) return 700;
+    float *out = *(float **)args[0];
+    out[0] = *(float *)args[1];
+    out[1] = gx * 10000 + gy * 1000 + gz * 100 + bx;
+    out[2] = shared;
+    return by != 1 || bz != 1 || stream != (void *)2;
+}
+"#;
+
+const NVRTC: &str = r#"
+#include <stdio.h>
+#include <string.h>
+static char text[99];
+int nvrtcVersion(int *major, int *minor) { *major = NVRTC_MAJOR; *minor = 8; return 0; }
+int nvrtcCreateProgram(void **p, const char *source, const char *name, int n, void *h, void *i) { *p = text; return 0; }
+int nvrtcCompileProgram(void *p, int n, const char **options) {
+    snprintf(text, sizeof(text), "cubin for %s", options[n - 1]);
+    return NVRTC_STATUS;
+}
+int nvrtcGetProgramLogSize(void *p, size_t *n) { *n = 9; return 0; }
+int nvrtcGetProgramLog(void *p, char *log) { memcpy(log, "bad code", 9); return 0; }
+int nvrtcGetCUBINSize(void *p, size_t *n) { *n = strlen(text) + 1; return 0; }
+int nvrtcGetCUBIN(void *p, char *out) { strcpy(out, text); return 0; }
+int nvrtcDestroyProgram(void **p) { return 0; }
+"#;
+
+/// Products by plain loops over what was described: column-major matrices with leading dimensions.
+const CUBLASLT: &str = r#"
+#include <stdlib.h>
+#include <string.h>
+typedef struct { int transposed[2]; } Desc;
+typedef struct { unsigned type; unsigned long long rows, cols; long long ld; } Layout;
+int cublasLtCreate(void **h) { *h = (void *)5; return 0; }
+int cublasLtDestroy(void *h) { return 0; }
+int cublasLtMatmulDescCreate(void **d, unsigned compute, unsigned scale) {
+    *d = calloc(1, sizeof(Desc));
+    return compute != 68 || scale != 0;
+}
+int cublasLtMatmulDescSetAttribute(void *d, unsigned a, const int *v, size_t n) {
+    if (n != 4) return 1;
+    ((Desc *)d)->transposed[a - 3] = *v;
+    return 0;
+}
+int cublasLtMatmulDescDestroy(void *d) { free(d); return 0; }
+int cublasLtMatrixLayoutCreate(void **l, unsigned type, unsigned long long rows, unsigned long long cols, long long ld) {
+    Layout *made = malloc(sizeof(Layout));
+    Layout value = {type, rows, cols, ld};
+    *made = value;
+    *l = made;
+    return 0;
+}
+int cublasLtMatrixLayoutDestroy(void *l) { free(l); return 0; }
+int cublasLtMatmulPreferenceCreate(void **p) { *p = (void *)6; return 0; }
+int cublasLtMatmulPreferenceSetAttribute(void *p, unsigned a, const void *v, size_t n) { return n != (a == 1 ? 8 : 4); }
+int cublasLtMatmulPreferenceDestroy(void *p) { return 0; }
+int cublasLtMatmulAlgoGetHeuristic(void *h, void *d, Layout *a, Layout *b, Layout *c, Layout *e, void *p, int n, char *found,
+                                   int *count) {
+    memset(found, 0, 96);
+    *count = a->rows != 1;
+    return n != 1 || c != e;
+}
+static float at(const float *x, Layout *l, int i, int j) { return x[i + j * l->ld]; }
+int cublasLtMatmul(void *h, Desc *d, const float *alpha, const float *a, Layout *la, const float *b, Layout *lb,
+                   const float *beta, const float *c, Layout *lc, float *out, Layout *lo, const void *algo, void *workspace,
+                   size_t bytes, void *stream) {
+    int k = d->transposed[0] ? la->rows : la->cols;
+    if (c != out || !workspace || bytes != 32 << 20 || stream != (void *)2) return 1;
+    for (int i = 0; i < lc->rows; i++)
+        for (int j = 0; j < lc->cols; j++) {
+            float sum = 0;
+            for (int x = 0; x < k; x++)
+                sum += (d->transposed[0] ? at(a, la, x, i) : at(a, la, i, x)) * (d->transposed[1] ? at(b, lb, j, x) : at(b, lb, x, j));
+            out[i + j * lc->ld] = *alpha * sum + (*beta ? *beta * out[i + j * lc->ld] : 0);
+        }
+    return 0;
+}
+"#;
+
+/// A folder of libraries that goes away with the test.
+struct Fakes(PathBuf);
+
+impl Fakes {
+    fn new(name: &str) -> Self {
+        let folder = std::env::temp_dir().join(format!("tunesmith-fakes-{name}-{}", std::process::id()));
+        let _ = std::fs::remove_dir_all(&folder);
+        std::fs::create_dir_all(&folder).unwrap();
+        Self(folder)
+    }
+
+    fn library(&self, file: &str, source: &str, definitions: &[&str]) -> &Self {
+        let path = self.0.join(format!("{file}.c"));
+        std::fs::write(&path, source).unwrap();
+        let mut command = Command::new("cc");
+        command.args(["-shared", "-fPIC", "-w", "-o"]).arg(self.0.join(file)).arg(&path);
+        assert!(command.args(definitions).status().unwrap().success());
+        self
+    }
+
+    fn driver(&self, version: u32, devices: u32, major: u32) -> &Self {
+        let quiet: String = QUIET.iter().map(|name| format!("int {name}() {{ return 0; }}\n")).collect();
+        let definitions = [format!("-DVERSION={version}"), format!("-DDEVICES={devices}"), format!("-DMAJOR={major}")];
+        let definitions: Vec<&str> = definitions.iter().map(String::as_str).collect();
+        self.library("libcuda.so.1", &format!("{quiet}{DRIVER}"), &definitions)
+    }
+
+    fn open(&self, ordinal: usize) -> Result<Device, Error> {
+        let search = Search { folders: vec![self.0.clone()], ..Search::default() };
+        Gpu::open(ordinal, &Options { search, cache: Some(self.0.join("cache")) }).map(Device::Cuda)
+    }
+
+    fn error(&self, ordinal: usize) -> String {
+        self.open(ordinal).unwrap_err().to_string()
+    }
+}
+
+impl Drop for Fakes {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+fn assert_says(error: &str, parts: &[&str]) {
+    assert!(parts.iter().all(|part| error.contains(part)), "{error:?} must say {parts:?}");
+}
+
+#[test]
+fn what_is_not_enough_is_an_error_with_the_way_out() {
+    let none = Fakes::new("none");
+    assert_says(&none.error(0), &["libcuda was not found", "driver", "device = \"cpu\""]);
+    let bare = Fakes::new("bare");
+    bare.library("libcuda.so.1", "int cuInit() { return 0; }", &[]);
+    assert_says(&bare.error(0), &["libcuda", "too old", "it has no cuDriverGetVersion"]);
+    let old = Fakes::new("old");
+    assert_says(&old.driver(11_080, 1, 9).error(0), &["CUDA 11.8", "12.0", "version 525"]);
+    let empty = Fakes::new("empty");
+    assert_says(&empty.driver(12_080, 1, 9).error(1), &["no GPU cuda:1", "shows 1"]);
+    let small = Fakes::new("small");
+    assert_says(&small.driver(12_080, 1, 7).error(0), &["Fake GPU", "7.6", "8.0"]);
+
+    let alone = Fakes::new("alone");
+    assert_says(
+        &alone.driver(12_080, 1, 9).error(0),
+        &["libnvrtc was not found", "pip install nvidia-cuda-nvrtc-cu12"],
+    );
+    // A compiler newer than the driver makes code that the driver cannot load, so it is not taken.
+    alone.library("libnvrtc.so.13", NVRTC, &["-DNVRTC_MAJOR=13", "-DNVRTC_STATUS=0"]);
+    assert_says(&alone.error(0), &["libnvrtc was not found"]);
+    alone.library("libnvrtc.so.12", NVRTC, &["-DNVRTC_MAJOR=11", "-DNVRTC_STATUS=0"]);
+    assert_says(&alone.error(0), &["libnvrtc", "version 11.8", "12.0"]);
+    let unproductive = Fakes::new("unproductive");
+    unproductive.driver(12_080, 1, 9).library("libnvrtc.so.12", NVRTC, &["-DNVRTC_MAJOR=12", "-DNVRTC_STATUS=0"]);
+    assert_says(&unproductive.error(0), &["libcublasLt was not found", "pip install nvidia-cublas-cu12"]);
+}
+
+fn whole(name: &str, nvrtc_status: &str) -> (Fakes, Device) {
+    let fakes = Fakes::new(name);
+    let status = format!("-DNVRTC_STATUS={nvrtc_status}");
+    fakes.driver(12_080, 2, 8).library("libnvrtc.so.12", NVRTC, &["-DNVRTC_MAJOR=12", &status]);
+    fakes.library("libcublasLt.so.12", CUBLASLT, &[]);
+    let device = fakes.open(1).unwrap();
+    (fakes, device)
+}
+
+fn launch(gpu: &Gpu, out: &Tensor, grid: [u32; 3], shared: usize) {
+    let args = [super::argument(out, Dtype::F32), Arg::F32(0.5)];
+    let module = Module::new(Source::Rope, Dtype::F32);
+    gpu.launch(&Launch { module, kernel: "rope_rotate", grid, block: 64, shared, args: &args });
+}
+
+#[test]
+fn memory_copies_and_launches() {
+    let (fakes, device) = whole("whole", "0");
+    let gpu = device.gpu().unwrap();
+    assert_eq!(gpu.name(), "Fake GPU");
+    let x = Tensor::from_slice(&[3], &[1.0, 2.0, 3.0]);
+    let mut out = x.to_device(&device, Dtype::F32);
+    assert_eq!(out.clone().to_host().data(), x.data());
+    launch(gpu, &out, [2, 1, 3], 70_000);
+    assert_eq!(out.to_host().data(), [0.5, 21_364.0, 70_000.0]);
+    out.clear();
+    assert_eq!(out.to_host().data(), [0.0; 3]);
+    launch(gpu, &out, [0, 1, 1], 0);
+    assert_eq!(out.to_host().data(), [0.0; 3], "an empty grid is nothing to do");
+    // The module was compiled for this device and is in the cache.
+    let cached: Vec<_> = std::fs::read_dir(fakes.0.join("cache")).unwrap().flatten().map(|f| f.path()).collect();
+    assert_eq!(cached.len(), 1);
+    let code = std::fs::read_to_string(&cached[0]).unwrap();
+    assert_eq!(code, "cubin for --gpu-architecture=sm_86\0");
+    assert!(name_of(&cached[0]).starts_with("rope-f32-sm_86-"), "{cached:?}");
+
+    // Freed memory is used again; the peak stays known.
+    let (held, peak) = gpu.memory();
+    let large = Tensor::zeros_on(&device, Dtype::BF16, &[1 << 20]);
+    assert_eq!(gpu.memory(), (held + (2 << 20), peak.max(held + (2 << 20))));
+    drop(large);
+    assert_eq!(gpu.memory().0, held);
+    device.synchronize().unwrap();
+
+    // A launch that fails is reported once work is waited for, and nothing is done after it.
+    launch(gpu, &out, [13, 1, 1], 0);
+    launch(gpu, &out, [1, 1, 1], 0);
+    let error = device.synchronize().unwrap_err().to_string();
+    assert_says(&error, &["rope_rotate failed", "CUDA_ERROR_OF_THE_TEST (700)"]);
+    assert_says(&device.synchronize().unwrap_err().to_string(), &["700"]);
+}
+
+fn name_of(path: &Path) -> String {
+    path.file_name().unwrap().to_string_lossy().into_owned()
+}
+
+#[test]
+fn a_kernel_that_does_not_compile_says_why() {
+    let (_fakes, device) = whole("uncompiled", "6");
+    let out = Tensor::zeros_on(&device, Dtype::F32, &[3]);
+    launch(device.gpu().unwrap(), &out, [1; 3], 0);
+    assert_says(&device.synchronize().unwrap_err().to_string(), &["rope-f32", "sm_86", "status 6", "bad code"]);
+}
+
+#[test]
+fn memory_that_is_not_there_is_an_error() {
+    let (_fakes, device) = whole("full", "0");
+    let too_large = Tensor::zeros_on(&device, Dtype::F32, &[1 << 39]);
+    assert_eq!(too_large.shape(), [1 << 39]);
+    assert_says(&device.synchronize().unwrap_err().to_string(), &["no room", "Lower the batch"]);
+}
+
+/// Row-major products become the column-major ones that cuBLASLt knows, in every combination of transposed operands.
+#[test]
+fn products_in_every_order() {
+    let (_fakes, device) = whole("products", "0");
+    let gpu = device.gpu().unwrap();
+    let mut rng = crate::rng::Rng::new(1, 0);
+    let (m, n, k) = (3, 5, 4);
+    for (a_t, b_t) in [(false, false), (false, true), (true, false), (true, true)] {
+        let stored = |rows: usize, cols: usize, t: bool| if t { [cols, rows] } else { [rows, cols] };
+        let mut random = |shape: [usize; 2]| Tensor::from_slice(&shape, &rng.normals(shape[0] * shape[1], 1.0));
+        let (a, b, c) = (random(stored(m, k, a_t)), random(stored(k, n, b_t)), random([m, n]));
+        let get = |x: &Tensor, i: usize, j: usize, t: bool| if t { x.row(j)[i] } else { x.row(i)[j] };
+        let product = |i: usize, j: usize| (0..k).map(|x| get(&a, i, x, a_t) * get(&b, x, j, b_t)).sum::<f32>();
+        for beta in [0.0, 1.0] {
+            let [ga, gb, gc] = [&a, &b, &c].map(|t| t.to_device(&device, Dtype::F32));
+            let matrix = |t, transposed| Matrix { transposed, ..super::linear::matrix(t) };
+            let (a, b) = (matrix(&ga, a_t), matrix(&gb, b_t));
+            gpu.gemm(&Gemm { m, n, k, alpha: 2.0, a, b, beta, c: matrix(&gc, false) });
+            let got = gc.to_host();
+            for i in 0..m {
+                for j in 0..n {
+                    let want = 2.0 * product(i, j) + beta * c.row(i)[j];
+                    assert!((got.row(i)[j] - want).abs() < 1e-5, "{a_t} {b_t} {beta}: {} {want}", got.row(i)[j]);
+                }
+            }
+        }
+    }
+    device.synchronize().unwrap();
+    // No algorithm: said with the shape.
+    let one = Tensor::zeros_on(&device, Dtype::F32, &[1, 1]);
+    let matrix = super::linear::matrix(&one);
+    gpu.gemm(&Gemm { m: 1, n: 1, k: 1, alpha: 1.0, a: matrix, b: matrix, beta: 0.0, c: matrix });
+    assert_says(
+        &device.synchronize().unwrap_err().to_string(),
+        &["cublasLtMatmulAlgoGetHeuristic", "sizes: [1, 1, 1]"],
+    );
+}

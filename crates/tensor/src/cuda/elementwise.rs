@@ -1,0 +1,179 @@
+//! Launchers of operations that take elements or rows one by one.
+
+use super::kernels::{Module, Source};
+use super::{Arg, Gpu, Launch, argument, blocks, dequantize, row_threads};
+use crate::ops::dropout::Mask;
+use crate::{Device, Dtype, Tensor, Weight};
+use std::sync::Arc;
+
+const BLOCK: u32 = 256;
+
+/// Blocks beyond this number add nothing: every thread goes on with what is left.
+const MOST_BLOCKS: u32 = 8192;
+
+/// A launch over `n` elements in packs of 16 bytes.
+fn over_packs(gpu: &Gpu, element: Dtype, kernel: &'static str, n: usize, args: &[Arg<'_>]) {
+    let width = 16 / element.bytes();
+    let grid = [blocks(n.div_ceil(width), BLOCK).min(MOST_BLOCKS), 1, 1];
+    gpu.launch(&Launch {
+        module: Module::new(Source::Elementwise, element),
+        kernel,
+        grid,
+        block: BLOCK,
+        shared: 0,
+        args,
+    });
+}
+
+pub(crate) fn swiglu_forward(gpu: &Gpu, gate: &Tensor, up: &Tensor, y: &mut Tensor) {
+    y.resize_like(gate, gate.shape());
+    let (element, n) = (gate.dtype(), gate.len());
+    let args = [argument(gate, element), argument(up, element), argument(y, element), Arg::U64(n as u64)];
+    over_packs(gpu, element, "swiglu_forward", n, &args);
+}
+
+pub(crate) fn swiglu_backward(
+    gpu: &Gpu,
+    gate: &Tensor,
+    up: &Tensor,
+    d_y: &Tensor,
+    d_gate: &mut Tensor,
+    d_up: &mut Tensor,
+) {
+    d_gate.resize_like(d_y, d_y.shape());
+    d_up.resize_like(d_y, d_y.shape());
+    let (element, n) = (gate.dtype(), gate.len());
+    let [gate, up, d_y] = [gate, up, d_y].map(|t| argument(t, element));
+    let args = [gate, up, d_y, argument(d_gate, element), argument(d_up, element), Arg::U64(n as u64)];
+    over_packs(gpu, element, "swiglu_backward", n, &args);
+}
+
+/// A launch with one thread for each of `n` things.
+fn over_each(gpu: &Gpu, element: Dtype, kernel: &'static str, n: usize, args: &[Arg<'_>]) {
+    let grid = [blocks(n, BLOCK), 1, 1];
+    gpu.launch(&Launch {
+        module: Module::new(Source::Elementwise, element),
+        kernel,
+        grid,
+        block: BLOCK,
+        shared: 0,
+        args,
+    });
+}
+
+/// `y` [N, d] = rows `index` [N] of `x`.
+pub(crate) fn gather(gpu: &Arc<Gpu>, x: &Tensor, index: &[u32], y: &mut Tensor) {
+    y.resize_like(x, &[index.len(), x.cols()]);
+    rows(gpu, x, index, y, false);
+}
+
+/// Rows `index` [N] of `y` = `x` [N, d].
+pub(crate) fn scatter(gpu: &Arc<Gpu>, x: &Tensor, index: &[u32], y: &mut Tensor) {
+    rows(gpu, x, index, y, true);
+}
+
+fn rows(gpu: &Arc<Gpu>, x: &Tensor, index: &[u32], y: &Tensor, scatter: bool) {
+    let (element, d) = (x.dtype(), x.cols());
+    assert!(d.is_multiple_of(16 / element.bytes()), "rows of {d} elements");
+    let index = gpu.table(index);
+    gpu.launch(&Launch {
+        module: Module::new(Source::Elementwise, element),
+        kernel: "rows_gather",
+        grid: [(index.bytes() / 4) as u32, 1, 1],
+        block: row_threads(x),
+        shared: 0,
+        args: &[
+            argument(x, element),
+            Arg::Buffer(&index, 0),
+            argument(y, element),
+            Arg::U32(d as u32),
+            Arg::U32(scatter.into()),
+        ],
+    });
+}
+
+/// `x` [T, d] = rows `ids` of `table`.
+pub(crate) fn embedding(gpu: &Arc<Gpu>, table: &Weight, ids: &[u32], x: &mut Tensor) {
+    match table {
+        Weight::Dense(table) => gather(gpu, table, ids, x),
+        Weight::Device(table) => {
+            x.resize_on(&Device::Cuda(gpu.clone()), table.element(), &[ids.len(), table.shape()[1]]);
+            dequantize::listed_rows(gpu, table, ids, x);
+        }
+        Weight::Packed(_) | Weight::Int8(_) => panic!("a weight in {} is not on the GPU", table.encoding()),
+    }
+}
+
+/// `d_table` [V, d] (f32) += `d_x` [T, d] at rows `ids`.
+pub(crate) fn embedding_gradient(gpu: &Arc<Gpu>, d_x: &Tensor, ids: &[u32], d_table: &mut Tensor) {
+    let mut order: Vec<u32> = (0..ids.len() as u32).collect();
+    order.sort_by_key(|t| ids[*t as usize]);
+    let mut groups: Vec<[u32; 3]> = Vec::new();
+    for (i, t) in order.iter().enumerate() {
+        match groups.last_mut() {
+            Some([id, _, end]) if *id == ids[*t as usize] => *end = i as u32 + 1,
+            _ => groups.push([ids[*t as usize], i as u32, i as u32 + 1]),
+        }
+    }
+    let (table, order) = (gpu.table(bytemuck::cast_slice(&groups)), gpu.table(&order));
+    let element = d_x.dtype();
+    gpu.launch(&Launch {
+        module: Module::new(Source::Elementwise, element),
+        kernel: "embedding_gradient",
+        grid: [groups.len() as u32, 1, 1],
+        block: 256,
+        shared: 0,
+        args: &[
+            argument(d_x, element),
+            Arg::Buffer(&table, 0),
+            Arg::Buffer(&order, 0),
+            argument(d_table, Dtype::F32),
+            Arg::U32(d_x.cols() as u32),
+        ],
+    });
+}
+
+/// Adds `bias` [d] to each row of `y` [T, d].
+pub(crate) fn add_bias(gpu: &Gpu, bias: &Tensor, y: &mut Tensor) {
+    let (element, n) = (y.dtype(), y.len());
+    let args = [argument(bias, element), argument(y, element), Arg::U64(n as u64), Arg::U32(y.cols() as u32)];
+    over_each(gpu, element, "add_bias", n, &args);
+}
+
+/// `sums` [d] (f32) += the column sums of `x` [T, d].
+pub(crate) fn column_sums(gpu: &Gpu, x: &Tensor, sums: &mut Tensor) {
+    let element = x.dtype();
+    gpu.launch(&Launch {
+        module: Module::new(Source::Elementwise, element),
+        kernel: "column_sums",
+        grid: [blocks(x.cols(), 32), 1, 1],
+        block: 1024,
+        shared: 4 * 1024,
+        args: &[argument(x, element), argument(sums, Dtype::F32), Arg::U32(x.rows() as u32), Arg::U32(x.cols() as u32)],
+    });
+}
+
+/// `y` [T, d] = or += masked and rescaled `x`.
+pub(crate) fn dropout(gpu: &Gpu, x: &Tensor, mask: Mask, y: &mut Tensor, add: bool) {
+    if !add {
+        y.resize_like(x, x.shape());
+    }
+    let element = x.dtype();
+    let halves = |x: u64| [Arg::U32(x as u32), Arg::U32((x >> 32) as u32)];
+    let ([key0, key1], [stream0, stream1]) = (halves(mask.seed), halves(mask.stream));
+    let args = [
+        argument(x, element),
+        argument(y, element),
+        Arg::U32(x.rows() as u32),
+        Arg::U32(x.cols() as u32),
+        Arg::U32(mask.threshold()),
+        Arg::F32(mask.keep()),
+        key0,
+        key1,
+        stream0,
+        stream1,
+        Arg::U64(mask.first_row),
+        Arg::U32(add.into()),
+    ];
+    over_each(gpu, element, "dropout", x.rows() * x.cols().div_ceil(4), &args);
+}

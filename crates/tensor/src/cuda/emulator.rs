@@ -1,0 +1,292 @@
+//! The back end of tests: kernels are compiled as C++ behind `emulator.h` and run on the processor.
+//!
+//! New memory holds NaN, every buffer lies between guard zones that each launch checks, and shared memory has exactly the
+//! size that the launcher asks for.
+
+use super::kernels::Module;
+use super::{Error, Gemm, Launch, Matrix, locked};
+use crate::Dtype;
+use half::bf16;
+use sha2::{Digest, Sha256};
+use std::alloc::{Layout, alloc, dealloc};
+use std::collections::{BTreeMap, HashMap};
+use std::ffi::{c_char, c_void};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::{Arc, LazyLock, Mutex};
+
+const HEADER: &str = include_str!("emulator.h");
+/// Bytes of a guard zone, before and behind a buffer.
+const ZONE: usize = 256;
+/// What memory and guard zones hold at first: NaN as f32 and as bf16.
+const POISON: u8 = 0xFF;
+
+type Run =
+    unsafe extern "C" fn(*const c_char, *const u32, *const u32, usize, *mut *mut c_void, u32, *mut c_char, usize);
+
+/// Modules of all emulated devices of this process: their state is static, so that one launch of each runs at a time.
+static MODULES: LazyLock<Mutex<HashMap<Module, Arc<Mutex<Loaded>>>>> = LazyLock::new(Mutex::default);
+
+/// A module that was compiled and opened.
+struct Loaded {
+    run: Run,
+    _library: libloading::Library,
+}
+
+pub(super) struct Emulator {
+    folder: PathBuf,
+    memory: Mutex<Memory>,
+}
+
+#[derive(Default)]
+struct Memory {
+    /// Sizes of buffers by their address.
+    buffers: BTreeMap<u64, usize>,
+    used: usize,
+    peak: usize,
+}
+
+fn failed(call: &str, what: impl ToString) -> Error {
+    Error::Call { call: call.into(), what: what.to_string() }
+}
+
+impl Emulator {
+    pub(super) fn new(folder: &Path) -> Result<Self, Error> {
+        std::fs::create_dir_all(folder)
+            .map_err(|e| Error::Cache { path: folder.to_path_buf(), what: e.to_string() })?;
+        Ok(Self { folder: folder.to_path_buf(), memory: Mutex::default() })
+    }
+
+    pub(super) fn name(&self) -> &str {
+        "emulated GPU"
+    }
+
+    pub(super) fn memory(&self) -> (usize, usize) {
+        let memory = locked(&self.memory);
+        (memory.used, memory.peak)
+    }
+
+    pub(super) fn synchronize(&self) -> Result<(), Error> {
+        self.check_guards("synchronize")
+    }
+
+    #[allow(unsafe_code)]
+    pub(super) fn allocate(&self, bytes: usize) -> Result<u64, Error> {
+        // SAFETY: the layout has a size above 0.
+        let start = unsafe { alloc(layout(bytes)) };
+        if start.is_null() {
+            return Err(Error::OutOfMemory { bytes, held: self.memory().0 });
+        }
+        let address = start as u64 + ZONE as u64;
+        // SAFETY: the block is new and has a zone on either side of `bytes` bytes.
+        unsafe { start.write_bytes(POISON, bytes + 2 * ZONE) };
+        let mut memory = locked(&self.memory);
+        memory.buffers.insert(address, bytes);
+        memory.used += bytes;
+        memory.peak = memory.peak.max(memory.used);
+        Ok(address)
+    }
+
+    #[allow(unsafe_code)]
+    pub(super) fn free(&self, address: u64) {
+        let mut memory = locked(&self.memory);
+        if let Some(bytes) = memory.buffers.remove(&address) {
+            memory.used -= bytes;
+            // SAFETY: the block was allocated with this layout and nothing refers to it any more.
+            unsafe { dealloc((address - ZONE as u64) as *mut u8, layout(bytes)) };
+        }
+    }
+
+    #[allow(unsafe_code)]
+    fn check_guards(&self, call: &str) -> Result<(), Error> {
+        for (address, bytes) in &locked(&self.memory).buffers {
+            for (side, start) in [("before", address - ZONE as u64), ("behind", address + *bytes as u64)] {
+                // SAFETY: buffers in the table are alive, and zones lie on either side of them.
+                let zone = unsafe { std::slice::from_raw_parts(start as *const u8, ZONE) };
+                if zone.iter().any(|b| *b != POISON) {
+                    return Err(failed(call, format!("memory {side} a buffer of {bytes} bytes was written")));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    #[allow(unsafe_code)]
+    pub(super) fn upload(&self, to: u64, from: &[u8]) -> Result<(), Error> {
+        // SAFETY: the caller has checked that the range lies in a buffer, which `from` cannot be part of.
+        unsafe { std::ptr::copy_nonoverlapping(from.as_ptr(), to as *mut u8, from.len()) };
+        Ok(())
+    }
+
+    #[allow(unsafe_code)]
+    pub(super) fn download(&self, from: u64, to: &mut [u8]) -> Result<(), Error> {
+        // SAFETY: as for uploads.
+        unsafe { std::ptr::copy_nonoverlapping(from as *const u8, to.as_mut_ptr(), to.len()) };
+        Ok(())
+    }
+
+    #[allow(unsafe_code)]
+    pub(super) fn copy(&self, to: u64, from: u64, bytes: usize) -> Result<(), Error> {
+        // SAFETY: the caller has checked that both ranges lie in buffers.
+        unsafe { std::ptr::copy(from as *const u8, to as *mut u8, bytes) };
+        Ok(())
+    }
+
+    #[allow(unsafe_code)]
+    pub(super) fn fill(&self, to: u64, byte: u8, bytes: usize) -> Result<(), Error> {
+        // SAFETY: the caller has checked that the range lies in a buffer.
+        unsafe { (to as *mut u8).write_bytes(byte, bytes) };
+        Ok(())
+    }
+
+    #[allow(unsafe_code)]
+    pub(super) fn launch(&self, launch: &Launch<'_>) -> Result<(), Error> {
+        let loaded = self.module(launch.module)?;
+        let mut name = launch.kernel.as_bytes().to_vec();
+        name.push(0);
+        let mut values: Vec<u64> = launch.args.iter().map(|a| a.bits()).collect();
+        let mut pointers: Vec<*mut c_void> = values.iter_mut().map(|v| std::ptr::from_mut(v).cast()).collect();
+        let mut message = [0u8; 512];
+        let block = [launch.block, 1, 1];
+        let loaded = locked(&loaded);
+        // SAFETY: all pointers outlive the call, and there are as many arguments as is said; the kernel itself is trusted
+        // as far as guard zones do not show that it should not be.
+        unsafe {
+            (loaded.run)(
+                name.as_ptr().cast(),
+                launch.grid.as_ptr(),
+                block.as_ptr(),
+                launch.shared,
+                pointers.as_mut_ptr(),
+                pointers.len() as u32,
+                message.as_mut_ptr().cast(),
+                message.len(),
+            );
+        }
+        let end = message.iter().position(|b| *b == 0).unwrap_or(message.len());
+        if end > 0 {
+            return Err(failed(launch.kernel, String::from_utf8_lossy(&message[..end])));
+        }
+        self.check_guards(launch.kernel)
+    }
+
+    fn module(&self, module: Module) -> Result<Arc<Mutex<Loaded>>, Error> {
+        let mut modules = locked(&MODULES);
+        if let Some(loaded) = modules.get(&module) {
+            return Ok(loaded.clone());
+        }
+        let loaded = Arc::new(Mutex::new(load(&self.build(module)?)?));
+        modules.insert(module, loaded.clone());
+        Ok(loaded)
+    }
+
+    /// Compiles `module` unless that was done before.
+    fn build(&self, module: Module) -> Result<PathBuf, Error> {
+        let kernels = module.source.kernels();
+        let entries: Vec<String> =
+            kernels.iter().map(|k| format!("{{\"{k}\", emu::Invoke<{k}>::call, emu::Invoke<{k}>::count}}")).collect();
+        let text = format!(
+            "{HEADER}\n{}\nstatic const emu::Entry entries[] = {{{}}};\n\
+             extern \"C\" void run(const char *name, const unsigned *grid, const unsigned *block, size_t shared, void **args,\n\
+             unsigned num_args, char *message, size_t size) {{\n\
+             emu_run(entries, {}, name, grid, block, shared, args, num_args, message, size); }}\n",
+            module.text(),
+            entries.join(", "),
+            kernels.len()
+        );
+        const FLAGS: [&str; 8] = [
+            "-std=c++17",
+            "-O1",
+            "-shared",
+            "-fPIC",
+            "-fno-strict-aliasing",
+            "-w",
+            "-fno-exceptions",
+            "-U_FORTIFY_SOURCE",
+        ];
+        let hash: String =
+            Sha256::digest(format!("{FLAGS:?}{text}")).iter().take(12).map(|b| format!("{b:02x}")).collect();
+        let path = self.folder.join(format!("{}-{hash}.so", module.name()));
+        if path.exists() {
+            return Ok(path);
+        }
+        // Tests run in several processes and threads: each builds under a name of its own, and the last one wins.
+        let thread = format!("{:?}", std::thread::current().id()).replace(['(', ')'], "");
+        let stem = format!("{}-{}-{thread}", module.name(), std::process::id());
+        let (source, built) = (self.folder.join(format!("{stem}.cpp")), self.folder.join(format!("{stem}.so")));
+        let io = |e: std::io::Error| Error::Cache { path: source.clone(), what: e.to_string() };
+        std::fs::write(&source, text).map_err(io)?;
+        let output = Command::new("c++").args(FLAGS).arg("-o").arg(&built).arg(&source).output().map_err(io)?;
+        if !output.status.success() {
+            let log = String::from_utf8_lossy(&output.stderr).into_owned();
+            return Err(Error::Compile { module: module.name(), architecture: "C++".into(), log });
+        }
+        std::fs::rename(&built, &path).map_err(io)?;
+        std::fs::remove_file(&source).map_err(io)?;
+        Ok(path)
+    }
+
+    pub(super) fn gemm(&self, gemm: &Gemm<'_>) -> Result<(), Error> {
+        let (a, b) = (values(&gemm.a, gemm.m, gemm.k), values(&gemm.b, gemm.k, gemm.n));
+        for i in 0..gemm.m {
+            for j in 0..gemm.n {
+                let at = gemm.c.at(gemm.c.offset + i * gemm.c.stride + j);
+                let sum: f32 = (0..gemm.k).map(|k| a[i * gemm.k + k] * b[k * gemm.n + j]).sum();
+                // With a factor of 0 what is there is not read: it may be NaN.
+                let before = if gemm.beta == 0.0 { 0.0 } else { gemm.beta * get(&at) };
+                set(&at, gemm.alpha * sum + before);
+            }
+        }
+        self.check_guards("gemm")
+    }
+}
+
+/// The operand as the product sees it, [rows, cols].
+fn values(matrix: &Matrix<'_>, rows: usize, cols: usize) -> Vec<f32> {
+    let mut values = Vec::with_capacity(rows * cols);
+    for i in 0..rows {
+        for j in 0..cols {
+            let (row, col) = if matrix.transposed { (j, i) } else { (i, j) };
+            values.push(get(&matrix.at(matrix.offset + row * matrix.stride + col)));
+        }
+    }
+    values
+}
+
+/// The first element of `matrix`.
+#[allow(unsafe_code)]
+fn get(matrix: &Matrix<'_>) -> f32 {
+    // SAFETY: `Gemm::check` has shown that every element lies in its buffer, which is memory of this process.
+    unsafe {
+        match matrix.dtype {
+            Dtype::F32 => (matrix.address() as *const f32).read_unaligned(),
+            Dtype::BF16 => (matrix.address() as *const bf16).read_unaligned().to_f32(),
+        }
+    }
+}
+
+#[allow(unsafe_code)]
+fn set(matrix: &Matrix<'_>, value: f32) {
+    // SAFETY: as for reading.
+    unsafe {
+        match matrix.dtype {
+            Dtype::F32 => (matrix.address() as *mut f32).write_unaligned(value),
+            Dtype::BF16 => (matrix.address() as *mut bf16).write_unaligned(bf16::from_f32(value)),
+        }
+    }
+}
+
+fn layout(bytes: usize) -> Layout {
+    Layout::from_size_align(bytes + 2 * ZONE, 256)
+        .unwrap_or_else(|_| std::alloc::handle_alloc_error(Layout::new::<u8>()))
+}
+
+#[allow(unsafe_code)]
+fn load(path: &Path) -> Result<Loaded, Error> {
+    let error = |e: libloading::Error| failed("loading a module", e);
+    // SAFETY: the library was built from this crate's sources and has no initialisers.
+    let library = unsafe { libloading::Library::new(path) }.map_err(error)?;
+    // SAFETY: the function is generated with this signature.
+    let run = *unsafe { library.get::<Run>(b"run") }.map_err(error)?;
+    Ok(Loaded { run, _library: library })
+}

@@ -1,0 +1,356 @@
+//! The second device: NVIDIA GPUs through the driver's interface.
+//!
+//! An operation's launcher (`<op>.rs`) checks sizes, chooses grid and block, and calls [`Gpu::launch`]; its kernels
+//! (`<op>.cu`) lie beside it and are compiled at first use. Launchers do not know whether a GPU is behind them: tests put
+//! the [`emulator`] there, which compiles the same sources as C++.
+//!
+//! The device works behind the program's back, so operations do not return errors: the first failure is kept, everything
+//! after it does nothing, and [`Gpu::synchronize`] reports it.
+
+pub mod compiler;
+mod cublaslt;
+mod driver;
+#[cfg(any(test, feature = "emulator"))]
+mod emulator;
+mod error;
+mod gemm;
+pub mod kernels;
+#[cfg(test)]
+pub(crate) mod lab;
+mod library;
+
+pub(crate) mod attention;
+#[cfg(test)]
+mod attention_tests;
+pub(crate) mod cross_entropy;
+pub(crate) mod decode;
+pub(crate) mod dequantize;
+#[cfg(test)]
+mod driver_tests;
+pub(crate) mod elementwise;
+pub(crate) mod linear;
+pub(crate) mod optimizer;
+pub(crate) mod rmsnorm;
+pub(crate) mod rope;
+#[cfg(test)]
+mod tests;
+#[cfg(test)]
+mod weight_tests;
+
+use crate::{Dtype, Tensor};
+pub use dequantize::DeviceWeight;
+pub use error::Error;
+pub(crate) use gemm::{Gemm, Matrix};
+use kernels::Module;
+pub use library::{Library, Search};
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+
+/// How a GPU is opened.
+#[derive(Clone, Debug, Default)]
+pub struct Options {
+    /// Where the libraries are looked for.
+    pub search: Search,
+    /// Folder of compiled kernels; `None` compiles them in every process.
+    pub cache: Option<PathBuf>,
+}
+
+/// One GPU and everything that this program has on it. All work goes into one stream, in order.
+pub struct Gpu {
+    backend: Backend,
+    failure: OnceLock<Error>,
+    /// Small tables that launches have uploaded, so that what all layers need is sent once.
+    tables: Mutex<Vec<(Vec<u32>, Arc<Buffer>)>>,
+    poisons: AtomicBool,
+}
+
+/// What carries out the work.
+enum Backend {
+    Driver(Box<driver::Driver>),
+    #[cfg(any(test, feature = "emulator"))]
+    Emulator(emulator::Emulator),
+}
+
+/// Calls the same method of whichever back end there is.
+macro_rules! backend {
+    ($gpu:expr, $method:ident ( $($arg:expr),* )) => {
+        match &$gpu.backend {
+            Backend::Driver(driver) => driver.$method($($arg),*),
+            #[cfg(any(test, feature = "emulator"))]
+            Backend::Emulator(emulator) => emulator.$method($($arg),*),
+        }
+    };
+}
+
+/// One launch of a kernel.
+pub(crate) struct Launch<'a> {
+    /// The module that the kernel is in, with its definitions.
+    pub(crate) module: Module,
+    /// Its name.
+    pub(crate) kernel: &'static str,
+    /// Blocks in each direction.
+    pub(crate) grid: [u32; 3],
+    /// Threads of a block: a multiple of 32.
+    pub(crate) block: u32,
+    /// Bytes of shared memory.
+    pub(crate) shared: usize,
+    /// In the order of the kernel's parameters.
+    pub(crate) args: &'a [Arg<'a>],
+}
+
+/// An argument of a kernel.
+#[derive(Clone, Copy)]
+pub(crate) enum Arg<'a> {
+    /// The address of a buffer's byte.
+    Buffer(&'a Buffer, usize),
+    /// A null pointer: an optional buffer that is not there.
+    Null,
+    U32(u32),
+    U64(u64),
+    F32(f32),
+}
+
+impl Arg<'_> {
+    /// The bytes that a kernel's parameter is read from.
+    fn bits(self) -> u64 {
+        match self {
+            Self::Buffer(buffer, offset) => buffer.address + offset as u64,
+            Self::Null => 0,
+            Self::U32(x) => u64::from(x),
+            Self::U64(x) => x,
+            Self::F32(x) => u64::from(x.to_bits()),
+        }
+    }
+}
+
+impl Gpu {
+    /// Opens GPU `ordinal`.
+    ///
+    /// # Errors
+    /// When a library is missing or too old, or there is no such device.
+    pub fn open(ordinal: usize, options: &Options) -> Result<Arc<Self>, Error> {
+        Ok(Self::new(Backend::Driver(Box::new(driver::Driver::open(ordinal, options)?))))
+    }
+
+    /// A device that runs the kernels on the processor, for tests; `folder` keeps what the C++ compiler made of them.
+    ///
+    /// # Errors
+    /// When `folder` cannot be written.
+    #[cfg(any(test, feature = "emulator"))]
+    pub fn emulated(folder: &std::path::Path) -> Result<Arc<Self>, Error> {
+        Ok(Self::new(Backend::Emulator(emulator::Emulator::new(folder)?)))
+    }
+
+    fn new(backend: Backend) -> Arc<Self> {
+        Arc::new(Self { backend, failure: OnceLock::new(), tables: Mutex::default(), poisons: AtomicBool::new(false) })
+    }
+
+    /// The device's name.
+    pub fn name(&self) -> &str {
+        backend!(self, name())
+    }
+
+    /// Bytes held now, and the most that were held at once.
+    pub fn memory(&self) -> (usize, usize) {
+        backend!(self, memory())
+    }
+
+    /// Whether new memory holds NaN from now on, so that an operation that does not write all of its output is seen.
+    pub fn poison(&self, poisons: bool) {
+        self.poisons.store(poisons, Ordering::Relaxed);
+    }
+
+    /// Waits for the device.
+    ///
+    /// # Errors
+    /// The first failure since the device was opened.
+    pub fn synchronize(&self) -> Result<(), Error> {
+        self.attempt(|| backend!(self, synchronize()));
+        self.failure.get().map_or(Ok(()), |e| Err(e.clone()))
+    }
+
+    /// Does `f` unless something failed before, and keeps its failure.
+    fn attempt<T>(&self, f: impl FnOnce() -> Result<T, Error>) -> Option<T> {
+        if self.failure.get().is_some() {
+            return None;
+        }
+        f().map_err(|e| self.failure.set(e)).ok()
+    }
+
+    /// New memory of `bytes` bytes whose content is not defined; none for 0. After a failure, a buffer that nothing will use.
+    pub(crate) fn allocate(self: &Arc<Self>, bytes: usize) -> Buffer {
+        let address = if bytes == 0 { None } else { self.attempt(|| backend!(self, allocate(bytes))) };
+        let address = address.unwrap_or(0);
+        let buffer = Buffer { gpu: self.clone(), address, bytes };
+        if self.poisons.load(Ordering::Relaxed) {
+            buffer.fill(0xFF, bytes);
+        }
+        buffer
+    }
+
+    /// Memory that holds `values`.
+    pub(crate) fn upload<T: bytemuck::Pod>(self: &Arc<Self>, values: &[T]) -> Buffer {
+        let buffer = self.allocate(size_of_val(values));
+        buffer.write(0, bytemuck::cast_slice(values));
+        buffer
+    }
+
+    /// Memory that holds `table`: the one of an earlier call with the same values, if it is among the last few.
+    pub(crate) fn table(self: &Arc<Self>, table: &[u32]) -> Arc<Buffer> {
+        const KEPT: usize = 16;
+        let mut tables = locked(&self.tables);
+        if let Some(i) = tables.iter().position(|(values, _)| values == table) {
+            let found = tables.remove(i);
+            let buffer = found.1.clone();
+            tables.push(found);
+            return buffer;
+        }
+        let buffer = Arc::new(self.upload(table));
+        if tables.len() == KEPT {
+            tables.remove(0);
+        }
+        tables.push((table.to_vec(), buffer.clone()));
+        buffer
+    }
+
+    /// Asks for a kernel to be run; an empty grid is nothing to do.
+    pub(crate) fn launch(&self, launch: &Launch<'_>) {
+        if !launch.grid.contains(&0) {
+            self.attempt(|| backend!(self, launch(launch)));
+        }
+    }
+
+    /// Asks for a matrix product; an empty result is nothing to do.
+    pub(crate) fn gemm(&self, gemm: &Gemm<'_>) {
+        gemm.check();
+        if gemm.m > 0 && gemm.n > 0 {
+            self.attempt(|| backend!(self, gemm(gemm)));
+        }
+    }
+}
+
+impl std::fmt::Debug for Gpu {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Gpu({})", self.name())
+    }
+}
+
+/// Memory of a GPU, given back when it is dropped.
+pub(crate) struct Buffer {
+    gpu: Arc<Gpu>,
+    address: u64,
+    bytes: usize,
+}
+
+impl Buffer {
+    pub(crate) fn gpu(&self) -> &Arc<Gpu> {
+        &self.gpu
+    }
+
+    pub(crate) fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    /// Copies `from` to the bytes from `at` on.
+    pub(crate) fn write(&self, at: usize, from: &[u8]) {
+        self.check(at, from.len());
+        if !from.is_empty() {
+            self.gpu.attempt(|| backend!(self.gpu, upload(self.address + at as u64, from)));
+        }
+    }
+
+    /// Waits for the work so far and copies the bytes from `at` on. After a failure `to` is left as it is.
+    pub(crate) fn read(&self, at: usize, to: &mut [u8]) {
+        self.check(at, to.len());
+        if !to.is_empty() {
+            self.gpu.attempt(|| backend!(self.gpu, download(self.address + at as u64, to)));
+        }
+    }
+
+    /// Copies `bytes` bytes from another buffer of the same device.
+    pub(crate) fn copy(&self, at: usize, from: &Self, from_at: usize, bytes: usize) {
+        self.check(at, bytes);
+        from.check(from_at, bytes);
+        if bytes > 0 {
+            let addresses = (self.address + at as u64, from.address + from_at as u64);
+            self.gpu.attempt(|| backend!(self.gpu, copy(addresses.0, addresses.1, bytes)));
+        }
+    }
+
+    /// Sets the first `bytes` bytes to `byte`.
+    pub(crate) fn fill(&self, byte: u8, bytes: usize) {
+        self.check(0, bytes);
+        if bytes > 0 {
+            self.gpu.attempt(|| backend!(self.gpu, fill(self.address, byte, bytes)));
+        }
+    }
+
+    fn check(&self, at: usize, bytes: usize) {
+        assert!(at <= self.bytes && bytes <= self.bytes - at, "bytes {at} + {bytes} of a buffer of {}", self.bytes);
+    }
+}
+
+impl Drop for Buffer {
+    fn drop(&mut self) {
+        if self.address != 0 {
+            backend!(self.gpu, free(self.address));
+        }
+    }
+}
+
+impl std::fmt::Debug for Buffer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Buffer({} bytes)", self.bytes)
+    }
+}
+
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // What is guarded is whole between any two statements.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Why a model of these sizes cannot run on a GPU in `dtype`; `None` when it can.
+pub fn unsupported(dtype: Dtype, hidden_size: usize, intermediate_size: usize, head_dim: usize) -> Option<String> {
+    if let Some((name, size)) = [("hidden_size", hidden_size), ("intermediate_size", intermediate_size)]
+        .into_iter()
+        .find(|(_, size)| !size.is_multiple_of(16 / dtype.bytes()))
+    {
+        return Some(format!(
+            "{name} is {size}; on a GPU in {} it must be a multiple of {}",
+            dtype.name(),
+            16 / dtype.bytes()
+        ));
+    }
+    attention::unsupported(dtype, head_dim)
+}
+
+/// The start of a tensor that must be on a GPU in `dtype`.
+pub(crate) fn argument(tensor: &Tensor, dtype: Dtype) -> Arg<'_> {
+    argument_at(tensor, dtype, 0)
+}
+
+/// As [`argument`], from element `offset` on.
+pub(crate) fn argument_at(tensor: &Tensor, dtype: Dtype, offset: usize) -> Arg<'_> {
+    assert_eq!(tensor.dtype(), dtype, "{tensor:?} where {} is needed", dtype.name());
+    Arg::Buffer(buffer(tensor), offset * dtype.bytes())
+}
+
+/// The memory of a tensor that must be on a GPU.
+pub(crate) fn buffer(tensor: &Tensor) -> &Buffer {
+    match tensor.buffer() {
+        Some(buffer) => buffer,
+        None => panic!("{tensor:?} must be on the GPU"),
+    }
+}
+
+/// Blocks of `block` threads that have a thread for each of `n` things.
+pub(crate) fn blocks(n: usize, block: u32) -> u32 {
+    n.div_ceil(block as usize) as u32
+}
+
+/// Threads for a row of `x`: one for each 16 bytes, in whole warps, as many as are worth their reduction.
+fn row_threads(x: &Tensor) -> u32 {
+    let packs = (x.cols() * x.dtype().bytes()).div_ceil(16);
+    packs.next_multiple_of(32).clamp(32, 512) as u32
+}

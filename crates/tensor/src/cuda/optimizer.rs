@@ -1,0 +1,98 @@
+//! Launchers of AdamW and of the gradient norm; contracts in `ops/adamw.rs`, `ops/adamw_8bit.rs` and `ops/grad_norm.rs`.
+
+use super::kernels::{Module, Source};
+use super::{Arg, Gpu, Launch, argument, blocks};
+use crate::cpu::adamw::Factors;
+use crate::cpu::adamw_8bit::tables;
+use crate::ops::adamw::Step;
+use crate::ops::adamw_8bit::{BLOCK, DeviceMoment};
+use crate::{Dtype, Tensor};
+use std::sync::Arc;
+
+const THREADS: u32 = 256;
+const MOST_BLOCKS: u32 = 4096;
+/// Partial sums of a tensor's squares.
+const PARTS: usize = 256;
+
+fn factors<'a>(step: &Step) -> [Arg<'a>; 9] {
+    Factors::new(step).values().map(Arg::F32)
+}
+
+/// The weights and, for bf16, what rounding left of them.
+fn weights<'a>(value: &'a Tensor, low: Option<&'a Tensor>) -> [Arg<'a>; 2] {
+    let element = value.dtype();
+    assert_eq!(low.map(|l| (l.len(), l.dtype())), (element == Dtype::BF16).then_some((value.len(), Dtype::BF16)));
+    [argument(value, element), low.map_or(Arg::Null, |low| argument(low, Dtype::BF16))]
+}
+
+pub(crate) fn update(
+    gpu: &Gpu,
+    value: &mut Tensor,
+    low: Option<&mut Tensor>,
+    grad: &Tensor,
+    m: &mut Tensor,
+    v: &mut Tensor,
+    step: &Step,
+) {
+    let n = value.len();
+    let [value_arg, low] = weights(value, low.as_deref());
+    let [grad, m, v] = [grad, m, v].map(|t| argument(t, Dtype::F32));
+    let args: Vec<Arg<'_>> =
+        [value_arg, low, grad, m, v, Arg::U64(n as u64)].into_iter().chain(factors(step)).collect();
+    gpu.launch(&Launch {
+        module: Module::new(Source::Optimizer, value.dtype()),
+        kernel: "adamw",
+        grid: [blocks(n, THREADS).min(MOST_BLOCKS), 1, 1],
+        block: THREADS,
+        shared: 0,
+        args: &args,
+    });
+}
+
+pub(crate) fn update_8bit(
+    gpu: &Arc<Gpu>,
+    value: &mut Tensor,
+    low: Option<&mut Tensor>,
+    grad: &Tensor,
+    m: &mut DeviceMoment,
+    r: &mut DeviceMoment,
+    step: &Step,
+) {
+    let n = value.len();
+    let tables = gpu.table(&tables().map(f32::to_bits));
+    let [value_arg, low] = weights(value, low.as_deref());
+    let moments = [&m.codes, &m.scales, &r.codes, &r.scales, &*tables].map(|b| Arg::Buffer(b, 0));
+    let args: Vec<Arg<'_>> = [value_arg, low, argument(grad, Dtype::F32)]
+        .into_iter()
+        .chain(moments)
+        .chain([Arg::U64(n as u64)])
+        .chain(factors(step))
+        .collect();
+    gpu.launch(&Launch {
+        module: Module::new(Source::Optimizer, value.dtype()),
+        kernel: "adamw_8bit",
+        grid: [blocks(n, BLOCK as u32), 1, 1],
+        block: BLOCK as u32,
+        shared: 4 * (1024 + BLOCK / 32),
+        args: &args,
+    });
+}
+
+/// Σ x² of each tensor, in an order that depends on sizes only; waits for the device once.
+pub(crate) fn sums_of_squares(gpu: &Arc<Gpu>, tensors: &[&Tensor]) -> Vec<f64> {
+    let parts = gpu.allocate(8 * PARTS * tensors.len());
+    parts.fill(0, parts.bytes());
+    for (i, x) in tensors.iter().enumerate() {
+        gpu.launch(&Launch {
+            module: Module::new(Source::Optimizer, Dtype::F32),
+            kernel: "sum_of_squares",
+            grid: [blocks(x.len(), THREADS).min(PARTS as u32), 1, 1],
+            block: THREADS,
+            shared: 8 * THREADS as usize / 32,
+            args: &[argument(x, Dtype::F32), Arg::Buffer(&parts, 8 * PARTS * i), Arg::U64(x.len() as u64)],
+        });
+    }
+    let mut sums = vec![0.0f64; PARTS * tensors.len()];
+    parts.read(0, bytemuck::cast_slice_mut(&mut sums));
+    sums.chunks(PARTS).map(|parts| parts.iter().sum()).collect()
+}

@@ -1,0 +1,71 @@
+//! Where tensors are, as values: the processor, or a GPU.
+
+use crate::cuda::{self, Gpu};
+use std::sync::Arc;
+
+/// Where a tensor's memory is and where its operations run.
+#[derive(Clone, Debug, Default)]
+pub enum Device {
+    /// The processor: always there, and the reference for every operation.
+    #[default]
+    Cpu,
+    /// An NVIDIA GPU.
+    Cuda(Arc<Gpu>),
+}
+
+impl Device {
+    /// The GPU, unless this is the processor.
+    pub fn gpu(&self) -> Option<&Arc<Gpu>> {
+        match self {
+            Self::Cpu => None,
+            Self::Cuda(gpu) => Some(gpu),
+        }
+    }
+
+    /// Waits until everything that was asked of the device is done.
+    ///
+    /// # Errors
+    /// The first failure since the device was opened. Operations do not report errors one by one, as the device works
+    /// behind the program's back: after a failure they do nothing, and this says what it was.
+    pub fn synchronize(&self) -> Result<(), cuda::Error> {
+        self.gpu().map_or(Ok(()), |gpu| gpu.synchronize())
+    }
+}
+
+impl PartialEq for Device {
+    fn eq(&self, other: &Self) -> bool {
+        match (self, other) {
+            (Self::Cpu, Self::Cpu) => true,
+            (Self::Cuda(a), Self::Cuda(b)) => Arc::ptr_eq(a, b),
+            _ => false,
+        }
+    }
+}
+
+/// Type of a tensor's elements. On the processor it is always f32.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Dtype {
+    /// 32 bits.
+    #[default]
+    F32,
+    /// The upper half of an f32.
+    BF16,
+}
+
+impl Dtype {
+    /// Bytes of an element.
+    pub fn bytes(self) -> usize {
+        match self {
+            Self::F32 => 4,
+            Self::BF16 => 2,
+        }
+    }
+
+    /// The name in configurations: `f32` or `bf16`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::F32 => "f32",
+            Self::BF16 => "bf16",
+        }
+    }
+}
