@@ -2,8 +2,8 @@
 
 use crate::Config;
 use half::f16;
-use tunesmith_tensor::Tensor;
-use tunesmith_tensor::ops::attention::Heads;
+use tunesmith_tensor::{Device, Tensor};
+use tunesmith_tensor::ops::attention::{self, Heads};
 use tunesmith_tensor::ops::attention_decode::{self, Element, KeyValues};
 
 /// The cache of one sequence: for each layer the keys and values of its first [`KvCache::len`] tokens. Memory follows the
@@ -13,6 +13,7 @@ pub struct KvCache {
     layers: Layers,
     len: usize,
     capacity: usize,
+    heads: Heads,
     /// Keys and values of one layer as rows, for prompts that continue a cached sequence.
     k: Tensor,
     v: Tensor,
@@ -22,31 +23,23 @@ pub struct KvCache {
 enum Layers {
     Exact(Vec<KeyValues<f32>>),
     Half(Vec<KeyValues<f16>>),
-}
-
-/// The same for caches of either precision.
-macro_rules! either {
-    ($layers:expr, $caches:ident => $result:expr) => {
-        match $layers {
-            Layers::Exact($caches) => $result,
-            Layers::Half($caches) => $result,
-        }
-    };
+    /// Rows k and v [T, K·D] where the model is, in its type.
+    Device(Vec<(Tensor, Tensor)>),
 }
 
 impl KvCache {
     /// An empty cache in f32 for up to `capacity` tokens: generation computes what a pass over the whole text computes.
     pub fn new(config: &Config, capacity: usize) -> Self {
-        Self::of(Layers::Exact(empty(config)), capacity)
+        Self::of(Layers::Exact(empty(config)), config, capacity)
     }
 
     /// An empty cache in f16: half the memory and half the reading, in the precision of weights of 8 bits.
     pub fn half(config: &Config, capacity: usize) -> Self {
-        Self::of(Layers::Half(empty(config)), capacity)
+        Self::of(Layers::Half(empty(config)), config, capacity)
     }
 
-    fn of(layers: Layers, capacity: usize) -> Self {
-        Self { layers, len: 0, capacity, k: Tensor::default(), v: Tensor::default() }
+    fn of(layers: Layers, config: &Config, capacity: usize) -> Self {
+        Self { layers, len: 0, capacity, heads: heads(config), k: Tensor::default(), v: Tensor::default() }
     }
 
     /// Tokens in the cache.
@@ -71,7 +64,11 @@ impl KvCache {
 
     /// Bytes of memory held for keys and values.
     pub fn bytes(&self) -> usize {
-        either!(&self.layers, layers => layers.iter().map(KeyValues::bytes).sum())
+        match &self.layers {
+            Layers::Exact(layers) => layers.iter().map(KeyValues::bytes).sum(),
+            Layers::Half(layers) => layers.iter().map(KeyValues::bytes).sum(),
+            Layers::Device(layers) => layers.iter().map(|(k, v)| k.capacity_bytes() + v.capacity_bytes()).sum(),
+        }
     }
 
     /// Forgets all but the first `len` tokens.
@@ -79,10 +76,27 @@ impl KvCache {
         self.len = self.len.min(len);
     }
 
-    /// Writes `k` and `v` [T, K·D] of `layer` behind the cached tokens.
+    /// Writes `k` and `v` [T, K·D] of `layer` behind the cached tokens. An empty cache goes where they are.
     pub(crate) fn write(&mut self, layer: usize, k: &Tensor, v: &Tensor) {
         assert!(self.len + k.rows() <= self.capacity, "the cache holds {} tokens", self.capacity);
-        either!(&mut self.layers, layers => layers[layer].write(self.len, k, v));
+        let num_layers = match &self.layers {
+            Layers::Exact(layers) => layers.len(),
+            Layers::Half(layers) => layers.len(),
+            Layers::Device(layers) => layers.len(),
+        };
+        if k.device() != Device::Cpu && !matches!(self.layers, Layers::Device(_)) {
+            assert_eq!(self.len, 0, "what is cached is on the processor");
+            self.layers = Layers::Device((0..num_layers).map(|_| <(Tensor, Tensor)>::default()).collect());
+        }
+        match &mut self.layers {
+            Layers::Exact(layers) => layers[layer].write(self.len, k, v),
+            Layers::Half(layers) => layers[layer].write(self.len, k, v),
+            Layers::Device(layers) => {
+                let (all_k, all_v) = &mut layers[layer];
+                append(all_k, self.len, k);
+                append(all_v, self.len, v);
+            }
+        }
     }
 
     /// Attention of the last few tokens, `q` [T, H·D], over the first `num_keys` tokens of `layer`, theirs included: `o` [T, H·D].
@@ -94,12 +108,22 @@ impl KvCache {
         o: &mut Tensor,
         scratch: &mut attention_decode::Scratch,
     ) {
-        either!(&self.layers, layers => attention_decode::forward(q, &layers[layer], num_keys, o, scratch));
+        match &self.layers {
+            Layers::Exact(layers) => attention_decode::forward(q, &layers[layer], num_keys, o, scratch),
+            Layers::Half(layers) => attention_decode::forward(q, &layers[layer], num_keys, o, scratch),
+            Layers::Device(layers) => {
+                let (k, v) = &layers[layer];
+                attention::forward_last(q, k, v, num_keys, self.heads, o);
+            }
+        }
     }
 
     /// As [`KvCache::write`]; returns keys and values of all tokens as rows in f32, the new ones as they came.
     pub(crate) fn extend<'a>(&'a mut self, layer: usize, k: &'a Tensor, v: &'a Tensor) -> (&'a Tensor, &'a Tensor) {
         self.write(layer, k, v);
+        if let Layers::Device(layers) = &self.layers {
+            return (&layers[layer].0, &layers[layer].1);
+        }
         if self.len == 0 {
             return (k, v);
         }
@@ -107,7 +131,11 @@ impl KvCache {
             all.resize(&[self.len + new.rows(), new.cols()]);
             all.data_mut()[self.len * new.cols()..].copy_from_slice(new.data());
         }
-        either!(&self.layers, layers => layers[layer].read(self.len, &mut self.k, &mut self.v));
+        match &self.layers {
+            Layers::Exact(layers) => layers[layer].read(self.len, &mut self.k, &mut self.v),
+            Layers::Half(layers) => layers[layer].read(self.len, &mut self.k, &mut self.v),
+            Layers::Device(_) => {}
+        }
         (&self.k, &self.v)
     }
 
@@ -116,12 +144,32 @@ impl KvCache {
     }
 }
 
-/// One empty cache for each layer.
-fn empty<E: Element>(config: &Config) -> Vec<KeyValues<E>> {
-    let heads = Heads {
+fn heads(config: &Config) -> Heads {
+    Heads {
         num_heads: config.num_attention_heads,
         num_kv_heads: config.num_key_value_heads,
         head_dim: config.head_dim,
-    };
-    (0..config.num_hidden_layers).map(|_| KeyValues::new(heads)).collect()
+    }
+}
+
+/// One empty cache for each layer.
+fn empty<E: Element>(config: &Config) -> Vec<KeyValues<E>> {
+    (0..config.num_hidden_layers).map(|_| KeyValues::new(heads(config))).collect()
+}
+
+/// Tokens by which a cache on a GPU grows.
+const STEP: usize = 256;
+
+/// Puts the rows of `new` behind the first `kept` rows of `all`; what was there behind them is forgotten.
+fn append(all: &mut Tensor, kept: usize, new: &Tensor) {
+    let (rows, cols) = (kept + new.rows(), new.cols());
+    if all.capacity_bytes() < new.dtype().bytes() * rows * cols || all.device() != new.device() {
+        let mut larger = Tensor::zeros_on(&new.device(), new.dtype(), &[rows.next_multiple_of(STEP), cols]);
+        if kept > 0 {
+            larger.copy_rows(0, all, kept);
+        }
+        *all = larger;
+    }
+    all.resize(&[rows, cols]);
+    all.copy_rows(kept, new, new.rows());
 }

@@ -5,13 +5,14 @@
 
 mod decode;
 mod layer;
+mod placement;
 
 use crate::{Checkpoint, Config, Recompute, Result, Storage, batch::Batch};
 use layer::{ForwardBuffers, KeptActivations, Masks, Pass};
 use rayon::prelude::*;
 use std::ops::Range;
-use tunesmith_tensor::ops::{attention, embedding, linear, linear_cross_entropy, rmsnorm, rope};
-use tunesmith_tensor::{Tensor, Weight, pool, rng::Rng};
+use tunesmith_tensor::ops::{attention, embedding, linear, linear_cross_entropy, rmsnorm, rope, rows};
+use tunesmith_tensor::{Dtype, Tensor, Weight, pool, rng::Rng};
 
 /// A named tensor of the model, under its Hugging Face (or PEFT) name.
 #[derive(Debug)]
@@ -22,6 +23,8 @@ pub struct Parameter {
     pub value: Weight,
     /// Whether training changes it (only then does it get a gradient buffer).
     pub trained: bool,
+    /// For a trained weight in bf16 on a GPU: what rounding left of its f32 ([`Tensor::split`]).
+    pub low: Option<Tensor>,
 }
 
 /// One linear layer: indices into [`Llama::parameters`].
@@ -95,7 +98,8 @@ pub struct Gradients {
 impl Gradients {
     /// Zeroed buffers for what trains in `model`.
     pub fn new(model: &Llama) -> Self {
-        let buffer = |p: &Parameter| p.trained.then(|| Tensor::zeros(p.value.shape()));
+        let zeros = |p: &Parameter| Tensor::zeros_on(&p.value.device(), Dtype::F32, p.value.shape());
+        let buffer = |p: &Parameter| p.trained.then(|| zeros(p));
         Self { tensors: model.parameters.iter().map(buffer).collect() }
     }
 
@@ -188,6 +192,8 @@ pub struct Workspace {
     rstd_n: Tensor,
     normed_nd: Tensor,
     logits: Tensor,
+    /// A copy of the logits of a model on a GPU.
+    host_logits: Tensor,
     losses: Vec<f32>,
     head: linear_cross_entropy::Scratch,
     back: BackwardBuffers,
@@ -255,7 +261,12 @@ impl Llama {
         let names = config.expected_tensors();
         let mut parameters = Vec::with_capacity(names.len());
         for (i, (name, _)) in names.iter().enumerate() {
-            parameters.push(Parameter { name: name.clone(), value: checkpoint.load(name, storage)?, trained: false });
+            parameters.push(Parameter {
+                name: name.clone(),
+                value: checkpoint.load(name, storage)?,
+                trained: false,
+                low: None,
+            });
             progress(i + 1, names.len());
         }
         Ok(Self::assemble(config, parameters))
@@ -267,7 +278,7 @@ impl Llama {
         let parameters = config.expected_tensors().into_iter().map(|(name, shape)| {
             let mut value = Tensor::zeros(&shape);
             initial_rows(&config, seed, &name, 0..value.rows(), value.data_mut());
-            Parameter { name, value: value.into(), trained: false }
+            Parameter { name, value: value.into(), trained: false, low: None }
         });
         let parameters = parameters.collect();
         Self::assemble(config, parameters)
@@ -376,7 +387,7 @@ impl Llama {
 
     fn pooled_loss(&self, batch: &Batch, label_smoothing: f32, ws: &mut Workspace) -> f64 {
         let mut losses = Vec::with_capacity(batch.targets.len());
-        for part in batch.parts(PASS_TOKENS) {
+        for part in batch.parts(self.pass_tokens()) {
             self.run_layers(&part, Pass::Discard, ws);
             self.gather_and_norm(&part, ws);
             let (h, head) = (&ws.normed_nd, self.head_weight());
@@ -392,7 +403,7 @@ impl Llama {
         self.run_layers(batch, Pass::Discard, ws);
         let eps = self.config.rms_norm_eps;
         rmsnorm::forward(&ws.stream_td, self.tensor(self.norm), eps, &mut ws.normed_nd, &mut ws.rstd_n);
-        linear::forward(&ws.normed_nd, self.head_weight(), 1.0, &mut ws.logits, linear::Into::Overwrite);
+        linear::logits(&ws.normed_nd, self.head_weight(), &mut ws.logits);
         &ws.logits
     }
 
@@ -410,7 +421,7 @@ impl Llama {
     ) -> f64 {
         let mut losses = Vec::with_capacity(batch.targets.len());
         let mut options = options;
-        for part in batch.parts(PASS_TOKENS) {
+        for part in batch.parts(self.pass_tokens()) {
             pool::enter(|| self.part_gradients(&part, options, ws, gradients));
             losses.extend_from_slice(&ws.losses);
             options.first_token += part.len() as u64;
@@ -436,16 +447,14 @@ impl Llama {
         };
         let smoothing = options.label_smoothing;
         linear_cross_entropy::forward_backward(normed_nd, self.head_weight(), targets, smoothing, head, losses, sums);
-        back.d_h_nd.resize(h_nd.shape());
-        back.d_h_nd.data_mut().fill(0.0);
+        back.d_h_nd.resize_like(h_nd, h_nd.shape());
+        back.d_h_nd.clear();
         let norm = self.tensor(self.norm);
         let d_norm = gradients.tensors[self.norm].as_mut();
         rmsnorm::backward(h_nd, norm, rstd_n, &back.d_normed_nd, &mut back.d_h_nd, d_norm);
-        back.d_stream_td.resize(stream_td.shape());
-        back.d_stream_td.data_mut().fill(0.0);
-        for (i, row) in batch.loss_rows.iter().enumerate() {
-            back.d_stream_td.row_mut(*row as usize).copy_from_slice(back.d_h_nd.row(i));
-        }
+        back.d_stream_td.resize_like(stream_td, stream_td.shape());
+        back.d_stream_td.clear();
+        rows::scatter(&back.d_h_nd, &batch.loss_rows, &mut back.d_stream_td);
         let lowest = self.lowest_trained_layer();
         for l in (lowest..self.layers.len()).rev() {
             let act = &mut layers[kept(recompute < Recompute::Block, l)];
@@ -488,10 +497,7 @@ impl Llama {
 
     /// Final hidden states of the positions that carry loss, and their norm: the head sees nothing else.
     fn gather_and_norm(&self, batch: &Batch, ws: &mut Workspace) {
-        ws.h_nd.resize(&[batch.loss_rows.len(), self.config.hidden_size]);
-        for (i, row) in batch.loss_rows.iter().enumerate() {
-            ws.h_nd.row_mut(i).copy_from_slice(ws.stream_td.row(*row as usize));
-        }
+        rows::gather(&ws.stream_td, &batch.loss_rows, &mut ws.h_nd);
         let eps = self.config.rms_norm_eps;
         rmsnorm::forward(&ws.h_nd, self.tensor(self.norm), eps, &mut ws.normed_nd, &mut ws.rstd_n);
     }
@@ -506,7 +512,7 @@ impl Llama {
         grow(&mut ws.layers, count(keeps_layers));
         grow(&mut ws.made, count(keeps_made));
         embedding::forward(self.value(self.embed), &batch.ids, &mut ws.stream_td);
-        ws.angles.fill(&batch.positions, &self.frequencies);
+        ws.angles.fill_on(&ws.stream_td.device(), &batch.positions, &self.frequencies);
         for l in 0..self.layers.len() {
             if keeps {
                 ws.inputs_td[l].assign(&ws.stream_td);

@@ -2,6 +2,7 @@
 
 use crate::llama::{Llama, Lora, Parameter};
 use crate::{AdapterConfig, AdapterFile, Error, Result};
+use std::borrow::Cow;
 use tunesmith_tensor::{Tensor, Weight, ops::linear, rng::Rng};
 
 impl Llama {
@@ -85,7 +86,7 @@ impl Llama {
         let next = self.parameters.len();
         for (letter, value) in [("A", a), ("B", b)] {
             let name = format!("base_model.model.{module}.lora_{letter}.weight");
-            self.parameters.push(Parameter { name, value: value.into(), trained });
+            self.parameters.push(Parameter { name, value: value.into(), trained, low: None });
         }
         let (scale, dropout) = (config.scaling_for(module), config.lora_dropout as f32);
         self.layers[i / 7].linears[i % 7].lora = Some(Lora { a: next, b: next + 1, scale, dropout });
@@ -101,6 +102,24 @@ impl Llama {
             let lora = l.lora.as_ref()?;
             Some((l.module.as_str(), self.parameters[lora.a].value.tensor(), self.parameters[lora.b].value.tensor()))
         })
+    }
+
+    /// As [`Llama::adapter_tensors`], on the processor in f32 wherever the model is.
+    pub fn host_adapter_tensors(&self) -> impl Iterator<Item = (&str, Cow<'_, Tensor>, Cow<'_, Tensor>)> {
+        self.linears().filter_map(|l| {
+            let lora = l.lora.as_ref()?;
+            Some((l.module.as_str(), self.parameters[lora.a].host(), self.parameters[lora.b].host()))
+        })
+    }
+
+    /// The f32 values of the tensor `name` (a Hugging Face name) of the base model, on the processor wherever the model is.
+    ///
+    /// # Errors
+    /// As [`Llama::base_tensor`].
+    pub fn host_tensor(&self, name: &str) -> Result<Cow<'_, Tensor>> {
+        self.base_tensor(name)?;
+        let found = self.parameters.iter().find(|p| p.name == name).map(Parameter::host);
+        found.ok_or_else(|| Error::Failure(format!("the model has no tensor {name}")))
     }
 
     /// The tensor `name` (a Hugging Face name) of the base model.

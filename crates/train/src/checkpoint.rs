@@ -10,7 +10,6 @@ use crate::{Error, Result};
 use safetensors::{SafeTensors, tensor::TensorView};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
-use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap};
 use std::fs::{self, File};
 use std::io::{Read, Seek, SeekFrom};
@@ -116,12 +115,13 @@ pub fn save(to: &Path, mut contents: Contents<'_>) -> Result<()> {
         .map_err(|e| Error::io("cannot create a temporary folder in", parent, e))?;
     let folder = temporary.path().join("checkpoint");
     match contents.model.adapter() {
-        Some(config) => save_adapter(&folder, config, contents.model.adapter_tensors())?,
+        Some(config) => {
+            let tensors: Vec<_> = contents.model.host_adapter_tensors().collect();
+            save_adapter(&folder, config, tensors.iter().map(|(module, a, b)| (*module, &**a, &**b)))?;
+        }
         None => {
             let model = contents.model;
-            let weight = |name: &str| {
-                model.base_tensor(name).map(|w| w.dense().map_or_else(|| Cow::Owned(w.to_tensor()), Cow::Borrowed))
-            };
+            let weight = |name: &str| model.host_tensor(name);
             save_model(&folder, &model.config, contents.generation_config, weight, &SaveOptions::default())?;
         }
     }
@@ -268,7 +268,7 @@ pub fn restore_weights(folder: &Path, model: &mut Llama) -> Result<()> {
             None => adapter.remove(&parameter.name),
         };
         match saved {
-            Some(value) if value.shape() == parameter.value.shape() => parameter.value = value.into(),
+            Some(value) if value.shape() == parameter.value.shape() => parameter.assign(value),
             found => {
                 return Err(Error::Input(format!(
                     "{}: {} is {}; the run needs {:?}. The checkpoint was made with another configuration",

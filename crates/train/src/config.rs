@@ -6,6 +6,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 use tunesmith_model::{LINEAR_NAMES, Recompute, Storage};
+use tunesmith_tensor::Dtype;
 use tunesmith_text::PrepareOptions;
 
 /// Version of this schema; a file that names another one is refused, so that a run never means something else than written.
@@ -24,6 +25,13 @@ pub struct Config {
     /// How frozen weights multiply: `f32`, or `int8` (rounded to 8 bits, as are their inputs and incoming gradients: faster,
     /// a little less exact; only with `lora`).
     pub compute: Compute,
+    /// Where the model runs: `cpu`, a GPU by its number such as `cuda:0`, or `auto` (`cuda:0` where it can be used, else the
+    /// processor, and which of them is printed).
+    pub device: String,
+    /// Type of weights and activations on a GPU: `bf16` (when not set; trained weights keep all of their f32 beside it) or `f32`.
+    /// The processor has f32 only.
+    #[schemars(with = "Option<String>")]
+    pub dtype: Option<ElementType>,
     /// Seed of adapter initialisation, data order and dropout.
     pub seed: u64,
     /// Most memory that training may take, such as `4GB`: how many blocks go through the model at once and what the backward
@@ -41,6 +49,16 @@ pub struct Config {
     pub samples: SampleConfig,
 }
 
+impl Config {
+    /// Type of weights and activations on a GPU.
+    pub(crate) fn element(&self) -> Dtype {
+        match self.dtype {
+            Some(ElementType::F32) => Dtype::F32,
+            Some(ElementType::Bf16) | None => Dtype::BF16,
+        }
+    }
+}
+
 impl Default for Config {
     fn default() -> Self {
         Self {
@@ -48,6 +66,8 @@ impl Default for Config {
             output_dir: PathBuf::from("runs/run"),
             method: Method::Lora,
             compute: Compute::F32,
+            device: "cpu".to_owned(),
+            dtype: None,
             seed: 42,
             memory_limit: None,
             model: ModelConfig::default(),
@@ -78,6 +98,16 @@ pub enum Compute {
     F32,
     /// In 8-bit integers.
     Int8,
+}
+
+/// Type of weights and activations on a GPU.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum ElementType {
+    /// 32 bits.
+    F32,
+    /// The upper half of an f32.
+    Bf16,
 }
 
 /// The model to start from.
@@ -390,6 +420,31 @@ impl Config {
                 "compute",
                 "\"int8\"".into(),
                 "method = \"full\" changes the weights, which int8 rounds; use compute = \"f32\" or method = \"lora\"",
+            );
+        }
+        let is_gpu = self.device.strip_prefix("cuda:").is_some_and(|number| number.parse::<usize>().is_ok());
+        if !is_gpu && self.device != "cpu" && self.device != "auto" {
+            return fail(
+                "device",
+                format!("{:?}", self.device),
+                "it must be \"cpu\", \"auto\", or a GPU such as \"cuda:0\"",
+            );
+        }
+        if self.device == "cpu" && self.dtype == Some(ElementType::Bf16) {
+            return fail("dtype", "\"bf16\"".into(), "the processor computes in f32; leave it out, or set a device");
+        }
+        if self.device != "cpu" && self.compute == Compute::Int8 {
+            return fail(
+                "compute",
+                "\"int8\"".into(),
+                "these products are the processor's; use device = \"cpu\" or compute = \"f32\"",
+            );
+        }
+        if self.device != "cpu" && self.memory_limit.is_some() {
+            return fail(
+                "memory_limit",
+                "set".into(),
+                "the planner knows the processor's memory only; remove it, or use device = \"cpu\"",
             );
         }
         if t.load_best_model_at_end

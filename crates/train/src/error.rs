@@ -46,6 +46,22 @@ impl From<tunesmith_model::Error> for Error {
     }
 }
 
+impl From<tunesmith_tensor::cuda::Error> for Error {
+    fn from(error: tunesmith_tensor::cuda::Error) -> Self {
+        use tunesmith_tensor::cuda::Error as Cuda;
+        let message = error.to_string();
+        match error {
+            // What a user can put right: a missing library, a device that is not there, a batch that does not fit.
+            Cuda::Missing { .. }
+            | Cuda::TooOld { .. }
+            | Cuda::NoDevice { .. }
+            | Cuda::TooSmall { .. }
+            | Cuda::OutOfMemory { .. } => Self::Input(message),
+            Cuda::Call { .. } | Cuda::Compile { .. } | Cuda::Cache { .. } => Self::Failure(message),
+        }
+    }
+}
+
 impl From<tunesmith_text::Error> for Error {
     fn from(error: tunesmith_text::Error) -> Self {
         use tunesmith_text::Error as Text;

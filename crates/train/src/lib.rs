@@ -6,6 +6,8 @@ pub mod checkpoint;
 pub mod config;
 mod error;
 pub mod evaluate;
+pub mod gpu_bench;
+pub mod gpu_check;
 pub mod memory;
 pub mod metrics;
 pub mod optimizer;

@@ -5,7 +5,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use tunesmith_model::{Gradients, Llama};
 use tunesmith_tensor::ops::{adamw, adamw_8bit, grad_norm};
-use tunesmith_tensor::{Tensor, pool};
+use tunesmith_tensor::{Device, Tensor, pool};
 
 /// How the optimizer keeps its two moments.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -78,6 +78,32 @@ impl Default for AdamWOptions {
 enum Moments {
     F32(Tensor, Tensor),
     Bits8(adamw_8bit::Moment, adamw_8bit::Moment),
+    /// On a GPU.
+    Device8(adamw_8bit::DeviceMoment, adamw_8bit::DeviceMoment),
+}
+
+impl Moments {
+    /// Where the moments of weights on `device` are.
+    fn to_device(&self, device: &Device) -> Self {
+        let f32s = tunesmith_tensor::Dtype::F32;
+        match (self, device.gpu()) {
+            (Self::Bits8(m, r), Some(gpu)) => {
+                let [m, r] = [m, r].map(|moment| adamw_8bit::DeviceMoment::new(gpu, moment));
+                Self::Device8(m, r)
+            }
+            (Self::Bits8(m, r), None) => Self::Bits8(m.clone(), r.clone()),
+            (Self::F32(m, v), _) => Self::F32(m.to_device(device, f32s), v.to_device(device, f32s)),
+            (Self::Device8(..), _) => panic!("the moments are on a GPU already"),
+        }
+    }
+
+    fn to_host(&self) -> Self {
+        match self {
+            Self::F32(m, v) => Self::F32(m.to_host(), v.to_host()),
+            Self::Bits8(m, r) => Self::Bits8(m.clone(), r.clone()),
+            Self::Device8(m, r) => Self::Bits8(m.to_host(), r.to_host()),
+        }
+    }
 }
 
 /// Moments of every trained parameter and the number of updates made.
@@ -113,8 +139,28 @@ impl AdamW {
                 Moments::F32(Tensor::zeros(value.shape()), Tensor::zeros(value.shape()))
             }
         };
-        let moments = model.parameters.iter().map(|p| p.trained.then(|| zeros(p.value.tensor()))).collect();
+        let device = model.device();
+        let on_device = |value: &Tensor| match device.gpu() {
+            Some(_) => zeros(value).to_device(&device),
+            None => zeros(value),
+        };
+        let moments = model.parameters.iter().map(|p| p.trained.then(|| on_device(p.value.tensor()))).collect();
         Self { options, moments, updates: 0 }
+    }
+
+    /// A copy on the processor, whose state can be written.
+    pub fn to_host(&self) -> Self {
+        let moments = self.moments.iter().map(|m| m.as_ref().map(Moments::to_host)).collect();
+        Self { options: self.options, moments, updates: self.updates }
+    }
+
+    /// A copy of an optimizer on the processor for the same model on `device`.
+    ///
+    /// # Panics
+    /// When the moments are on a GPU already.
+    pub fn to_device(&self, device: &Device) -> Self {
+        let moments = self.moments.iter().map(|m| m.as_ref().map(|m| m.to_device(device))).collect();
+        Self { options: self.options, moments, updates: self.updates }
     }
 
     /// One update with `learning_rate`; every gradient is multiplied by `grad_scale` (the clipping coefficient).
@@ -139,9 +185,14 @@ impl AdamW {
                 weight_decay: if decays { options.weight_decay } else { 0.0 },
                 grad_scale,
             };
-            match moments {
-                Moments::F32(m, v) => adamw::update(parameter.value.tensor_mut(), gradient, m, v, &step),
-                Moments::Bits8(m, r) => adamw_8bit::update(parameter.value.tensor_mut(), gradient, m, r, &step),
+            let value = parameter.value.tensor_mut();
+            match (moments, &mut parameter.low) {
+                (Moments::F32(m, v), None) => adamw::update(value, gradient, m, v, &step),
+                (Moments::F32(m, v), Some(low)) => adamw::update_split(value, low, gradient, m, v, &step),
+                (Moments::Bits8(m, r), _) => adamw_8bit::update(value, gradient, m, r, &step),
+                (Moments::Device8(m, r), low) => {
+                    adamw_8bit::update_on_device(value, low.as_mut(), gradient, m, r, &step);
+                }
             }
         }
     }
@@ -157,12 +208,16 @@ impl AdamW {
     }
 
     /// Everything but the number of updates, to be written or to be filled.
+    ///
+    /// # Panics
+    /// When the moments are on a GPU ([`AdamW::to_host`] makes a copy that is not).
     pub fn state(&mut self, model: &Llama) -> Vec<StateTensor<'_>> {
         let mut state = Vec::new();
         for (parameter, moments) in model.parameters.iter().zip(&mut self.moments) {
             let (name, shape) = (&parameter.name, parameter.value.shape());
             match moments {
                 None => {}
+                Some(Moments::Device8(..)) => panic!("the moments of {name} are on a GPU"),
                 Some(Moments::F32(m, v)) => {
                     for (kind, moment) in [("exp_avg", m), ("exp_avg_sq", v)] {
                         let bytes = bytemuck::cast_slice_mut(moment.data_mut());
@@ -189,7 +244,8 @@ impl AdamW {
 
 /// Euclidean norm over all gradients together.
 pub fn gradient_norm(gradients: &Gradients) -> f64 {
-    pool::enter(|| gradients.tensors.iter().flatten().map(grad_norm::sum_of_squares).sum::<f64>().sqrt())
+    let tensors: Vec<&Tensor> = gradients.tensors.iter().flatten().collect();
+    pool::enter(|| grad_norm::norm(&tensors))
 }
 
 /// The factor that brings a gradient of norm `norm` down to `max_norm` (PyTorch's `clip_grad_norm_`); 1 when it is shorter

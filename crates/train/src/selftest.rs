@@ -408,7 +408,7 @@ fn randomise(model: &mut Llama, part: &str, std: f32) {
 
 /// One of two small models that between them have all that a LLaMA model can have: `plain` (tied head, grouped heads)
 /// and `biased` (untied head, biases everywhere, Llama 3's rope). Nothing in them is 0 or 1.
-fn small(name: &str) -> Result<Llama> {
+pub(crate) fn small(name: &str) -> Result<Llama> {
     let biased = name == "biased";
     let rope = r#"{"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0,
         "high_freq_factor": 4.0, "original_max_position_embeddings": 64}"#;
@@ -431,7 +431,7 @@ fn small(name: &str) -> Result<Llama> {
 }
 
 /// The largest difference, measured by the largest element of `want`.
-fn of_largest(got: &[f32], want: &[f32]) -> f64 {
+pub(crate) fn of_largest(got: &[f32], want: &[f32]) -> f64 {
     if got.len() != want.len() {
         return f64::NAN;
     }
@@ -441,7 +441,7 @@ fn of_largest(got: &[f32], want: &[f32]) -> f64 {
 }
 
 /// The largest error; NaN when one is NaN, which `max` would pass over.
-fn worst(errors: impl Iterator<Item = f64>) -> f64 {
+pub(crate) fn worst(errors: impl Iterator<Item = f64>) -> f64 {
     errors.fold(0.0, |worst, error| if worst.is_nan() || error <= worst { worst } else { error })
 }
 

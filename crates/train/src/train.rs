@@ -12,15 +12,17 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 use tunesmith_model::{AdapterConfig, AdapterFile, Gradients, Llama, LossOptions, Modules, Workspace};
-use tunesmith_tensor::rng::Rng;
+use tunesmith_tensor::{Device, rng::Rng};
 use tunesmith_text::{Block, ChatTemplate, Message, PreparedSplit, Split, Tokenizer};
 
 /// What a run needs besides its configuration, all loaded and checked.
 pub struct Job<'a> {
     /// The configuration.
     pub config: &'a Config,
-    /// The model as [`prepare_model`] left it.
+    /// The model as [`prepare_model`] left it, on the processor. It is moved to `device`.
     pub model: &'a mut Llama,
+    /// Where the model runs.
+    pub device: &'a Device,
     /// Its tokenizer.
     pub tokenizer: &'a Tokenizer,
     /// Its chat template, needed for samples with `chat = true`.
@@ -256,6 +258,11 @@ impl<'a, 'o> Run<'a, 'o> {
                 MetricsWriter::resume(&metrics_file, state.step)?
             }
         };
+        if job.device.gpu().is_some() {
+            job.model.check_device(config.element())?;
+            job.model.move_to(job.device, config.element());
+            optimizer = optimizer.to_device(job.device);
+        }
         let gradients = Gradients::new(job.model);
         observe(Event::Started {
             step: state.step,
@@ -314,6 +321,8 @@ impl<'a, 'o> Run<'a, 'o> {
             };
             let batch = batch_of(blocks);
             let loss = self.job.model.loss_and_gradients(&batch, options, &mut self.ws, &mut self.gradients);
+            // A device that has failed gives numbers that mean nothing.
+            self.job.device.synchronize()?;
             if !loss.is_finite() {
                 return Err(self.not_finite("loss", loss, blocks));
             }
@@ -321,6 +330,7 @@ impl<'a, 'o> Run<'a, 'o> {
             first_token += batch.len() as u64;
         }
         let norm = gradient_norm(&self.gradients);
+        self.job.device.synchronize()?;
         if !norm.is_finite() {
             return Err(self.not_finite("gradient norm", norm, &blocks));
         }
@@ -412,6 +422,7 @@ impl<'a, 'o> Run<'a, 'o> {
         let observe = &mut self.observe;
         let progress = |done, all| observe(Event::Evaluating(done, all));
         let documents = document_losses(self.job.model, &self.validation, &mut self.ws, progress)?;
+        self.job.device.synchronize()?;
         let (eval_loss, num_tokens) = mean_loss(&documents);
         let (step, epoch) = (self.state.step, self.epoch());
         if self.state.best.is_none_or(|(_, best)| eval_loss < best) {
@@ -463,11 +474,14 @@ impl<'a, 'o> Run<'a, 'o> {
         let paused = Instant::now();
         let folder = self.checkpoints().join(format!("step-{}", self.state.step));
         let files = self.side_files(None)?;
+        // On a GPU moments are copied to where they can be written from.
+        let mut copy = self.job.device.gpu().map(|_| self.optimizer.to_host());
+        self.job.device.synchronize()?;
         let contents = Contents {
             model: self.job.model,
             tokenizer: self.job.tokenizer,
             generation_config: self.job.generation_config,
-            training: Some((&mut self.optimizer, &self.state)),
+            training: Some((copy.as_mut().unwrap_or(&mut self.optimizer), &self.state)),
             files,
         };
         (self.observe)(Event::Saving(&folder));

@@ -147,7 +147,8 @@ pub fn verify_reference(model: &mut Llama, reference: &Reference) -> Result<Vec<
     let mut ws = Workspace::default();
     let mut checks = Vec::new();
     if let Some((_, want)) = reference.floats("logits")? {
-        let got = model.logits(&batch, &mut ws).data();
+        let logits = model.logits(&batch, &mut ws).to_host();
+        let got = logits.data();
         if got.len() != want.len() {
             let (file, vocab) = (&reference.file, model.config.vocab_size);
             return Err(Error::Input(format!(
@@ -199,7 +200,14 @@ pub fn verify_reference(model: &mut Llama, reference: &Reference) -> Result<Vec<
                 return Err(Error::Input(format!("{}: grad.{name} does not have the shape {shape:?}", reference.file)));
             }
             let norm = want.iter().map(|x| (*x as f64).powi(2)).sum::<f64>().sqrt();
-            let error = got.data().iter().zip(&want).map(|(a, b)| (*a as f64 - *b as f64).powi(2)).sum::<f64>().sqrt();
+            let error = got
+                .to_host()
+                .data()
+                .iter()
+                .zip(&want)
+                .map(|(a, b)| (*a as f64 - *b as f64).powi(2))
+                .sum::<f64>()
+                .sqrt();
             let difference = error / norm.max(1e-30);
             checks.push(Check { what: format!("grad.{name}"), difference, tolerance: GRADIENT_TOLERANCE });
         }

@@ -12,7 +12,7 @@ use tunesmith_tensor::ops::linear::Into::{Accumulate, Overwrite};
 use tunesmith_tensor::ops::products::{self, Product};
 use tunesmith_tensor::ops::{attention_decode, embedding, linear, rmsnorm, rope, swiglu};
 use tunesmith_tensor::packed_int::Int8Rows;
-use tunesmith_tensor::{Tensor, pool, team};
+use tunesmith_tensor::{Device, Tensor, pool, team};
 
 /// Tokens of a prompt that go through the model at once: enough for large products, few enough that what a layer makes of
 /// them stays in the processor's cache.
@@ -90,7 +90,11 @@ impl Llama {
             }
             cache.advance(piece.len());
         }
-        ws.logits.data()
+        if self.device() == Device::Cpu {
+            return ws.logits.data();
+        }
+        ws.host_logits = ws.logits.to_host();
+        ws.host_logits.data()
     }
 
     /// Keeps every matrix as integers from now on: [`Llama::decode`] then rounds what they multiply to 8 bits
@@ -110,7 +114,7 @@ impl Llama {
         embedding::forward(self.value(self.embed), ids, &mut buffers.stream_td);
         buffers.positions.clear();
         buffers.positions.extend(first as u32..(first + ids.len()) as u32);
-        buffers.angles.fill(&buffers.positions, &self.frequencies);
+        buffers.angles.fill_on(&self.device(), &buffers.positions, &self.frequencies);
     }
 
     /// The attention of layer `l` up to its output, without the output projection.
@@ -147,9 +151,10 @@ impl Llama {
     fn attend_last(&self, cache: &KvCache, num_keys: usize, buffers: &mut Buffers) {
         let Buffers { stream_td, normed_td, q_th, o_th, xa_tr, rounded, angles, positions, attention, .. } = buffers;
         let last = self.layers.len() - 1;
-        keep_last_row(stream_td);
-        keep_last_row(normed_td);
-        angles.fill(&positions[positions.len() - 1..], &self.frequencies);
+        let last_row = stream_td.rows() - 1;
+        stream_td.keep_row(last_row);
+        normed_td.keep_row(last_row);
+        angles.fill_on(&self.device(), &positions[positions.len() - 1..], &self.frequencies);
         self.products(&self.layers[last], normed_td, &mut [(Q, q_th)], Overwrite, xa_tr, rounded);
         rope::forward(q_th, angles);
         cache.attend(last, q_th, num_keys, o_th, attention);
@@ -204,14 +209,10 @@ impl Llama {
         let Buffers { stream_td, normed_td, rstd_t, rounded, .. } = buffers;
         rmsnorm::forward(stream_td, self.tensor(self.norm), self.config.rms_norm_eps, normed_td, rstd_t);
         let weight = self.head_weight();
+        if self.device() != Device::Cpu {
+            return linear::logits(normed_td, weight, logits);
+        }
         let product = Product { x: normed_td, weight, alpha: 1.0, y: logits, into: Overwrite };
         products::forward(&mut [product], rounded);
     }
-}
-
-/// Makes the last row of `x` its only one.
-fn keep_last_row(x: &mut Tensor) {
-    let (rows, cols) = (x.rows(), x.cols());
-    x.data_mut().copy_within((rows - 1) * cols.., 0);
-    x.resize(&[1, cols]);
 }

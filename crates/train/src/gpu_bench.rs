@@ -1,0 +1,199 @@
+//! Speed and memory of training steps on a GPU, with random weights of known shapes, beside what the GPU reaches on its own.
+
+use crate::optimizer::{AdamW, AdamWOptions, clip_coefficient, gradient_norm};
+use crate::{Error, Result};
+use serde::Serialize;
+use std::time::Instant;
+use tunesmith_model::{AdapterConfig, Batch, Config, Gradients, Llama, LossOptions, Modules, Recompute, Workspace};
+use tunesmith_tensor::ops::linear::{self, Into};
+use tunesmith_tensor::{Device, Dtype, Tensor, rng::Rng};
+
+/// What is measured.
+#[derive(Clone, Debug)]
+pub struct Case {
+    /// Name of the model's shape.
+    pub model: &'static str,
+    /// Its sizes.
+    pub config: Config,
+    /// Every weight trains; LoRA of rank 16 on all linear layers otherwise.
+    pub full: bool,
+    /// The frozen layers are in NF4.
+    pub nf4: bool,
+    /// Tokens of a step, one document.
+    pub tokens: usize,
+    /// What the backward pass makes again.
+    pub recompute: Recompute,
+}
+
+/// What the GPU reaches on its own.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct Peaks {
+    /// Bytes a second of a large copy, reading and writing counted.
+    pub copy: f64,
+    /// Operations a second of a large product.
+    pub product: f64,
+}
+
+/// One line of the table.
+#[derive(Clone, Debug, Serialize)]
+pub struct Measured {
+    /// Shape of the model.
+    pub model: &'static str,
+    /// `full`, `lora` or `qlora`.
+    pub method: &'static str,
+    /// Tokens of a step.
+    pub tokens: usize,
+    /// Of the steps after the first two.
+    pub tokens_per_s: f64,
+    /// Operations a second that the mathematics asks for; what is made again does not count.
+    pub flops: f64,
+    /// Those as a share of [`Peaks::product`].
+    pub share: f64,
+    /// Most bytes held on the device since it was opened.
+    pub peak_bytes: usize,
+    /// Loss of the first step: about ln(vocabulary) for random weights.
+    pub first_loss: f64,
+}
+
+/// Measures the peaks with matrices of `size` rows and columns.
+///
+/// # Errors
+/// When the device fails.
+pub fn peaks(device: &Device, dtype: Dtype, size: usize) -> Result<Peaks> {
+    const REPEATS: usize = 10;
+    let [a, b] = [(); 2].map(|()| Tensor::zeros_on(device, dtype, &[size, size]));
+    let (mut to, mut c) = (Tensor::default(), Tensor::default());
+    let time = |mut f: Box<dyn FnMut() + '_>| -> Result<f64> {
+        f();
+        device.synchronize()?;
+        let start = Instant::now();
+        (0..REPEATS).for_each(|_| f());
+        device.synchronize()?;
+        Ok(start.elapsed().as_secs_f64() / REPEATS as f64)
+    };
+    let copy = 2.0 * (a.len() * dtype.bytes()) as f64 / time(Box::new(|| to.assign(&a)))?;
+    let product = time(Box::new(|| linear::matmul(&a, &b, 1.0, &mut c, Into::Overwrite)))?;
+    Ok(Peaks { copy, product: 2.0 * (size as f64).powi(3) / product })
+}
+
+/// Trains `steps` steps after two to warm up.
+///
+/// # Errors
+/// When the model's sizes have no kernels, or the device fails.
+pub fn measure(device: &Device, dtype: Dtype, case: &Case, steps: u64, peaks: &Peaks) -> Result<Measured> {
+    let mut model = Llama::random_on(case.config.clone(), 1, case.nf4, case.full, device, dtype);
+    model.check_device(dtype)?;
+    if !case.full {
+        let config = AdapterConfig {
+            r: 16,
+            lora_alpha: 32.0,
+            target_modules: Modules::List(tunesmith_model::LINEAR_NAMES.map(String::from).to_vec()),
+            ..AdapterConfig::default()
+        };
+        model.add_adapter(&config, 1)?;
+        model.move_to(device, dtype);
+    }
+    let mut rng = Rng::new(2, 0);
+    let vocab = case.config.vocab_size as u32;
+    let ids: Vec<u32> = (0..case.tokens).map(|_| rng.below(vocab)).collect();
+    let mut batch = Batch::default();
+    batch.push(&ids, &vec![true; ids.len()]);
+    let mut optimizer = AdamW::new(&model, AdamWOptions::default());
+    let (mut gradients, mut ws) = (Gradients::new(&model), Workspace::new(case.recompute));
+    let (mut first_loss, mut start) = (f64::NAN, Instant::now());
+    for step in 0..steps + 2 {
+        if step == 2 {
+            device.synchronize()?;
+            start = Instant::now();
+        }
+        gradients.clear();
+        let scale = 1.0 / batch.targets.len().max(1) as f32;
+        let options = LossOptions { scale, label_smoothing: 0.0, dropout_seed: None, step, first_token: 0 };
+        let loss = model.loss_and_gradients(&batch, options, &mut ws, &mut gradients);
+        let norm = gradient_norm(&gradients);
+        optimizer.update(&mut model, &gradients, 1e-5, clip_coefficient(norm, 1.0));
+        if step == 0 {
+            first_loss = loss * f64::from(scale);
+        }
+    }
+    device.synchronize()?;
+    if !first_loss.is_finite() {
+        return Err(Error::Failure(format!("{}: the first loss is {first_loss}", case.model)));
+    }
+    let tokens_per_s = case.tokens as f64 * steps as f64 / start.elapsed().as_secs_f64();
+    let flops = tokens_per_s * flops_per_token(case);
+    Ok(Measured {
+        model: case.model,
+        method: if case.full {
+            "full"
+        } else if case.nf4 {
+            "qlora"
+        } else {
+            "lora"
+        },
+        tokens: case.tokens,
+        tokens_per_s,
+        flops,
+        share: flops / peaks.product,
+        peak_bytes: device.gpu().map_or(0, |gpu| gpu.memory().1),
+        first_loss,
+    })
+}
+
+/// Operations for a token: two a weight forwards, two for the gradient of the input, two more for that of the weight where it
+/// trains; half the positions of attention, three and a half times as much with its backward pass.
+fn flops_per_token(case: &Case) -> f64 {
+    let c = &case.config;
+    let head = c.vocab_size * c.hidden_size;
+    let matrices = c.num_params() - if c.tie_word_embeddings { 0 } else { head };
+    let attention = 7 * c.num_hidden_layers * c.num_attention_heads * c.head_dim * case.tokens;
+    ((if case.full { 6 } else { 4 }) * matrices + attention) as f64
+}
+
+/// The cases of `tunesmith gpu-bench`: shapes of Llama 3.
+///
+/// # Errors
+/// When a shape is no valid configuration.
+pub fn cases(recompute: Recompute) -> Result<Vec<Case>> {
+    let config = |layers: usize, hidden: usize, intermediate: usize, heads: usize, head_dim: usize, tied: bool| {
+        let text = serde_json::json!({
+            "model_type": "llama", "vocab_size": 128_256, "hidden_size": hidden, "intermediate_size": intermediate,
+            "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": 8, "head_dim": head_dim,
+            "max_position_embeddings": 131_072, "rms_norm_eps": 1e-5, "rope_theta": 500_000.0, "tie_word_embeddings": tied,
+        });
+        Config::from_json(&text.to_string(), "a shape of gpu-bench")
+    };
+    let shapes = [
+        ("1B", config(16, 2048, 8192, 32, 64, true)?),
+        ("3B", config(28, 3072, 8192, 24, 128, true)?),
+        ("8B", config(32, 4096, 14_336, 32, 128, false)?),
+    ];
+    let mut cases = Vec::new();
+    for (model, config) in shapes {
+        let lora = Case { model, config, full: false, nf4: false, tokens: 4096, recompute };
+        if model == "1B" {
+            cases.push(Case { full: true, ..lora.clone() });
+        }
+        if model == "8B" {
+            cases.push(Case { nf4: true, tokens: 2048, recompute: Recompute::Block, ..lora.clone() });
+        }
+        cases.push(lora);
+    }
+    Ok(cases)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shapes_are_those_of_llama() {
+        let cases = cases(Recompute::Norms).unwrap();
+        let size = |name: &str| cases.iter().find(|c| c.model == name).map(|c| c.config.num_params()).unwrap();
+        assert_eq!([size("1B"), size("3B"), size("8B")], [1_235_814_400, 3_212_749_824, 8_030_261_248]);
+        assert_eq!(cases.len(), 5);
+        // 8B LoRA: 4 operations for each of 7.5 billion weights in products, and attention.
+        let lora = cases.iter().rfind(|c| c.model == "8B").unwrap();
+        assert!((flops_per_token(lora) / 3.38e10 - 1.0).abs() < 0.01, "{}", flops_per_token(lora));
+    }
+}

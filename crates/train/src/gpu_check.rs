@@ -1,0 +1,331 @@
+//! Checks of a GPU against the processor, whose own numbers are those of other implementations (`verify`): every operation in
+//! f32 and bf16 on fresh random inputs, then whole models: gradients, training, resuming, generation.
+
+use crate::optimizer::{AdamW, AdamWOptions, Optim, clip_coefficient, gradient_norm};
+use crate::selftest::{Check, small, worst};
+use crate::{Error, Result};
+use tunesmith_model::{AdapterConfig, Batch, Gradients, KvCache, Llama, LossOptions, Recompute, Workspace};
+use tunesmith_tensor::ops::attention::{Heads, Segment};
+use tunesmith_tensor::ops::linear::{Adapter, Into};
+use tunesmith_tensor::ops::{
+    argmax, attention, dropout, embedding, grad_norm, linear, linear_cross_entropy, rmsnorm, rope, rows, swiglu,
+};
+use tunesmith_tensor::{Device, Dtype, Packed, Tensor, Weight, rng::Rng};
+
+/// How large the inputs are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Size {
+    /// Seconds where every thread is emulated.
+    Small,
+    /// Shapes of real models, cut in length so that the processor keeps up.
+    Large,
+}
+
+/// Sums of thousands of products in another order than the processor's, measured by the largest element.
+const F32_BOUND: f64 = 2e-5;
+/// bf16 has 8 bits: half a step of the largest element, and rounding on the way.
+const BF16_BOUND: f64 = 1e-2;
+
+struct Lab<'a> {
+    device: &'a Device,
+    dtype: Dtype,
+    rng: Rng,
+    size: Size,
+    observe: &'a mut dyn FnMut(Check),
+}
+
+/// All checks on `device`, each given to `observe` when it is done. `seed` makes the inputs.
+///
+/// # Errors
+/// When the device fails: everything after that would be about nothing.
+pub fn run(device: &Device, seed: u64, size: Size, observe: &mut dyn FnMut(Check)) -> Result<()> {
+    let gpu = device.gpu().ok_or_else(|| Error::Input("there is nothing to check on the processor".into()))?;
+    gpu.poison(true);
+    for dtype in [Dtype::F32, Dtype::BF16] {
+        let mut lab = Lab { device, dtype, rng: Rng::new(seed, dtype.bytes() as u64), size, observe };
+        lab.elementwise()?;
+        lab.products()?;
+        lab.attention()?;
+        lab.loss()?;
+        models(device, dtype, size, lab.observe)?;
+    }
+    gpu.poison(false);
+    Ok(())
+}
+
+impl Lab<'_> {
+    /// Random numbers that the type can hold.
+    fn random(&mut self, shape: &[usize]) -> Tensor {
+        let round = |x: f32| if self.dtype == Dtype::BF16 { to_bf16(x) } else { x };
+        let values = self.rng.normals(shape.iter().product(), 1.0);
+        Tensor::from_slice(shape, &values.into_iter().map(round).collect::<Vec<_>>())
+    }
+
+    /// The same computation on the processor and on the device; its results are compared one by one.
+    fn compare(
+        &mut self,
+        check: &'static str,
+        compared: &str,
+        inputs: Vec<Tensor>,
+        f: impl Fn(&[Tensor]) -> Vec<Tensor>,
+    ) -> Result<()> {
+        let want = f(&inputs);
+        let inputs: Vec<Tensor> = inputs.iter().map(|t| t.to_device(self.device, self.dtype)).collect();
+        let got = f(&inputs);
+        self.device.synchronize()?;
+        let bound = if self.dtype == Dtype::F32 { F32_BOUND } else { BF16_BOUND };
+        let error = worst(
+            got.iter().zip(&want).map(|(got, want)| crate::selftest::of_largest(got.to_host().data(), want.data())),
+        );
+        let (model, compared) = (self.dtype.name().to_owned(), compared.to_owned());
+        (self.observe)(Check { model, check, compared, error, bound });
+        Ok(())
+    }
+
+    fn pick(&self, small: usize, large: usize) -> usize {
+        if self.size == Size::Small { small } else { large }
+    }
+
+    fn elementwise(&mut self) -> Result<()> {
+        let (t, d) = (self.pick(5, 333), self.pick(64, 4096));
+        let inputs = vec![self.random(&[t, d]), self.random(&[d]), self.random(&[t, d]), self.random(&[t, d])];
+        self.compare("rmsnorm", "output, gradients of input and weight", inputs, |x| {
+            let [mut y, mut rstd] = [(); 2].map(|()| Tensor::default());
+            rmsnorm::forward(&x[0], &x[1], 1e-5, &mut y, &mut rstd);
+            let mut d_x = x[3].clone();
+            let mut d_w = Tensor::zeros_on(&x[0].device(), Dtype::F32, x[1].shape());
+            rmsnorm::backward(&x[0], &x[1], &rstd, &x[2], &mut d_x, Some(&mut d_w));
+            vec![y, rstd, d_x, d_w]
+        })?;
+        let inputs = (0..3).map(|_| self.random(&[t, d + 3])).collect();
+        self.compare("swiglu", "output, gradients of gate and up", inputs, |x| {
+            let [mut y, mut d_gate, mut d_up] = [(); 3].map(|()| Tensor::default());
+            swiglu::forward(&x[0], &x[1], &mut y);
+            swiglu::backward(&x[0], &x[1], &x[2], &mut d_gate, &mut d_up);
+            vec![y, d_gate, d_up]
+        })?;
+        let positions: Vec<u32> = (0..t as u32).map(|i| i * 37 % 8191).collect();
+        let frequencies: Vec<f32> = (0..32).map(|i| 0.75f32.powi(i)).collect();
+        let inputs = vec![self.random(&[t, 256])];
+        self.compare("rope", "turned", inputs, |x| {
+            let mut angles = rope::Angles::default();
+            angles.fill_on(&x[0].device(), &positions, &frequencies);
+            let mut y = x[0].clone();
+            rope::forward(&mut y, &angles);
+            vec![y]
+        })?;
+        let ids: Vec<u32> = (0..t).map(|_| self.rng.below(50)).collect();
+        let inputs = vec![self.random(&[50, d]), self.random(&[t, d])];
+        self.compare("embedding", "rows, gradient of the table", inputs, |x| {
+            let (mut y, mut picked) = (Tensor::default(), Tensor::default());
+            embedding::forward(&x[0].clone().into(), &ids, &mut y);
+            let mut d_table = Tensor::zeros_on(&x[0].device(), Dtype::F32, x[0].shape());
+            embedding::backward(&x[1], &ids, &mut d_table);
+            rows::gather(&x[0], &[49, 0, 7], &mut picked);
+            let mut put = x[0].clone();
+            rows::scatter(&picked, &[1, 2, 3], &mut put);
+            vec![y, d_table, put]
+        })?;
+        let inputs = vec![self.random(&[t, d]), self.random(&[t, d])];
+        let mask = dropout::Mask { p: 0.2, seed: 9, stream: 7, first_row: 3 };
+        self.compare("dropout", "output, gradient", inputs, |x| {
+            let (mut y, mut d_x) = (Tensor::default(), x[1].clone());
+            dropout::forward(&x[0], mask, &mut y);
+            dropout::backward(&x[0], mask, &mut d_x);
+            vec![y, d_x]
+        })
+    }
+
+    fn products(&mut self) -> Result<()> {
+        let (t, n, k) = (self.pick(5, 515), self.pick(24, 1536), self.pick(64, 1024));
+        let shapes: [&[usize]; 8] = [&[t, k], &[n, k], &[t, n], &[t, 8], &[n, 8], &[8, k], &[n], &[t, 8]];
+        let inputs: Vec<Tensor> = shapes.iter().map(|shape| self.random(shape)).collect();
+        self.compare("linear", "output, gradients of input, weight, bias; with an adapter", inputs, |x| {
+            let device = x[0].device();
+            let weight = Weight::from(x[1].clone());
+            let (mut y, mut d_x) = (Tensor::default(), Tensor::default());
+            linear::forward_adapted(
+                &x[0],
+                &weight,
+                Adapter { inner: &x[3], outer: &x[4], scale: 0.5 },
+                &mut y,
+                Into::Overwrite,
+            );
+            linear::add_bias(&x[6], &mut y);
+            let adapter = Adapter { inner: &x[7], outer: &x[5], scale: 1.0 };
+            linear::input_gradient_adapted(&x[2], &weight, adapter, &mut d_x, Into::Overwrite);
+            linear::input_gradient(&x[2], &weight, 0.5, &mut d_x, Into::Accumulate);
+            let mut d_w = Tensor::zeros_on(&device, Dtype::F32, x[1].shape());
+            let mut d_bias = Tensor::zeros_on(&device, Dtype::F32, x[6].shape());
+            linear::matmul_weight_gradient(&x[2], &x[0], 1.0, &mut d_w);
+            linear::bias_gradient(&x[2], &mut d_bias);
+            vec![y, d_x, d_w, d_bias]
+        })?;
+        let (w, x) = (self.random(&[n, k]), self.random(&[t, k]));
+        let packed = Packed::nf4(&w, true);
+        let (mut want, mut got) = (Tensor::default(), Tensor::default());
+        linear::forward(&x, &packed.to_tensor().into(), 1.0, &mut want, Into::Overwrite);
+        let weight = Weight::Packed(packed).to_device(self.device, self.dtype);
+        linear::forward(&x.to_device(self.device, self.dtype), &weight, 1.0, &mut got, Into::Overwrite);
+        self.device.synchronize()?;
+        let error = crate::selftest::of_largest(got.to_host().data(), want.data());
+        let bound = if self.dtype == Dtype::F32 { F32_BOUND } else { BF16_BOUND };
+        let (model, compared) = (self.dtype.name().to_owned(), "output".to_owned());
+        (self.observe)(Check { model, check: "linear of NF4", compared, error, bound });
+        let inputs = [self.random(&[t * k])];
+        let norm = |x: &Tensor| grad_norm::norm(&[x]);
+        let on_device = inputs[0].to_device(self.device, Dtype::F32);
+        let (want, got) = (norm(&inputs[0]), norm(&on_device));
+        self.device.synchronize()?;
+        let (error, model) = ((got / want - 1.0).abs(), self.dtype.name().to_owned());
+        (self.observe)(Check { model, check: "gradient norm", compared: "norm".into(), error, bound: 1e-9 });
+        Ok(())
+    }
+
+    fn attention(&mut self) -> Result<()> {
+        let shapes: &[(usize, usize, usize, &[usize])] = match self.size {
+            Size::Small => &[(2, 1, 16, &[3, 70]), (2, 2, 64, &[33])],
+            Size::Large => {
+                &[(8, 2, 64, &[1, 700, 64, 257]), (8, 2, 128, &[900, 100]), (3, 1, 96, &[300, 5]), (4, 4, 80, &[130])]
+            }
+        };
+        for (num_heads, num_kv_heads, head_dim, lengths) in shapes {
+            let heads = Heads { num_heads: *num_heads, num_kv_heads: *num_kv_heads, head_dim: *head_dim };
+            let t: usize = lengths.iter().sum();
+            let segments = Segment::documents(lengths);
+            let (q, kv) = ([t, heads.q_cols()], [t, heads.kv_cols()]);
+            let inputs = vec![self.random(&q), self.random(&kv), self.random(&kv), self.random(&q)];
+            let compared = format!("output and gradients, {num_heads}/{num_kv_heads} heads of {head_dim}");
+            self.compare("attention", &compared, inputs.clone(), |x| {
+                let [mut o, mut lse, mut d_q, mut d_k, mut d_v] = [(); 5].map(|()| Tensor::default());
+                attention::forward(&x[0], &x[1], &x[2], &segments, heads, &mut o, &mut lse);
+                attention::backward(
+                    &x[0], &x[1], &x[2], &o, &lse, &x[3], &segments, heads, &mut d_q, &mut d_k, &mut d_v,
+                );
+                vec![o, lse, d_q, d_k, d_v]
+            })?;
+            let last = vec![self.random(&[2, heads.q_cols()]), inputs[1].clone(), inputs[2].clone()];
+            self.compare("attention over a cache", &format!("output, {t} keys"), last, |x| {
+                let mut o = Tensor::default();
+                attention::forward_last(&x[0], &x[1], &x[2], t, heads, &mut o);
+                vec![o]
+            })?;
+        }
+        Ok(())
+    }
+
+    fn loss(&mut self) -> Result<()> {
+        let (n, d, vocab) = (self.pick(4, 300), self.pick(16, 256), self.pick(70, 32_001));
+        let targets: Vec<u32> = (0..n).map(|_| self.rng.below(vocab as u32)).collect();
+        let inputs = vec![self.random(&[n, d]), self.random(&[vocab, d])];
+        self.compare("head and loss", "loss, gradients of hidden states and head", inputs.clone(), |x| {
+            let weight = Weight::from(x[1].clone());
+            let (mut scratch, mut loss, mut d_h) = (Default::default(), Vec::new(), Tensor::default());
+            let mut d_w = Tensor::zeros_on(&x[0].device(), Dtype::F32, x[1].shape());
+            let gradients = linear_cross_entropy::Gradients { scale: 0.25, d_h: &mut d_h, d_w: Some(&mut d_w) };
+            linear_cross_entropy::forward_backward(&x[0], &weight, &targets, 0.1, &mut scratch, &mut loss, gradients);
+            vec![Tensor::from_slice(&[loss.len()], &loss), d_h, d_w]
+        })?;
+        self.compare("greedy tokens", "token", inputs, |x| {
+            let mut logits = Tensor::default();
+            linear::logits(&x[0], &x[1].clone().into(), &mut logits);
+            let tokens: Vec<f32> = argmax::rows(&logits).iter().map(|t| *t as f32).collect();
+            vec![Tensor::from_slice(&[tokens.len()], &tokens)]
+        })
+    }
+}
+
+fn to_bf16(x: f32) -> f32 {
+    let bits = x.to_bits();
+    f32::from_bits((bits + 0x7fff + (bits >> 16 & 1)) & 0xffff_0000)
+}
+
+fn batch() -> Batch {
+    let mut rng = Rng::new(4, 0);
+    let mut batch = Batch::default();
+    for length in [40, 1, 70] {
+        let ids: Vec<u32> = (0..length).map(|_| rng.below(260)).collect();
+        batch.push(&ids, &vec![true; ids.len()]);
+    }
+    batch
+}
+
+/// Losses and gradient norms of `steps` steps.
+fn curve(model: &mut Llama, optimizer: &mut AdamW, steps: std::ops::Range<u64>) -> Result<Vec<f64>> {
+    let (batch, mut gradients, mut ws) = (batch(), Gradients::new(model), Workspace::new(Recompute::Block));
+    let mut curve = Vec::new();
+    for step in steps {
+        gradients.clear();
+        let scale = 1.0 / batch.targets.len() as f32;
+        let options = LossOptions { scale, label_smoothing: 0.0, dropout_seed: Some(3), step, first_token: 0 };
+        let loss = model.loss_and_gradients(&batch, options, &mut ws, &mut gradients);
+        let norm = gradient_norm(&gradients);
+        optimizer.update(model, &gradients, 1e-3, clip_coefficient(norm, 1.0));
+        curve.extend([loss, norm]);
+    }
+    model.device().synchronize()?;
+    Ok(curve)
+}
+
+fn models(device: &Device, dtype: Dtype, size: Size, observe: &mut dyn FnMut(Check)) -> Result<()> {
+    let steps = if size == Size::Small { 2 } else { 10 };
+    let mut report = |check, compared: &str, error, bound| {
+        observe(Check { model: dtype.name().into(), check, compared: compared.into(), error, bound });
+    };
+    let curve_bound = if dtype == Dtype::F32 { 1e-3 } else { 3e-2 };
+    for (method, optim) in
+        [("full", Optim::AdamW), ("full, 8-bit moments", Optim::AdamW8bit), ("LoRA with dropout", Optim::AdamW)]
+    {
+        let start = || -> Result<Llama> {
+            let mut model = small("plain")?;
+            if method.starts_with("full") {
+                model.train_all();
+            } else {
+                model.add_adapter(&AdapterConfig { r: 4, lora_dropout: 0.1, ..AdapterConfig::default() }, 1)?;
+            }
+            Ok(model)
+        };
+        let options = AdamWOptions { optim, ..AdamWOptions::default() };
+        let mut on_host = start()?;
+        let mut optimizer = AdamW::new(&on_host, options);
+        let want = curve(&mut on_host, &mut optimizer, 0..steps)?;
+        let mut model = start()?;
+        model.move_to(device, dtype);
+        let mut optimizer = AdamW::new(&model, options);
+        let mut got = curve(&mut model, &mut optimizer, 0..steps / 2)?;
+        // The way of a checkpoint: weights and moments to the processor and back.
+        let mut resumed = start()?;
+        for (to, from) in resumed.parameters.iter_mut().zip(&model.parameters) {
+            to.assign(from.host().into_owned());
+        }
+        let mut second = optimizer.to_host().to_device(device);
+        resumed.move_to(device, dtype);
+        let rest = curve(&mut model, &mut optimizer, steps / 2..steps)?;
+        let again = curve(&mut resumed, &mut second, steps / 2..steps)?;
+        let differing = rest.iter().zip(&again).filter(|(a, b)| a.to_bits() != b.to_bits()).count();
+        got.extend(rest);
+        let error = worst(got.iter().zip(&want).map(|(a, b)| (a / b - 1.0).abs()));
+        report("training", &format!("{method}: losses and gradient norms of {steps} steps"), error, curve_bound);
+        report("resume", &format!("{method}: steps after it, numbers that differ"), differing as f64, 0.0);
+    }
+    let mut model = small("biased")?;
+    let prompt: Vec<u32> = (0..20).map(|i| i * 13 % 260).collect();
+    let mut ws = Workspace::default();
+    let mut logits = |model: &Llama| {
+        let mut cache = KvCache::new(&model.config, prompt.len());
+        let first = model.decode(&prompt[..17], &mut cache, &mut ws).to_vec();
+        [
+            first,
+            model.decode(&prompt[17..19], &mut cache, &mut ws).to_vec(),
+            model.decode(&prompt[19..], &mut cache, &mut ws).to_vec(),
+        ]
+        .concat()
+    };
+    let want = logits(&model);
+    model.move_to(device, dtype);
+    let got = logits(&model);
+    device.synchronize()?;
+    let bound = if dtype == Dtype::F32 { F32_BOUND } else { 3e-2 };
+    report("generation", "logits after a prompt and behind its cache", crate::selftest::of_largest(&got, &want), bound);
+    Ok(())
+}

@@ -1,0 +1,249 @@
+//! The model on the emulated GPU, through the same launchers and kernels as on a real one, against the numbers of
+//! transformers and PEFT, and against the processor.
+#![allow(clippy::unwrap_used, clippy::print_stdout)]
+
+use std::path::{Path, PathBuf};
+use tunesmith_model::{
+    AdapterConfig, AdapterFile, Batch, Checkpoint, Gradients, KvCache, Llama, LossOptions, Modules, Recompute, Sampler,
+    Sampling, Storage, Workspace, generate,
+};
+use tunesmith_tensor::cuda::Gpu;
+use tunesmith_tensor::{Device, Dtype};
+use tunesmith_train::optimizer::{AdamW, AdamWOptions, Optim, gradient_norm};
+use tunesmith_train::verify::{self, Check, Reference};
+
+fn fixture(model: &str, file: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../model/tests/fixtures").join(model).join(file)
+}
+
+fn load(model: &str, storage: Storage) -> Llama {
+    Llama::load(&Checkpoint::open(&fixture(model, "")).unwrap(), storage, |_, _| ()).unwrap()
+}
+
+fn adapted(model: &str, adapter: &str) -> Llama {
+    let mut llama = load(model, Storage::F32);
+    llama.attach_adapter(AdapterFile::open(&fixture(model, adapter)).unwrap(), true).unwrap();
+    llama
+}
+
+fn device() -> Device {
+    let binary = std::env::current_exe().unwrap();
+    Device::Cuda(Gpu::emulated(&binary.with_file_name("emulator")).unwrap())
+}
+
+fn assert_passed(what: &str, checks: &[Check]) {
+    let worst = checks.iter().max_by(|a, b| (a.difference / a.tolerance).total_cmp(&(b.difference / b.tolerance)));
+    println!("{what}: {} checks, worst {worst:?}", checks.len());
+    for check in checks {
+        assert!(check.passed(), "{what}: {check:?}");
+    }
+}
+
+#[test]
+fn logits_loss_and_every_gradient() {
+    for model in ["tiny-llama2", "tiny-llama3"] {
+        let device = device();
+        let reference = Reference::open(&fixture(model, "forward_backward.safetensors")).unwrap();
+        let mut llama = load(model, Storage::F32);
+        llama.move_to(&device, Dtype::F32);
+        let checks = verify::verify_reference(&mut llama, &reference).unwrap();
+        device.synchronize().unwrap();
+        assert_passed(model, &checks);
+        assert_eq!(checks.iter().filter(|c| c.what.starts_with("grad.")).count(), llama.parameters.len());
+    }
+}
+
+#[test]
+fn the_first_steps_of_training() {
+    let model = "tiny-llama3";
+    let batches = Reference::open(&fixture(model, "train_batches.safetensors")).unwrap();
+    for (name, adapter, decay, smoothing) in [
+        ("full", None, 0.1, 0.0),
+        ("full_label_smoothing_0.1", None, 0.0, 0.1),
+        ("lora", Some("lora_start"), 0.0, 0.0),
+        ("rslora", Some("rslora_start"), 0.0, 0.0),
+    ] {
+        let mut llama = adapter.map_or_else(|| load(model, Storage::F32), |adapter| adapted(model, adapter));
+        if adapter.is_none() {
+            llama.train_all();
+        }
+        let device = device();
+        llama.move_to(&device, Dtype::F32);
+        let curve = verify::read_curve(&fixture(model, "curves.json"), name).unwrap();
+        let checks = verify::verify_curve(&mut llama, &batches, &curve[..4], decay, smoothing).unwrap();
+        device.synchronize().unwrap();
+        assert_passed(name, &checks);
+    }
+}
+
+fn batch_of(lengths: &[usize]) -> Batch {
+    let mut rng = tunesmith_tensor::rng::Rng::new(3, 0);
+    let mut batch = Batch::default();
+    for length in lengths {
+        let ids: Vec<u32> = (0..*length).map(|_| rng.below(512)).collect();
+        let trained: Vec<bool> = (0..*length).map(|i| i % 5 != 2).collect();
+        batch.push(&ids, &trained);
+    }
+    batch
+}
+
+const OPTIONS: LossOptions =
+    LossOptions { scale: 1e-2, label_smoothing: 0.0, dropout_seed: Some(5), step: 3, first_token: 11 };
+
+/// Loss, and the gradients of all trained tensors one behind the other.
+fn run(llama: &Llama, batch: &Batch, recompute: Recompute) -> (f64, Vec<f32>) {
+    let mut gradients = Gradients::new(llama);
+    let loss = llama.loss_and_gradients(batch, OPTIONS, &mut Workspace::new(recompute), &mut gradients);
+    llama.device().synchronize().unwrap();
+    (loss, gradients.tensors.iter().flatten().flat_map(|t| t.to_host().data().to_vec()).collect())
+}
+
+/// Of `a` from `b`, relative to the norm of `b`.
+fn distance(a: &[f32], b: &[f32]) -> f64 {
+    assert_eq!(a.len(), b.len());
+    let square = |x: f64| x * x;
+    let norm: f64 = b.iter().map(|x| square(f64::from(*x))).sum();
+    let apart: f64 = a.iter().zip(b).map(|(a, b)| square(f64::from(*a) - f64::from(*b))).sum();
+    (apart / norm).sqrt()
+}
+
+/// The same dropout, the same loss, the same gradients as on the processor; recomputing changes no bit.
+#[test]
+fn dropout_packing_and_recompute() {
+    let targets = ["q_proj", "v_proj", "down_proj"].map(String::from).to_vec();
+    let config =
+        AdapterConfig { r: 4, lora_dropout: 0.3, target_modules: Modules::List(targets), ..AdapterConfig::default() };
+    let mut llama = load("tiny-llama3", Storage::F32);
+    llama.add_adapter(&config, 1).unwrap();
+    let mut rng = tunesmith_tensor::rng::Rng::new(8, 0);
+    for parameter in llama.parameters.iter_mut().filter(|p| p.trained) {
+        parameter.value.tensor_mut().data_mut().iter_mut().for_each(|x| *x += 0.1 * rng.normal());
+    }
+    let batch = batch_of(&[9, 30, 1, 5]);
+    let (want_loss, want) = run(&llama, &batch, Recompute::None);
+    llama.move_to(&device(), Dtype::F32);
+    let (loss, gradients) = run(&llama, &batch, Recompute::None);
+    assert!((loss / want_loss - 1.0).abs() < 1e-5, "{loss} {want_loss}");
+    assert!(distance(&gradients, &want) < 1e-4, "{}", distance(&gradients, &want));
+    for recompute in [Recompute::Norms, Recompute::Block] {
+        let again = run(&llama, &batch, recompute);
+        assert_eq!(again, (loss, gradients.clone()), "{recompute:?}");
+    }
+}
+
+/// In bf16 the tensor-core kernels run; what they round away stays small.
+#[test]
+fn bf16_is_near_f32() {
+    let batch = batch_of(&[40, 70]);
+    for storage in [Storage::F32, Storage::Nf4] {
+        let mut llama = load("tiny-llama3", storage);
+        if storage == Storage::F32 {
+            llama.train_all();
+        } else {
+            llama.attach_adapter(AdapterFile::open(&fixture("tiny-llama3", "lora_start")).unwrap(), true).unwrap();
+        }
+        let (want_loss, want) = run(&llama, &batch, Recompute::None);
+        llama.move_to(&device(), Dtype::BF16);
+        let (loss, gradients) = run(&llama, &batch, Recompute::Block);
+        let error = distance(&gradients, &want);
+        println!("{storage:?}: loss {loss} against {want_loss}, gradients {error} apart");
+        assert!((loss / want_loss - 1.0).abs() < 2e-3, "{loss} {want_loss}");
+        assert!(error < 0.03, "{storage:?}: {error}");
+    }
+}
+
+/// Training in bf16 with f32 masters follows training in f32, with both kinds of moments.
+#[test]
+fn bf16_training_follows_f32() {
+    let batch = batch_of(&[33, 20]);
+    for optim in [Optim::AdamW, Optim::AdamW8bit] {
+        let mut curves = Vec::new();
+        for dtype in [None, Some(Dtype::BF16)] {
+            let mut llama = load("tiny-llama3", Storage::F32);
+            llama.train_all();
+            if let Some(dtype) = dtype {
+                llama.move_to(&device(), dtype);
+            }
+            let mut optimizer = AdamW::new(&llama, AdamWOptions { optim, ..AdamWOptions::default() });
+            let (mut gradients, mut ws) = (Gradients::new(&llama), Workspace::default());
+            let mut curve = Vec::new();
+            for _ in 0..4 {
+                gradients.clear();
+                curve.push(llama.loss_and_gradients(&batch, OPTIONS, &mut ws, &mut gradients));
+                curve.push(gradient_norm(&gradients));
+                optimizer.update(&mut llama, &gradients, 1e-3, 1.0);
+            }
+            llama.device().synchronize().unwrap();
+            // The way back to the processor: weights and moments can be written from there.
+            let mut host = load("tiny-llama3", Storage::F32);
+            host.train_all();
+            for (to, from) in host.parameters.iter_mut().zip(&llama.parameters) {
+                to.assign(from.host().into_owned());
+            }
+            let mut moments = optimizer.to_host();
+            assert!(!moments.state(&host).is_empty());
+            assert_eq!(moments.updates(), 4);
+            curve.push(host.loss(&batch, 0.0, &mut ws));
+            curves.push(curve);
+        }
+        println!("{optim:?}: {curves:?}");
+        for (a, b) in curves[1].iter().zip(&curves[0]) {
+            assert!((a / b - 1.0).abs() < 0.02, "{optim:?}: {a} {b}");
+        }
+    }
+}
+
+#[test]
+fn sizes_without_kernels_are_refused_by_name() {
+    let llama = load("tiny-llama2", Storage::F32);
+    assert!(llama.check_device(Dtype::F32).is_ok());
+    let error = llama.check_device(Dtype::BF16).unwrap_err().to_string();
+    assert!(error.contains("hidden_size is 60") && error.contains("device = \"cpu\""), "{error}");
+}
+
+#[test]
+fn greedy_continuation_with_the_cache() {
+    let model = "tiny-llama3";
+    let facts: serde_json::Value =
+        serde_json::from_str(&std::fs::read_to_string(fixture(model, "facts.json")).unwrap()).unwrap();
+    let want: Vec<u32> = facts["greedy"].as_array().unwrap().iter().map(|i| i.as_u64().unwrap() as u32).collect();
+    let mut llama = load(model, Storage::F32);
+    let device = device();
+    llama.move_to(&device, Dtype::F32);
+    let mut ws = Workspace::default();
+    let mut cache = KvCache::new(&llama.config, want.len());
+    let mut sampler = Sampler::new(Sampling::default()).unwrap();
+    let go_on = |_| std::ops::ControlFlow::Continue(());
+    let (new, _) = generate(&llama, &want[..16], &mut cache, &mut sampler, &[], 24, &mut ws, go_on).unwrap();
+    device.synchronize().unwrap();
+    assert_eq!(new, want[16..]);
+}
+
+/// What `tunesmith gpu-check` runs on a GPU passes on the emulated one.
+#[test]
+fn gpu_check_passes() {
+    let mut checks = 0;
+    tunesmith_train::gpu_check::run(&device(), 77, tunesmith_train::gpu_check::Size::Small, &mut |check| {
+        println!("{:<4} {:<24} {:.1e} of {:.1e}", check.model, check.check, check.error, check.bound);
+        assert!(check.passed(), "{check:?}");
+        checks += 1;
+    })
+    .unwrap();
+    assert!(checks > 30, "{checks}");
+}
+
+#[test]
+fn gpu_bench_measures_every_method() {
+    use tunesmith_train::gpu_bench::{self, Case};
+    let device = device();
+    let peaks = gpu_bench::peaks(&device, Dtype::BF16, 16).unwrap();
+    assert!(peaks.copy > 0.0 && peaks.product > 0.0);
+    let config = load("tiny-llama3", Storage::F32).config;
+    for (full, nf4) in [(true, false), (false, false), (false, true)] {
+        let recompute = Recompute::Block;
+        let case = Case { model: "tiny", config: config.clone(), full, nf4, tokens: 24, recompute };
+        let measured = gpu_bench::measure(&device, Dtype::BF16, &case, 1, &peaks).unwrap();
+        assert!((measured.first_loss - f64::ln(512.0)).abs() < 0.5, "{measured:?}");
+        assert!(measured.tokens_per_s > 0.0 && measured.share > 0.0 && measured.peak_bytes > 0, "{measured:?}");
+    }
+}
