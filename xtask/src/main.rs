@@ -6,6 +6,7 @@ mod cli_docs;
 mod config_docs;
 mod configs;
 mod docs;
+mod kernels;
 mod size;
 mod tiny_model;
 mod valgrind;
@@ -35,6 +36,8 @@ enum Task {
     },
     /// Plan every configuration in configs/ without running it.
     Configs,
+    /// Compile every CUDA kernel for every supported GPU and check registers and instructions; needs no GPU.
+    Kernels,
     /// Lines of code, longest files, crates in the dependency tree, size of the release binary.
     Size,
     /// Run this program and its peers (transformers + PEFT, llama.cpp) in turn, and compare speed and memory.
@@ -50,6 +53,7 @@ fn main() -> ExitCode {
         Task::Docs { check: false } => docs::write(&root()),
         Task::Docs { check: true } => docs::check(&root()),
         Task::Configs => configs::plan_all(&root()),
+        Task::Kernels => kernels::check(&root()),
         Task::Size => size::report(&root()),
         Task::BenchPeer(args) => bench_peer::run(&root(), &args),
         Task::TinyModel => tiny_model::write(&root()),

@@ -40,6 +40,10 @@ pub enum Command {
     Verify(VerifyArgs),
     /// Check in seconds that the engine agrees with itself on this machine: gradients, packing, adapters, files.
     Selftest(SelftestArgs),
+    /// Check that a GPU computes what the processor computes: every operation, and training and generation of small models.
+    GpuCheck(GpuCheckArgs),
+    /// Measure training steps on a GPU with random weights of Llama's shapes, and the share of its peaks that they reach.
+    GpuBench(GpuBenchArgs),
     /// Measure this machine's peaks and the share that training reaches; speed and memory of training steps.
     Bench(BenchArgs),
 }
@@ -411,6 +415,21 @@ pub struct SelftestArgs {
     pub json: Option<PathBuf>,
 }
 
+/// `tunesmith gpu-check`
+#[derive(Args, Debug)]
+pub struct GpuCheckArgs {
+    /// The GPU: cuda:0, or the number of another. NVIDIA's libraries are looked for in the folders of
+    /// TUNESMITH_CUDA_LIBRARIES, in the system, in CUDA_HOME, and in Python environments.
+    #[arg(long, default_value = "cuda:0", value_name = "DEVICE")]
+    pub device: String,
+    /// Seed of the random inputs; another one every time when not given.
+    #[arg(long)]
+    pub seed: Option<u64>,
+    /// Write every check as one line of JSON to this file, or to standard output for `-` (then without the table).
+    #[arg(long, value_name = "FILE")]
+    pub json: Option<PathBuf>,
+}
+
 /// What a benchmark trains.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum BenchMethod {
@@ -439,6 +458,26 @@ impl From<RecomputeName> for tunesmith_model::Recompute {
             RecomputeName::Block => Self::Block,
         }
     }
+}
+
+/// `tunesmith gpu-bench`
+#[derive(Args, Debug)]
+pub struct GpuBenchArgs {
+    /// The GPU: cuda:0, or the number of another.
+    #[arg(long, default_value = "cuda:0", value_name = "DEVICE")]
+    pub device: String,
+    /// Shapes to measure, of 1B, 3B and 8B; all of them when none is named.
+    #[arg(long, value_delimiter = ',', value_name = "NAMES")]
+    pub models: Vec<String>,
+    /// Measured steps, after two that warm up.
+    #[arg(long, default_value_t = 8)]
+    pub steps: u64,
+    /// What the backward pass makes again (the quantised model always makes whole blocks again).
+    #[arg(long, value_enum, default_value = "norms")]
+    pub recompute: RecomputeName,
+    /// Write the result as one line of JSON to this file, or to standard output for `-` (then without the table).
+    #[arg(long, value_name = "FILE")]
+    pub json: Option<PathBuf>,
 }
 
 /// The optimizer.

@@ -3,6 +3,7 @@
 
 pub mod args;
 mod commands;
+mod device;
 pub mod error;
 pub mod load;
 pub mod source;
@@ -42,6 +43,8 @@ fn dispatch(cli: Cli) -> Result<ExitCode> {
         Command::Merge(args) => commands::merge::run(&args, &settings).map(done),
         Command::Verify(args) => commands::verify::run(&args, &settings),
         Command::Selftest(args) => commands::selftest::run(&args, &settings),
+        Command::GpuCheck(args) => commands::gpu_check::run(&args, &settings),
+        Command::GpuBench(args) => commands::gpu_bench::run(&args, &settings).map(done),
         Command::Bench(args) => commands::bench::run(&args, &settings).map(done),
     }
 }

@@ -2,9 +2,9 @@
 
 use crate::Config;
 use half::f16;
-use tunesmith_tensor::{Device, Tensor};
 use tunesmith_tensor::ops::attention::{self, Heads};
 use tunesmith_tensor::ops::attention_decode::{self, Element, KeyValues};
+use tunesmith_tensor::{Device, Tensor};
 
 /// The cache of one sequence: for each layer the keys and values of its first [`KvCache::len`] tokens. Memory follows the
 /// number of tokens, not the capacity.
@@ -145,11 +145,7 @@ impl KvCache {
 }
 
 fn heads(config: &Config) -> Heads {
-    Heads {
-        num_heads: config.num_attention_heads,
-        num_kv_heads: config.num_key_value_heads,
-        head_dim: config.head_dim,
-    }
+    Heads { num_heads: config.num_attention_heads, num_kv_heads: config.num_key_value_heads, head_dim: config.head_dim }
 }
 
 /// One empty cache for each layer.

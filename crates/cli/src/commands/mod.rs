@@ -6,6 +6,8 @@ pub(crate) mod chat;
 pub(crate) mod continuation;
 pub(crate) mod evaluate;
 pub(crate) mod generate;
+pub(crate) mod gpu_bench;
+pub(crate) mod gpu_check;
 pub(crate) mod init;
 pub(crate) mod merge;
 pub(crate) mod plan;

@@ -7,6 +7,7 @@ use crate::load;
 use crate::source::Settings;
 use crate::terminal;
 use serde_json::json;
+use std::path::Path;
 use std::process::ExitCode;
 use std::time::Instant;
 use tunesmith_model::{Checkpoint, Llama};
@@ -45,18 +46,24 @@ pub(crate) fn run(args: &SelftestArgs, settings: &Settings) -> Result<ExitCode> 
         );
     }
     if let Some(file) = &args.json {
-        let with_verdict = |c: &Check| {
-            // JSON has no NaN: an error that is none is null.
-            json!({"model": c.model, "check": c.check, "compared": c.compared, "error": c.error, "bound": c.bound,
-                "passed": c.passed()})
-        };
-        let listed: Vec<_> = checks.iter().map(with_verdict).collect();
-        write_json_line(file, &json!({"passed": failed == 0, "checks": listed}))?;
+        write_checks(file, &checks)?;
     }
     Ok(if failed == 0 { ExitCode::SUCCESS } else { ExitCode::from(1) })
 }
 
-fn table(checks: &[Check]) -> String {
+/// Writes every check as one line of JSON.
+pub(super) fn write_checks(file: &Path, checks: &[Check]) -> Result<()> {
+    let with_verdict = |c: &Check| {
+        // JSON has no NaN: an error that is none is null.
+        json!({"model": c.model, "check": c.check, "compared": c.compared, "error": c.error, "bound": c.bound,
+            "passed": c.passed()})
+    };
+    let listed: Vec<_> = checks.iter().map(with_verdict).collect();
+    let passed = checks.iter().all(Check::passed);
+    write_json_line(file, &json!({"passed": passed, "checks": listed}))
+}
+
+pub(super) fn table(checks: &[Check]) -> String {
     let number = |x: f64| if x == 0.0 { "0".to_owned() } else { format!("{x:.1e}") };
     let compared: Vec<String> = checks.iter().map(|check| format!("{}: {}", check.model, check.compared)).collect();
     // Texts read better from the left: all of one width, they fill the column.

@@ -3,6 +3,7 @@
 use super::evaluate::{self, Evaluation};
 use super::plan::{Facts, peak_resident};
 use crate::args::TrainArgs;
+use crate::device;
 use crate::error::{Error, Result};
 use crate::load::{self, Opened};
 use crate::source::Settings;
@@ -13,6 +14,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use tunesmith_model::{AdapterFile, Llama, Storage};
+use tunesmith_tensor::Device;
 use tunesmith_text::{PreparedSplit, Report, Split};
 use tunesmith_train::checkpoint::sha256;
 use tunesmith_train::config::{Compute, Config, Method};
@@ -63,8 +65,11 @@ pub(crate) fn train_and_report(config: &Config, opened: &Opened, resume: bool, s
     print!("{}", super::prepare::describe(&data));
     let settled = Facts::gather(config, opened, &data, &data_folder)?.settle(config, opened, resume)?;
     let (config, plan) = (&settled.config, settled.plan);
+    let device = device::choose(&config.device, settings)?;
     match &settled.chosen {
         Some(chosen) => println!("{chosen}"),
+        // The plan is one of the processor's memory.
+        None if device.gpu().is_some() => {}
         None => println!("memory: {} at the peak", format_bytes(plan.total)),
     }
     write_run_files(config, opened, &data, resume)?;
@@ -72,7 +77,7 @@ pub(crate) fn train_and_report(config: &Config, opened: &Opened, resume: bool, s
     let mut model = opened.llama(config.model.storage)?;
     prepare_model(config, &opened.base_name(), &mut model)?;
     let num_trained = model.num_trained();
-    let outcome = run_loop(config, opened, &mut model, &data, &data_folder, resume)?;
+    let outcome = run_loop(config, opened, &mut model, &device, &data, &data_folder, resume)?;
     if !outcome.finished {
         println!(
             "stopped after step {} of {}; saved {}; go on with --resume",
@@ -89,6 +94,7 @@ pub(crate) fn train_and_report(config: &Config, opened: &Opened, resume: bool, s
         model.attach_adapter(AdapterFile::open(&outcome.weights)?, false)?;
     }
     let evaluation = compare(config, opened, model, &data, &data_folder)?;
+    device.synchronize().map_err(tunesmith_train::Error::from)?;
     if let Some((_, evaluation)) = &evaluation {
         print!("\n{}", evaluate::describe(evaluation));
         evaluate::write_json(&dir.join("evaluation.json"), evaluation)?;
@@ -96,7 +102,9 @@ pub(crate) fn train_and_report(config: &Config, opened: &Opened, resume: bool, s
     let file = dir.join("report.html");
     report::write(&file, &html(config, opened, &data, num_trained, evaluation)?)?;
     println!("\nweights: {}\nreport:  {}", outcome.weights.display(), file.display());
-    if let Some(peak) = peak_resident() {
+    if let Some(gpu) = device.gpu() {
+        println!("peak memory of {}: {}", gpu.name(), format_bytes(gpu.memory().1 as u64));
+    } else if let Some(peak) = peak_resident() {
         println!("peak memory: {} ({} were planned)", format_bytes(peak), format_bytes(plan.total));
     }
     Ok(Done { weights: outcome.weights })
@@ -148,6 +156,7 @@ fn run_loop(
     config: &Config,
     opened: &Opened,
     model: &mut Llama,
+    device: &Device,
     data: &Report,
     data_folder: &Path,
     resume: bool,
@@ -163,6 +172,7 @@ fn run_loop(
     let job = Job {
         config,
         model,
+        device,
         tokenizer: &opened.tokenizer,
         template: opened.template.as_ref(),
         generation_config: opened.checkpoint.generation_config(),
@@ -251,6 +261,7 @@ fn compare(
     let Some(which) = [Split::Test, Split::Validation].into_iter().find(|s| data.split(*s).blocks > 0) else {
         return Ok(None);
     };
+    let dtype = model.dtype();
     let split = PreparedSplit::open(data_folder, which)?;
     let prompts = evaluate::prompts(&split, &opened.tokenizer, NUM_SAMPLES)?;
     let score = |model: &Llama, what: &str| evaluate::score(model, opened, &split, &prompts, SAMPLE_TOKENS, what);
@@ -262,8 +273,11 @@ fn compare(
         }
         Method::Full => {
             // One of the two in memory at a time.
+            let device = model.device();
             drop(model);
-            score(&opened.llama(Storage::F32)?, "scoring the base model")?
+            let mut base = opened.llama(Storage::F32)?;
+            base.move_to(&device, dtype);
+            score(&base, "scoring the base model")?
         }
     };
     let evaluation = Evaluation {

@@ -1,0 +1,103 @@
+//! Where to find NVIDIA's libraries, from the environment, and the opening of a GPU by its name.
+
+use crate::error::{Error, Result};
+use crate::source::Settings;
+use std::env;
+use std::ffi::OsString;
+use std::path::PathBuf;
+use tunesmith_tensor::Device;
+use tunesmith_tensor::cuda::{Gpu, Options, Search};
+
+/// Opens `cuda:N`.
+///
+/// # Errors
+/// When the name is another, or the GPU cannot be used: no driver, no device of that number, a library that is missing.
+pub(crate) fn open(name: &str, settings: &Settings) -> Result<Device> {
+    let number = name.strip_prefix("cuda:").and_then(|number| number.parse().ok());
+    let Some(ordinal) = number else {
+        return Err(Error::Input(format!("device = {name:?}: it must be cuda:0, or the number of another GPU")));
+    };
+    let options = Options { search: search(|name| env::var_os(name)), cache: Some(settings.cache.join("kernels")) };
+    let gpu = Gpu::open(ordinal, &options).map_err(tunesmith_train::Error::from)?;
+    Ok(Device::Cuda(gpu))
+}
+
+/// What a configuration's `device` stands for; prints what `auto` came to.
+///
+/// # Errors
+/// When a GPU that is asked for by its number cannot be used.
+pub(crate) fn choose(name: &str, settings: &Settings) -> Result<Device> {
+    match name {
+        "cpu" => Ok(Device::Cpu),
+        "auto" => match open("cuda:0", settings) {
+            Ok(device) => {
+                println!("device: {}", device.gpu().map_or("cpu", |gpu| gpu.name()));
+                Ok(device)
+            }
+            Err(reason) => {
+                println!("device: cpu, in f32, since cuda:0 cannot be used: {reason}");
+                Ok(Device::Cpu)
+            }
+        },
+        _ => open(name, settings),
+    }
+}
+
+/// Where libraries are looked for: the folders of `TUNESMITH_CUDA_LIBRARIES`, the system, `CUDA_HOME` (or `CUDA_PATH`), and
+/// Python environments: the active one, those whose python3 is on the path, and the user's own packages.
+fn search(variable: impl Fn(&str) -> Option<OsString>) -> Search {
+    let variable = |name: &str| variable(name).filter(|value| !value.is_empty());
+    let folders = |name: &str| {
+        let value = variable(name).unwrap_or_default();
+        env::split_paths(&value).filter(|p| !p.as_os_str().is_empty()).collect::<Vec<PathBuf>>()
+    };
+    let active = ["VIRTUAL_ENV", "CONDA_PREFIX"].into_iter().filter_map(variable).map(PathBuf::from);
+    let on_path = folders("PATH").into_iter().filter(|bin| bin.join("python3").exists());
+    let on_path = on_path.filter_map(|bin| bin.parent().map(PathBuf::from));
+    let user = variable("HOME").map(|home| PathBuf::from(home).join(".local"));
+    let mut python: Vec<PathBuf> = Vec::new();
+    for root in active.chain(on_path).chain(user) {
+        if !python.contains(&root) {
+            python.push(root);
+        }
+    }
+    Search {
+        folders: folders("TUNESMITH_CUDA_LIBRARIES"),
+        system: true,
+        toolkit: variable("CUDA_HOME").or_else(|| variable("CUDA_PATH")).map(PathBuf::from),
+        python,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    #[cfg(unix)]
+    fn the_environment_says_where_to_look() {
+        let folder = tempfile::tempdir().unwrap();
+        let bin = folder.path().join("env/bin");
+        std::fs::create_dir_all(&bin).unwrap();
+        std::fs::write(bin.join("python3"), "").unwrap();
+        let path = format!("/nowhere:{}", bin.display());
+        let found = search(|name| {
+            let value = match name {
+                "TUNESMITH_CUDA_LIBRARIES" => "/a/lib:/b",
+                "CUDA_HOME" => "",
+                "CUDA_PATH" => "/opt/cuda",
+                "VIRTUAL_ENV" => "/venv",
+                "PATH" => &path,
+                "HOME" => "/home/me",
+                _ => return None,
+            };
+            Some(value.into())
+        });
+        assert_eq!(found.folders, [PathBuf::from("/a/lib"), "/b".into()]);
+        assert_eq!(found.toolkit, Some("/opt/cuda".into()));
+        assert_eq!(found.python, ["/venv".into(), folder.path().join("env"), "/home/me/.local".into()]);
+        assert!(found.system);
+        let nothing = search(|_| None);
+        assert!(nothing.folders.is_empty() && nothing.python.is_empty() && nothing.toolkit.is_none());
+    }
+}
