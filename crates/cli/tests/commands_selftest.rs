@@ -36,3 +36,9 @@ fn a_model_of_ones_own() {
     assert!(checks.iter().all(|check| check["error"].as_f64() <= check["bound"].as_f64()));
     refused(&["selftest", "--model", &fixture("no-such-model")], 2, "no-such-model");
 }
+
+#[test]
+fn a_gpu_that_is_none_is_named() {
+    refused(&["gpu-check", "--device", "tpu:0"], 2, "device = \"tpu:0\": it must be cuda:0");
+    refused(&["gpu-bench", "--models", "70B"], 2, "it must be among 1B, 3B and 8B");
+}

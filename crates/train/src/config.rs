@@ -514,6 +514,28 @@ mod tests {
     }
 
     #[test]
+    fn devices_and_what_goes_with_them() {
+        let parse = |sets: &[&str]| {
+            let sets: Vec<String> = sets.iter().map(|s| s.to_string()).collect();
+            Config::parse(MINIMAL, "c.toml", &sets)
+        };
+        assert_eq!(parse(&[]).unwrap().device, "cpu");
+        assert_eq!(parse(&["device=cuda:1"]).unwrap().element(), Dtype::BF16);
+        assert_eq!(parse(&["device=auto", "dtype=f32"]).unwrap().element(), Dtype::F32);
+        for (sets, says) in [
+            (&["device=gpu"][..], "device"),
+            (&["device=cuda:"], "device"),
+            (&["dtype=bf16"], "the processor computes in f32"),
+            (&["device=cuda:0", "compute=int8"], "compute"),
+            (&["device=cuda:0", "memory_limit=4GB"], "memory_limit"),
+            (&["device=cuda:0", "dtype=f16"], "dtype"),
+        ] {
+            let message = parse(sets).unwrap_err().to_string();
+            assert!(message.contains(says), "{sets:?}: {message}");
+        }
+    }
+
+    #[test]
     fn well_known_names_are_understood() {
         let parse = |set: &str| Config::parse(MINIMAL, "c.toml", &[set.to_owned()]).map(|c| c.training);
         assert_eq!(parse("training.recompute=block").unwrap().recompute, Some(Recompute::Block));

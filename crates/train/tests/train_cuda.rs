@@ -1,0 +1,107 @@
+//! The training loop on the emulated GPU: it follows the processor's, saves, and goes on from a checkpoint to the bit.
+#![allow(clippy::unwrap_used)]
+
+use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicBool;
+use tunesmith_model::{Checkpoint, Llama, Storage};
+use tunesmith_tensor::Device;
+use tunesmith_tensor::cuda::Gpu;
+use tunesmith_text::{ChatTemplate, Report, Tokenizer, prepare};
+use tunesmith_train::config::Config;
+use tunesmith_train::metrics::{MetricRecord, read_metrics};
+use tunesmith_train::train::{Job, Outcome, prepare_model, train};
+
+fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../..")
+}
+
+/// The tiny model of configs/, a few steps of LoRA.
+fn config(output: &Path, device: &str, dtype: Option<&str>, steps: u64) -> Config {
+    let text = std::fs::read_to_string(root().join("configs/tiny.toml")).unwrap();
+    let mut sets = vec![
+        format!("output_dir={}", output.display()),
+        format!("model.source={}", root().join("configs/tiny/model").display()),
+        format!("data.train=[\"{}\"]", root().join("configs/tiny/counting.jsonl").display()),
+        "method=lora".into(),
+        "lora.lora_dropout=0.1".into(),
+        "data.max_length=64".into(),
+        "training.per_device_train_batch_size=1".into(),
+        "training.gradient_accumulation_steps=2".into(),
+        "training.logging_steps=1".into(),
+        "training.eval_steps=0".into(),
+        "training.save_steps=2".into(),
+        "training.lr_scheduler_type=constant".into(),
+        "training.warmup_steps=0".into(),
+        "data.validation_fraction=0.01".into(),
+        "samples.every=0".into(),
+        "samples.max_new_tokens=2".into(),
+        format!("training.max_steps={steps}"),
+        format!("device={device}"),
+    ];
+    sets.extend(dtype.map(|dtype| format!("dtype={dtype}")));
+    Config::parse(&text, "tiny.toml", &sets).unwrap()
+}
+
+fn run(config: &Config, device: &Device, resume: bool) -> Outcome {
+    let folder = root().join("configs/tiny/model");
+    let tokenizer = Tokenizer::from_folder(&folder).unwrap();
+    let template = ChatTemplate::of(&tokenizer, None).unwrap();
+    let data = config.output_dir.join("data");
+    let report: Report = prepare(&data, &config.data, &tokenizer, template.as_ref(), &mut |_| ()).unwrap();
+    let mut model = Llama::load(&Checkpoint::open(&folder).unwrap(), Storage::F32, |_, _| ()).unwrap();
+    prepare_model(config, "tiny", &mut model).unwrap();
+    let job = Job {
+        config,
+        model: &mut model,
+        device,
+        tokenizer: &tokenizer,
+        template: template.as_ref(),
+        generation_config: None,
+        end_tokens: &[],
+        data: &data,
+        data_key: &report.key,
+        resume,
+        stop: &AtomicBool::new(false),
+    };
+    train(job, &mut |_| ()).unwrap()
+}
+
+/// (loss, gradient norm) of each step.
+fn curve(config: &Config) -> Vec<(f64, f64)> {
+    let records = read_metrics(&config.output_dir.join("metrics.jsonl")).unwrap();
+    let steps = records.iter().filter_map(|record| match record {
+        MetricRecord::Train { loss, grad_norm, .. } => Some((*loss, *grad_norm)),
+        _ => None,
+    });
+    steps.collect()
+}
+
+#[test]
+fn a_run_on_the_device_follows_the_processor_and_resumes() {
+    let folder = tempfile::tempdir().unwrap();
+    let binary = std::env::current_exe().unwrap();
+    let device = Device::Cuda(Gpu::emulated(&binary.with_file_name("emulator")).unwrap());
+
+    let on_cpu = config(&folder.path().join("cpu"), "cpu", None, 4);
+    assert!(run(&on_cpu, &Device::Cpu, false).finished);
+    let want = curve(&on_cpu);
+    for (dtype, bound) in [("f32", 1e-4), ("bf16", 3e-2)] {
+        let straight = config(&folder.path().join(dtype), "cuda:0", Some(dtype), 4);
+        let outcome = run(&straight, &device, false);
+        let got = curve(&straight);
+        assert_eq!((got.len(), outcome.step), (4, 4));
+        for ((loss, norm), (want_loss, want_norm)) in got.iter().zip(&want) {
+            assert!((loss / want_loss - 1.0).abs() < bound, "{dtype}: {got:?} {want:?}");
+            assert!((norm / want_norm - 1.0).abs() < bound, "{dtype}: {got:?} {want:?}");
+        }
+        // Half of it, and the rest from its checkpoint: the same numbers and the same file.
+        let output = folder.path().join(format!("{dtype}-resumed"));
+        run(&config(&output, "cuda:0", Some(dtype), 2), &device, false);
+        let rest = config(&output, "cuda:0", Some(dtype), 4);
+        let resumed = run(&rest, &device, true);
+        assert_eq!(curve(&rest), got, "{dtype}");
+        let file = |outcome: &Outcome| std::fs::read(outcome.weights.join("adapter_model.safetensors")).unwrap();
+        assert!(file(&resumed) == file(&outcome), "{dtype}: the adapters differ");
+    }
+    device.synchronize().unwrap();
+}
