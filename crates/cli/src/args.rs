@@ -63,6 +63,26 @@ pub struct ModelArgs {
     pub chat_template: Option<PathBuf>,
 }
 
+/// Where a model runs: shared by the commands that can use a GPU.
+#[derive(Args, Clone, Debug)]
+pub struct DeviceArgs {
+    /// Where the model runs: cpu, a GPU by its number such as cuda:0, or auto (cuda:0 where it can be used).
+    #[arg(long, default_value = "cpu", value_name = "DEVICE")]
+    pub device: String,
+    /// Type of weights and activations on a GPU.
+    #[arg(long, value_enum, default_value = "bf16")]
+    pub dtype: ElementName,
+}
+
+/// Type of weights and activations on a GPU.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum ElementName {
+    /// The upper half of an f32.
+    Bf16,
+    /// 32 bits.
+    F32,
+}
+
 /// `tunesmith quickstart`
 #[derive(Args, Debug)]
 pub struct QuickstartArgs {
@@ -212,6 +232,9 @@ pub struct EvaluateArgs {
     /// The model and the adapter.
     #[command(flatten)]
     pub model: ModelArgs,
+    /// Where it runs.
+    #[command(flatten)]
+    pub device: DeviceArgs,
     /// How the weights are kept in memory.
     #[arg(long, value_enum, default_value = "f32")]
     pub storage: StorageName,
@@ -285,6 +308,9 @@ pub struct GenerateArgs {
     /// The model and the adapter.
     #[command(flatten)]
     pub model: ModelArgs,
+    /// Where it runs.
+    #[command(flatten)]
+    pub device: DeviceArgs,
     /// Arithmetic. `f32`: all weights are expanded when the model is loaded, exact, 4 bytes a weight. `int8`: weights stay in
     /// the 8 or 4 bits of a GGUF file (others are rounded to 8 bits in blocks of 32), what they multiply is rounded to 8
     /// bits in blocks of 32: faster, smaller, a little less exact [default: int8 for a GGUF file of quantised blocks, as
@@ -313,6 +339,9 @@ pub struct ChatArgs {
     /// The model and the adapter.
     #[command(flatten)]
     pub model: ModelArgs,
+    /// Where it runs.
+    #[command(flatten)]
+    pub device: DeviceArgs,
     /// Arithmetic. `f32`: all weights are expanded when the model is loaded, exact, 4 bytes a weight. `int8`: weights stay in
     /// the 8 or 4 bits of a GGUF file (others are rounded to 8 bits in blocks of 32), what they multiply is rounded to 8
     /// bits in blocks of 32: faster, smaller, a little less exact [default: int8 for a GGUF file of quantised blocks, as

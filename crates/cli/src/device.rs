@@ -1,12 +1,14 @@
 //! Where to find NVIDIA's libraries, from the environment, and the opening of a GPU by its name.
 
+use crate::args::{DeviceArgs, ElementName};
 use crate::error::{Error, Result};
 use crate::source::Settings;
 use std::env;
 use std::ffi::OsString;
 use std::path::PathBuf;
-use tunesmith_tensor::Device;
+use tunesmith_model::Llama;
 use tunesmith_tensor::cuda::{Gpu, Options, Search};
+use tunesmith_tensor::{Device, Dtype};
 
 /// Opens `cuda:N`.
 ///
@@ -31,16 +33,34 @@ pub(crate) fn choose(name: &str, settings: &Settings) -> Result<Device> {
         "cpu" => Ok(Device::Cpu),
         "auto" => match open("cuda:0", settings) {
             Ok(device) => {
-                println!("device: {}", device.gpu().map_or("cpu", |gpu| gpu.name()));
+                eprintln!("device: {}", device.gpu().map_or("cpu", |gpu| gpu.name()));
                 Ok(device)
             }
             Err(reason) => {
-                println!("device: cpu, in f32, since cuda:0 cannot be used: {reason}");
+                eprintln!("device: cpu, in f32, since cuda:0 cannot be used: {reason}");
                 Ok(Device::Cpu)
             }
         },
         _ => open(name, settings),
     }
+}
+
+/// Moves `llama` to where the command line wants it.
+///
+/// # Errors
+/// As [`choose`]; also when the model's sizes have no kernels.
+pub(crate) fn place(llama: &mut Llama, args: &DeviceArgs, settings: &Settings) -> Result<()> {
+    let device = choose(&args.device, settings)?;
+    if device.gpu().is_some() {
+        let dtype = match args.dtype {
+            ElementName::Bf16 => Dtype::BF16,
+            ElementName::F32 => Dtype::F32,
+        };
+        llama.check_device(dtype)?;
+        llama.move_to(&device, dtype);
+        device.synchronize().map_err(tunesmith_train::Error::from)?;
+    }
+    Ok(())
 }
 
 /// Where libraries are looked for: the folders of `TUNESMITH_CUDA_LIBRARIES`, the system, `CUDA_HOME` (or `CUDA_PATH`), and

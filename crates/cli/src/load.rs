@@ -1,6 +1,7 @@
 //! From what the user calls a model to weights, tokenizer, template and end tokens: one way for every command.
 
-use crate::args::ComputeName;
+use crate::args::{ComputeName, DeviceArgs};
+use crate::device;
 use crate::error::{Error, Result};
 use crate::source::{self, Settings};
 use crate::terminal;
@@ -102,13 +103,24 @@ impl Opened {
     /// Reads the weights for generation, and puts the adapter on top, if there is one.
     ///
     /// Without a wish for `compute`, files of quantised blocks are computed with in 8 bits, which is what they are made for,
-    /// and everything else in f32.
+    /// and everything else in f32. On a GPU weights are dense.
     pub(crate) fn generator(
         &self,
         compute: Option<ComputeName>,
         adapter: Option<&str>,
+        device: Option<&DeviceArgs>,
         settings: &Settings,
     ) -> Result<Llama> {
+        if let Some(args) = device.filter(|args| args.device != "cpu") {
+            if compute == Some(ComputeName::Int8) {
+                return Err(Error::Input(
+                    "--compute int8 is the processor's; leave it out, or use --device cpu".into(),
+                ));
+            }
+            let mut llama = self.llama_with(adapter, Storage::F32, settings)?;
+            device::place(&mut llama, args, settings)?;
+            return Ok(llama);
+        }
         let default = if self.checkpoint.is_quantised() { ComputeName::Int8 } else { ComputeName::F32 };
         match compute.unwrap_or(default) {
             ComputeName::F32 => self.llama_with(adapter, Storage::F32, settings),

@@ -225,7 +225,10 @@ pub fn generate(
         )));
     }
     let mut history = prompt.to_vec();
+    // A device that has failed gives logits that mean nothing.
+    let healthy = || model.device().synchronize().map_err(|e| Error::Failure(e.to_string()));
     let mut logits = model.decode(&prompt[cache.len()..], cache, ws);
+    healthy()?;
     for i in 0..max_new_tokens {
         let next = sampler.next(logits, &history);
         history.push(next);
@@ -239,6 +242,7 @@ pub fn generate(
             break;
         }
         logits = model.decode(&[next], cache, ws);
+        healthy()?;
     }
     Ok((history.split_off(prompt.len()), FinishReason::Length))
 }

@@ -35,6 +35,7 @@ pub fn document_losses(
         let block = split.block(i)?;
         let batch = batch_of(std::slice::from_ref(&block));
         model.loss(&batch, 0.0, ws);
+        model.device().synchronize()?;
         let mut losses = ws.losses().iter();
         let mut row = 0;
         let filled = block.lengths.iter().enumerate().filter(|(_, length)| **length > 0);

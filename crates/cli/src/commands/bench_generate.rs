@@ -42,7 +42,7 @@ pub(super) fn run(args: &BenchGenerateArgs, settings: &Settings) -> Result<()> {
     if longest > context {
         return Err(Error::Input(format!("{longest} tokens are more than the model's context of {context}")));
     }
-    let llama = opened.generator(args.compute, None, settings)?;
+    let llama = opened.generator(args.compute, None, None, settings)?;
     let mut prefill = measure(args.repeat, |ws| prompt_seconds(&llama, args.prompt, ws));
     let mut decode = measure(args.repeat, |ws| decode_seconds(&llama, args.context, args.new, ws));
     let peak = peak_resident();

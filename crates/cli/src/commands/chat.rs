@@ -94,7 +94,7 @@ pub(crate) fn run(args: &ChatArgs, settings: &Settings) -> Result<()> {
     let end_tokens = opened.end_tokens()?;
     let template = opened.template()?;
     let interrupt = Interrupt::install()?;
-    let llama = opened.generator(args.compute, args.model.adapter.as_deref(), settings)?;
+    let llama = opened.generator(args.compute, args.model.adapter.as_deref(), Some(&args.device), settings)?;
     let context = llama.config.max_position_embeddings;
     // An answer should have room, but a long wish for one must not push the whole conversation out.
     let reserve = args.sampling.max_new_tokens.min(context / 4).max(1);

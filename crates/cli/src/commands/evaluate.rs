@@ -1,6 +1,7 @@
 //! `tunesmith evaluate`, and the comparison of base and tuned that `train` ends with.
 
 use crate::args::{ComputeName, EvaluateArgs, SplitName};
+use crate::device;
 use crate::error::{Error, Result};
 use crate::load::{self, Opened};
 use crate::source::Settings;
@@ -53,9 +54,14 @@ pub(crate) fn run(args: &EvaluateArgs, settings: &Settings) -> Result<()> {
 
     let ready = |opened: &Opened, adapter: Option<&str>| -> Result<Llama> {
         let mut model = opened.llama_with(adapter, args.storage.into(), settings)?;
+        let on_gpu = args.device.device != "cpu";
+        if args.compute == ComputeName::Int8 && on_gpu {
+            return Err(Error::Input("--compute int8 is the processor's; leave it out, or use --device cpu".into()));
+        }
         if args.compute == ComputeName::Int8 {
             model.compute_int8(false)?;
         }
+        device::place(&mut model, &args.device, settings)?;
         Ok(model)
     };
     let mut model = ready(&opened, args.model.adapter.as_deref())?;

@@ -44,7 +44,7 @@ pub(crate) fn run(args: &GenerateArgs, settings: &Settings) -> Result<()> {
 
     let interrupt = Interrupt::install()?;
     let adapter = args.model.adapter.as_deref();
-    let llama = opened.generator(args.compute, adapter, settings)?;
+    let llama = opened.generator(args.compute, adapter, Some(&args.device), settings)?;
     let mut writer = Writer::new(&llama, &opened.tokenizer, end_tokens, &args.sampling, sampling, interrupt)?;
     let new = writer.write(&ids, |piece| if args.json { Ok(()) } else { show(piece) })?;
     if args.json {
