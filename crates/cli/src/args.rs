@@ -24,6 +24,8 @@ pub enum Command {
     Init(InitArgs),
     /// Turn rows of text into blocks of tokens, and show counts or a preview.
     Prepare(PrepareArgs),
+    /// Look at every row as it would be trained on, and name those in which something is wrong.
+    Doctor(DoctorArgs),
     /// What a run will need of memory, time and disk, without loading the weights.
     Plan(PlanArgs),
     /// Train as a configuration file says.
@@ -157,6 +159,19 @@ pub struct PrepareArgs {
     /// Show the tokens of this many rows of each split, coloured by trained or not.
     #[arg(long, value_name = "N")]
     pub preview: Option<usize>,
+}
+
+/// `tunesmith doctor`
+#[derive(Debug, clap::Args)]
+pub struct DoctorArgs {
+    /// Configuration file (the same as for `train`).
+    pub config: PathBuf,
+    /// Set a field of the configuration, such as --set data.max_length=512; may be repeated.
+    #[arg(long, value_name = "KEY=VALUE")]
+    pub set: Vec<String>,
+    /// Write what was found as JSON to this file, or to standard output for `-`.
+    #[arg(long, value_name = "FILE")]
+    pub json: Option<PathBuf>,
 }
 
 /// `tunesmith plan`

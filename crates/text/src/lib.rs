@@ -1,18 +1,22 @@
 //! Records, chat templates, tokens, loss masks, splits and packing: text in, token shards out. Knows no tensors.
 //!
-//! In the order of the data's way: [`row`] reads files into rows, [`split`] sends each row to train, validation or
+//! In the order of the data's way: [`row`] reads files into rows, [`clean`] cleans them, [`split`] sends each row to train, validation or
 //! test, [`template`] renders conversations, [`tokenizer`] makes token ids, [`sample`] decides which of them are
 //! trained, [`pack`] lays documents into blocks, [`shard`] stores them, and [`prepare`](mod@prepare) drives it all.
 mod atomic;
+pub mod clean;
 mod error;
 pub mod gguf;
+mod input;
 pub mod options;
 pub mod pack;
 pub mod prepare;
 pub mod preview;
+mod read;
 pub mod row;
 pub mod sample;
 pub mod shard;
+mod similar;
 pub mod source;
 pub mod split;
 pub mod stream;
@@ -22,13 +26,15 @@ pub mod tokenizer;
 #[cfg(test)]
 mod fixture;
 
+pub use clean::{CleanOptions, CleanReport, Reason, Same, Step};
 pub use error::{Error, Result};
 pub use gguf::GgufVocabulary;
-pub use options::{Overlong, PrepareOptions, TextRows, TrainOn};
+pub use input::Encoding;
+pub use options::{OnBadRow, Overlong, Preferences, PrepareOptions, TextRows, TrainOn};
 pub use pack::Block;
-pub use prepare::{PrepareProgress, Report, SplitReport, prepare};
-pub use preview::{PreviewToken, preview};
-pub use row::{Row, RowFormat, RowKind, RowOptions};
+pub use prepare::{Check, Diagnosis, Finding, PrepareProgress, Report, SplitReport, examine, prepare};
+pub use preview::{PreviewDocument, PreviewToken, preview};
+pub use row::{Row, RowFormat, RowKind, RowOptions, Turns};
 pub use sample::{RowCounts, Sample, SampleOptions, Source, samples};
 pub use shard::PreparedSplit;
 pub use split::Split;

@@ -1,17 +1,69 @@
 //! What data preparation can be told. All defaults are in the one `Default` here.
-use crate::{Error, Result, RowFormat};
+use crate::{
+    Error, Result, RowFormat, RowOptions, Split,
+    clean::{CleanOptions, Cleaner},
+};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 
 /// Which tokens of a conversation or of a prompt with its completion are trained. Plain text is always trained whole.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "snake_case")]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(try_from = "TrainOnName", into = "TrainOnName")]
+#[schemars(with = "TrainOnName")]
 pub enum TrainOn {
     /// What the assistant says and the completions, each with the token that ends it.
     #[default]
     Completions,
+    /// Of a conversation only the assistant's last turn; of a prompt and its completion the completion.
+    Last,
     /// Everything.
     All,
+    /// What these roles say, each turn with the token that ends it.
+    Roles(Vec<String>),
+}
+
+/// [`TrainOn`] as it is written: a name, or a list of roles.
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(untagged)]
+enum TrainOnName {
+    Name(String),
+    Roles(Vec<String>),
+}
+
+impl TryFrom<TrainOnName> for TrainOn {
+    type Error = String;
+
+    fn try_from(name: TrainOnName) -> Result<Self, String> {
+        Ok(match name {
+            TrainOnName::Name(name) => match &name[..] {
+                "completions" => Self::Completions,
+                "last" => Self::Last,
+                "all" => Self::All,
+                _ => {
+                    return Err(format!(
+                        "train_on is {name:?}; it must be \"completions\", \"last\", \"all\", or a list of roles such as \
+                         [\"assistant\"]"
+                    ));
+                }
+            },
+            TrainOnName::Roles(roles) if roles.is_empty() => {
+                return Err("train_on is an empty list, so that nothing would be trained; name roles".into());
+            }
+            TrainOnName::Roles(roles) => Self::Roles(roles),
+        })
+    }
+}
+
+impl From<TrainOn> for TrainOnName {
+    fn from(train_on: TrainOn) -> Self {
+        match train_on {
+            TrainOn::Completions => Self::Name("completions".into()),
+            TrainOn::Last => Self::Name("last".into()),
+            TrainOn::All => Self::Name("all".into()),
+            TrainOn::Roles(roles) => Self::Roles(roles),
+        }
+    }
 }
 
 /// What becomes of a row with more tokens than `max_length`.
@@ -42,6 +94,28 @@ pub enum TextRows {
     Line,
 }
 
+/// What becomes of a row that cannot be used.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum OnBadRow {
+    /// Everything stops, and the row is named.
+    #[default]
+    Error,
+    /// It is left out, counted and kept in `rejects.jsonl`.
+    Skip,
+}
+
+/// What rows with a better and a worse answer are for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Preferences {
+    /// Nothing: they are refused.
+    #[default]
+    Refuse,
+    /// The chosen answer is trained on; of KTO rows those that were liked.
+    Chosen,
+}
+
 /// Where rows come from and how they become blocks of tokens.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
@@ -64,12 +138,36 @@ pub struct PrepareOptions {
     pub overlong: Overlong,
     /// Whether several documents share a block (attention stays inside each).
     pub packing: bool,
-    /// Which tokens are trained.
+    /// Which tokens are trained: `completions` (what the assistant says), `last` (only its last turn), `all`, or a list of
+    /// roles such as `["assistant", "tool"]`. Plain text is always trained whole.
     pub train_on: TrainOn,
+    /// A prompt made of the keys of each row, such as `"Review: {text}\nSentiment:"`; `{{` and `}}` are braces.
+    pub template: Option<String>,
+    /// With `template`: what is to be learned, made in the same way.
+    pub completion: String,
+    /// With `template`: examples that stand before every prompt, each with the keys that the templates name.
+    pub few_shot: Vec<BTreeMap<String, String>>,
     /// What makes a row of a `.txt` file.
     pub text_rows: TextRows,
-    /// The format of JSON rows; detected when absent.
+    /// The format of rows with keys; detected when absent.
     pub row_format: Option<RowFormat>,
+    /// Other names of keys: `columns = { prompt = "question", completion = "answer" }`. `role` and `content` map the keys of
+    /// messages.
+    pub columns: BTreeMap<String, String>,
+    /// Other names of roles: `roles = { Kunde = "user" }`. Those of sharegpt are known.
+    pub roles: BTreeMap<String, String>,
+    /// What text files are written in: `utf-8`, `auto` (UTF-8, and Windows-1252 in lines where that does not fit), or another
+    /// encoding by name. UTF-16 is told by its mark.
+    pub encoding: String,
+    /// Longest row, in bytes.
+    pub max_row_bytes: usize,
+    /// What becomes of rows that cannot be used: `error` stops at the first, `skip` counts them and writes them to
+    /// `rejects.jsonl` beside the prepared data.
+    pub on_bad_row: OnBadRow,
+    /// What preference and KTO rows are for: `refuse`, or `chosen` to train on the better answers as on any others.
+    pub preferences: Preferences,
+    /// Cleaning, duplicates and leakage.
+    pub clean: CleanOptions,
 }
 
 impl Default for PrepareOptions {
@@ -85,8 +183,18 @@ impl Default for PrepareOptions {
             overlong: Overlong::Auto,
             packing: true,
             train_on: TrainOn::Completions,
+            template: None,
+            completion: " {label}".into(),
+            few_shot: Vec::new(),
             text_rows: TextRows::File,
             row_format: None,
+            columns: BTreeMap::new(),
+            roles: BTreeMap::new(),
+            encoding: "utf-8".into(),
+            max_row_bytes: 16 << 20,
+            on_bad_row: OnBadRow::Error,
+            preferences: Preferences::Refuse,
+            clean: CleanOptions::default(),
         }
     }
 }
@@ -117,7 +225,20 @@ impl PrepareOptions {
             let value = self.max_length;
             return Err(Error::Input(format!("max_length is {value}; at least 2 tokens are needed to train on")));
         }
-        Ok(())
+        if self.max_row_bytes == 0 {
+            return Err(Error::Input("max_row_bytes is 0; it must be at least the size of the longest row".into()));
+        }
+        Cleaner::new(&self.clean)?;
+        RowOptions::of(self).map(drop)
+    }
+
+    /// The files, folders and patterns given for `split`.
+    pub fn places(&self, split: Split) -> &[String] {
+        match split {
+            Split::Train => &self.train,
+            Split::Validation => &self.validation,
+            Split::Test => &self.test,
+        }
     }
 
     /// The parts of `train` that go to validation and to test: 0 where files of their own are given.

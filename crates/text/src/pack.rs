@@ -2,7 +2,7 @@
 //!
 //! Best fit decreasing: the longest documents first, each into the fullest block that still has room. Any two blocks
 //! together hold more than one block's worth, so less than half of the room is wasted; on real data it is a few percent.
-use crate::{Sample, Source};
+use crate::{Result, Sample, Source, shard};
 use std::collections::BTreeSet;
 
 /// What one micro-batch row is made of: documents one after the other.
@@ -68,9 +68,67 @@ pub fn plan(lengths: &[usize], max_length: usize, packing: bool) -> Vec<Vec<usiz
     blocks
 }
 
+/// Packs documents as they come, in bounded memory: whenever `window` tokens wait, they are laid into blocks, the full ones
+/// are written, and the documents of the others wait for more.
+pub(crate) struct Packer {
+    writer: shard::Writer,
+    max_length: usize,
+    packing: bool,
+    window: usize,
+    waiting: Vec<Sample>,
+    tokens: usize,
+}
+
+impl Packer {
+    pub(crate) fn new(writer: shard::Writer, max_length: usize, packing: bool, window: usize) -> Self {
+        Self { writer, max_length, packing, window, waiting: Vec::new(), tokens: 0 }
+    }
+
+    pub(crate) fn push(&mut self, sample: Sample) -> Result<()> {
+        self.tokens += sample.ids.len();
+        self.waiting.push(sample);
+        if self.tokens < self.window {
+            return Ok(());
+        }
+        self.write_blocks(self.max_length / 128)?;
+        // Documents that fit nowhere must not be laid out again and again.
+        if self.tokens > self.window / 2 { self.write_blocks(self.max_length) } else { Ok(()) }
+    }
+
+    /// Writes what still waits; the number of blocks.
+    pub(crate) fn finish(mut self) -> Result<usize> {
+        self.write_blocks(self.max_length)?;
+        let blocks = self.writer.num_blocks();
+        self.writer.finish()?;
+        Ok(blocks)
+    }
+
+    /// Writes the blocks in which at most `room` tokens are free.
+    fn write_blocks(&mut self, room: usize) -> Result<()> {
+        let lengths: Vec<usize> = self.waiting.iter().map(|sample| sample.ids.len()).collect();
+        let mut written = vec![false; lengths.len()];
+        for block in plan(&lengths, self.max_length, self.packing) {
+            let used: usize = block.iter().map(|&index| lengths[index]).sum();
+            if self.packing && used + room < self.max_length {
+                continue;
+            }
+            self.writer.push(block.iter().map(|&index| &self.waiting[index]))?;
+            block.iter().for_each(|&index| written[index] = true);
+            self.tokens -= used;
+        }
+        let mut index = 0;
+        self.waiting.retain(|_| {
+            index += 1;
+            !written[index - 1]
+        });
+        Ok(())
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::PreparedSplit;
     use proptest::prelude::*;
 
     #[test]
@@ -102,6 +160,42 @@ mod tests {
                 prop_assert!(sorted.len() < 2 || sorted[0] + sorted[1] > 64);
             }
             prop_assert_eq!(plan(&lengths, 64, packing), blocks);
+        }
+
+        #[test]
+        fn packing_as_they_come_keeps_every_document_and_fills_blocks(
+            lengths in proptest::collection::vec(1_usize..=20, 100..300),
+            packing: bool,
+        ) {
+            let folder = tempfile::tempdir().unwrap();
+            let path = folder.path().join("train.shard");
+            let writer = shard::Writer::create(&path, [0; 32], 128).unwrap();
+            let mut packer = Packer::new(writer, 128, packing, 400);
+            for (index, &length) in lengths.iter().enumerate() {
+                let source = Source { file: "f".into(), line: index + 1 };
+                let trained = vec![false; length];
+                packer.push(Sample { ids: vec![index as u32; length], trained, bytes: 0, source }).unwrap();
+                prop_assert!(packer.tokens < 400 && packer.tokens == packer.waiting.iter().map(|s| s.ids.len()).sum::<usize>());
+            }
+            let blocks = packer.finish().unwrap();
+            let shard = PreparedSplit::open_file(&path).unwrap();
+            prop_assert_eq!(shard.len(), blocks);
+            let mut seen = vec![0; lengths.len()];
+            for index in 0..blocks {
+                let block = shard.block(index).unwrap();
+                prop_assert!(block.ids.len() <= 128);
+                for (length, source) in block.lengths.iter().zip(&block.sources) {
+                    prop_assert_eq!(*length, lengths[source.line - 1]);
+                    seen[source.line - 1] += 1;
+                }
+            }
+            prop_assert!(seen.iter().all(|&times| times == 1));
+            let total: usize = lengths.iter().sum();
+            if packing {
+                prop_assert!(blocks <= total.div_ceil(128) + 2, "{} blocks for {} tokens", blocks, total);
+            } else {
+                prop_assert_eq!(blocks, lengths.len());
+            }
         }
 
         #[test]

@@ -1,26 +1,26 @@
 //! From files to a folder of token blocks: `train.shard`, `validation.shard`, `test.shard` and `prepared.json`.
 //!
+//! Rows are read twice, in groups, so that memory does not grow with the data: [`scan`] looks at all of them and decides
+//! what becomes of each, [`emit`] tokenises those that stay and packs them into blocks.
+//!
 //! A folder is keyed by a hash of everything that its content follows from: the bytes and names of the files, the
 //! tokenizer, the chat template, the options and the format version. With the same key and sound files nothing is done.
+mod doctor;
+mod emit;
+mod files;
+mod scan;
+
 use crate::{
-    ChatTemplate, Error, PrepareOptions, Result, Row, Sample, Split, Tokenizer, atomic, pack,
-    row::{self, RowOptions},
-    sample::{self, RowCounts},
-    shard, source, split,
-    tokenizer::hex,
+    ChatTemplate, CleanReport, Error, PrepareOptions, Result, RowOptions, Split, Tokenizer, atomic, clean::Cleaner,
+    sample::RowCounts, shard, tokenizer::hex,
 };
-use rayon::prelude::*;
+use files::{Input, digest};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
-use std::{
-    collections::HashMap,
-    fs::{self, File},
-    io::{self, Write},
-    path::{Path, PathBuf},
-};
+use std::{fs, io::Write, path::Path};
 
-/// Rows are tokenised in groups of about this many bytes of text: enough to keep all cores busy, little to hold at once.
-const GROUP_BYTES: usize = 16 << 20;
+pub use doctor::{Check, Diagnosis, Finding, examine};
+pub use scan::{FileReport, KeyReport};
 
 /// How far the preparation is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,6 +32,13 @@ pub enum PrepareProgress {
         /// Of these.
         files: usize,
     },
+    /// All rows are being looked at.
+    Scanning {
+        /// Bytes of the files done.
+        bytes_done: u64,
+        /// Of these.
+        bytes: u64,
+    },
     /// Rows are being turned into tokens.
     Tokenizing {
         /// Bytes of the files done.
@@ -40,11 +47,6 @@ pub enum PrepareProgress {
         bytes: u64,
         /// Tokens so far.
         tokens: u64,
-    },
-    /// Blocks are being packed and written.
-    Writing {
-        /// Of this split.
-        split: Split,
     },
 }
 
@@ -85,6 +87,12 @@ pub struct Report {
     pub validation: SplitReport,
     /// Looked at once, at the end.
     pub test: SplitReport,
+    /// What the files hold.
+    pub files: Vec<FileReport>,
+    /// Rows left out because they could not be used; they are in `rejects.jsonl`.
+    pub rejected_rows: usize,
+    /// What cleaning did.
+    pub clean: CleanReport,
     /// Whether the folder was already there. Not stored.
     #[serde(skip)]
     pub reused: bool,
@@ -92,6 +100,9 @@ pub struct Report {
 
 /// Name of the file with the [`Report`] inside a prepared folder.
 pub const REPORT: &str = "prepared.json";
+
+/// Name of the file with the rows that could not be used, inside a prepared folder.
+pub const REJECTS: &str = "rejects.jsonl";
 
 impl Report {
     /// Reads the report of a prepared folder.
@@ -132,15 +143,6 @@ impl Report {
     }
 }
 
-/// One data file: where it goes, and what it held when the key was made.
-struct Input {
-    path: PathBuf,
-    /// The split that all its rows go to, or none when the hash of each row decides.
-    split: Option<Split>,
-    bytes: u64,
-    digest: [u8; 32],
-}
-
 /// Prepares `options`' data in `folder`, unless the folder already holds exactly that and its files are sound.
 /// `progress` is called now and then.
 ///
@@ -155,11 +157,13 @@ pub fn prepare(
     progress: &mut dyn FnMut(PrepareProgress),
 ) -> Result<Report> {
     options.check()?;
-    let inputs = inputs(options, progress)?;
+    let inputs = files::inputs(options, progress)?;
     let key = key(options, tokenizer, template, &inputs)?;
     if let Some(report) = reusable(folder, &key)? {
         return Ok(report);
     }
+    let row_options = RowOptions::of(options)?;
+    let scan = scan::scan(options, &row_options, &inputs, progress)?;
     let mut report = Report {
         format_version: shard::FORMAT_VERSION,
         key: hex(&key),
@@ -168,122 +172,19 @@ pub fn prepare(
         train: SplitReport::default(),
         validation: SplitReport::default(),
         test: SplitReport::default(),
+        files: scan.files,
+        rejected_rows: 0,
+        clean: scan.clean,
         reused: false,
     };
-    let samples = tokenize(options, tokenizer, template, &inputs, &mut report, progress)?;
-    for split in Split::ALL {
-        let own = !match split {
-            Split::Train => &options.train,
-            Split::Validation => &options.validation,
-            Split::Test => &options.test,
-        }
-        .is_empty();
-        if own && samples[split as usize].is_empty() {
-            return Err(nothing_in(split, options, &report));
-        }
-    }
-    for (split, samples) in Split::ALL.into_iter().zip(&samples) {
-        progress(PrepareProgress::Writing { split });
-        let lengths: Vec<usize> = samples.iter().map(|sample| sample.ids.len()).collect();
-        let plan = pack::plan(&lengths, options.max_length, options.packing);
-        let path = folder.join(shard::file_name(split));
-        shard::write(&path, key, options.max_length, samples, &plan)?;
-        let part = report.split_mut(split);
-        part.documents = samples.len();
-        part.tokens = lengths.iter().sum();
-        part.trained_tokens = samples.iter().map(Sample::num_trained).sum();
-        part.bytes = samples.iter().map(|sample| sample.bytes).sum();
-        part.blocks = plan.len();
-        part.sha256 = hex(&digest(&path)?.1);
-    }
+    let cleaner = Cleaner::new(&options.clean)?;
+    let row_options = &row_options;
+    let job = emit::Job { folder, options, row_options, tokenizer, template, cleaner, inputs: &inputs, key };
+    emit::emit(&job, &scan.fates, &mut report, progress)?;
     let json = serde_json::to_string_pretty(&report)
         .map_err(|e| Error::Failure(format!("the report of prepared data does not serialise: {e}")))?;
     atomic::write_file(&folder.join(REPORT), |w| writeln!(w, "{json}"))?;
     Ok(report)
-}
-
-/// The samples of the first rows to train on, for a look at what is trained: up to `n` rows.
-///
-/// # Errors
-/// As [`prepare`], for the files and rows looked at.
-pub fn first_samples(
-    options: &PrepareOptions,
-    tokenizer: &Tokenizer,
-    template: Option<&ChatTemplate>,
-    n: usize,
-) -> Result<Vec<Sample>> {
-    options.check()?;
-    let (sample_options, fractions) = (options.into(), options.fractions());
-    let mut found = Vec::new();
-    for path in source::files(&options.train)? {
-        for row in row::read_file(&path, row_options(options))? {
-            if found.len() >= n {
-                return Ok(found);
-            }
-            if split::assign(&row.content_hash()?, options.split_seed, fractions.0, fractions.1) == Split::Train {
-                found.extend(sample::samples(&row, tokenizer, template, &sample_options)?.0);
-            }
-        }
-    }
-    found.truncate(n);
-    Ok(found)
-}
-
-fn row_options(options: &PrepareOptions) -> RowOptions {
-    RowOptions { text_rows: options.text_rows, format: options.row_format }
-}
-
-fn inputs(options: &PrepareOptions, progress: &mut dyn FnMut(PrepareProgress)) -> Result<Vec<Input>> {
-    let (validation, test) = options.fractions();
-    let whole = if validation + test > 0.0 { None } else { Some(Split::Train) };
-    let mut paths: Vec<(PathBuf, Option<Split>)> = Vec::new();
-    let mut seen: HashMap<PathBuf, Option<Split>> = HashMap::new();
-    for (places, split) in
-        [(&options.train, whole), (&options.validation, Some(Split::Validation)), (&options.test, Some(Split::Test))]
-    {
-        for path in source::files(places)? {
-            let identity = fs::canonicalize(&path).map_err(|e| Error::io("cannot read", &path, e))?;
-            if let Some(earlier) = seen.insert(identity, split) {
-                return Err(Error::Input(format!(
-                    "{} is given for {} and for {}; held-out data must not be trained on",
-                    path.display(),
-                    earlier.unwrap_or(Split::Train),
-                    split.unwrap_or(Split::Train)
-                )));
-            }
-            paths.push((path, split));
-        }
-    }
-    let files = paths.len();
-    let mut inputs = Vec::with_capacity(files);
-    for (files_done, (path, split)) in paths.into_iter().enumerate() {
-        progress(PrepareProgress::Reading { files_done, files });
-        let (bytes, digest) = digest(&path)?;
-        inputs.push(Input { path, split, bytes, digest });
-    }
-    progress(PrepareProgress::Reading { files_done: files, files });
-    Ok(inputs)
-}
-
-/// Size and SHA-256 of a file.
-fn digest(path: &Path) -> Result<(u64, [u8; 32])> {
-    let cannot = |error| Error::io("cannot read", path, error);
-    let mut hasher = HashWriter(Sha256::new());
-    let bytes = io::copy(&mut File::open(path).map_err(cannot)?, &mut hasher).map_err(cannot)?;
-    Ok((bytes, hasher.0.finalize().into()))
-}
-
-struct HashWriter(Sha256);
-
-impl Write for HashWriter {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.0.update(bytes);
-        Ok(bytes.len())
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
 }
 
 fn key(
@@ -313,7 +214,7 @@ fn reusable(folder: &Path, key: &[u8; 32]) -> Result<Option<Report>> {
     for split in Split::ALL {
         let path = folder.join(shard::file_name(split));
         match digest(&path) {
-            Ok((_, digest)) if hex(&digest) == report.split(split).sha256 => {}
+            Ok(digest) if hex(&digest) == report.split(split).sha256 => {}
             Ok(_) | Err(Error::Input(_)) => return Ok(None),
             Err(error) => return Err(error),
         }
@@ -322,67 +223,19 @@ fn reusable(folder: &Path, key: &[u8; 32]) -> Result<Option<Report>> {
     Ok(Some(report))
 }
 
-fn tokenize(
-    options: &PrepareOptions,
-    tokenizer: &Tokenizer,
-    template: Option<&ChatTemplate>,
-    inputs: &[Input],
-    report: &mut Report,
-    progress: &mut dyn FnMut(PrepareProgress),
-) -> Result<[Vec<Sample>; 3]> {
-    let sample_options = options.into();
-    let (validation, test) = options.fractions();
-    let bytes = inputs.iter().map(|input| input.bytes).sum();
-    let (mut bytes_done, mut tokens, mut waiting) = (0_u64, 0_u64, 0);
-    let mut samples: [Vec<Sample>; 3] = Default::default();
-    let mut group: Vec<(Split, Row)> = Vec::new();
-    for (index, input) in inputs.iter().enumerate() {
-        let content = fs::read(&input.path).map_err(|e| Error::io("cannot read", &input.path, e))?;
-        if Sha256::digest(&content)[..] != input.digest {
-            return Err(Error::Input(format!(
-                "{}: the file changed while it was read; try again when nothing writes to it",
-                input.path.display()
-            )));
-        }
-        waiting += content.len();
-        for row in row::parse(&input.path, content, row_options(options))? {
-            let split = match input.split {
-                Some(split) => split,
-                None => split::assign(&row.content_hash()?, options.split_seed, validation, test),
-            };
-            group.push((split, row));
-        }
-        bytes_done += input.bytes;
-        // Small files share a group, so that a folder of many keeps all cores busy.
-        if waiting < GROUP_BYTES && index + 1 < inputs.len() {
-            continue;
-        }
-        waiting = 0;
-        let done: Vec<_> = std::mem::take(&mut group)
-            .par_iter()
-            .map(|(split, row)| Ok((*split, sample::samples(row, tokenizer, template, &sample_options)?)))
-            .collect();
-        // In order, so that of several wrong rows the first is the one reported.
-        for result in done {
-            let (split, (made, counts)) = result?;
-            report.split_mut(split).counts += counts;
-            tokens += made.iter().map(|sample| sample.ids.len() as u64).sum::<u64>();
-            samples[split as usize].extend(made);
-        }
-        progress(PrepareProgress::Tokenizing { bytes_done, bytes, tokens });
-    }
-    Ok(samples)
-}
-
 fn nothing_in(split: Split, options: &PrepareOptions, report: &Report) -> Error {
-    let places = match split {
-        Split::Train => &options.train,
-        Split::Validation => &options.validation,
-        Split::Test => &options.test,
-    }
-    .join(", ");
+    let places = options.places(split).join(", ");
     let held_out = report.validation.counts.rows + report.test.counts.rows;
+    let removed: usize = report.clean.removed.values().sum();
     Error::Input(match report.split(split).counts {
+        RowCounts { rows: 0, .. } if removed > 0 => {
+            let reasons: Vec<_> =
+                report.clean.removed.iter().map(|(reason, rows)| format!("{rows} {}", reason.words())).collect();
+            format!("{split}: no row of {places} is left after cleaning; removed were {}", reasons.join(", "))
+        }
+        RowCounts { rows: 0, .. } if report.rejected_rows > 0 => {
+            format!("{split}: no row of {places} can be used; {} were rejected", report.rejected_rows)
+        }
         RowCounts { rows: 0, .. } if split == Split::Train && held_out > 0 => format!(
             "nothing is left to train on: all {held_out} rows of {places} went to validation and test; give more rows, a \
              smaller validation_fraction or another split_seed"

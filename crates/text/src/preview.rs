@@ -1,7 +1,7 @@
 //! What a model is trained on, token by token, for the eye.
-use crate::{Result, Sample, StreamDecoder, Tokenizer};
+use crate::{PreparedSplit, Result, Source, StreamDecoder, Tokenizer};
 
-/// One token of a sample as text.
+/// One token as text.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PreviewToken {
     /// The text that the token completes. A character made of several tokens appears at the last of them.
@@ -12,18 +12,41 @@ pub struct PreviewToken {
     pub trained: bool,
 }
 
-/// The tokens of the first `n` samples.
-///
-/// # Errors
-/// An id outside the vocabulary.
-pub fn preview(samples: &[Sample], n: usize, tokenizer: &Tokenizer) -> Result<Vec<Vec<PreviewToken>>> {
-    samples.iter().take(n).map(|sample| tokens(sample, tokenizer)).collect()
+/// One document as it is trained on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PreviewDocument {
+    /// The row it came from.
+    pub source: Source,
+    /// Its tokens.
+    pub tokens: Vec<PreviewToken>,
 }
 
-fn tokens(sample: &Sample, tokenizer: &Tokenizer) -> Result<Vec<PreviewToken>> {
+/// The first `n` documents of a prepared split, in the order of their rows inside each block.
+///
+/// # Errors
+/// Damaged data, or an id outside the vocabulary.
+pub fn preview(split: &PreparedSplit, n: usize, tokenizer: &Tokenizer) -> Result<Vec<PreviewDocument>> {
+    let mut documents = Vec::new();
+    for index in 0..split.len() {
+        let block = split.block(index)?;
+        let mut start = 0;
+        for (&length, source) in block.lengths.iter().zip(&block.sources) {
+            if documents.len() == n {
+                return Ok(documents);
+            }
+            let range = start..start + length;
+            let tokens = tokens(&block.ids[range.clone()], &block.trained[range], tokenizer)?;
+            documents.push(PreviewDocument { source: source.clone(), tokens });
+            start += length;
+        }
+    }
+    Ok(documents)
+}
+
+fn tokens(ids: &[u32], trained: &[bool], tokenizer: &Tokenizer) -> Result<Vec<PreviewToken>> {
     let mut decoder = StreamDecoder::new(tokenizer, false);
-    let mut tokens = Vec::with_capacity(sample.ids.len());
-    for (&id, &trained) in sample.ids.iter().zip(&sample.trained) {
+    let mut tokens = Vec::with_capacity(ids.len());
+    for (&id, &trained) in ids.iter().zip(trained) {
         tokens.push(PreviewToken { text: decoder.push(id)?, id, trained });
     }
     if let Some(last) = tokens.last_mut() {
@@ -35,21 +58,32 @@ fn tokens(sample: &Sample, tokenizer: &Tokenizer) -> Result<Vec<PreviewToken>> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{Row, RowKind, fixture::tokenizer, options::PrepareOptions, sample};
+    use crate::{PrepareOptions, Split, fixture::tokenizer, prepare};
 
     #[test]
     fn tokens_show_their_text_and_whether_they_are_trained() {
-        let tokenizer = tokenizer();
-        let kind = RowKind::PromptCompletion { prompt: "a".into(), completion: "🙂b".into() };
-        let row = Row { kind, file: "d.jsonl".into(), line: 1 };
-        let options = (&PrepareOptions::default()).into();
-        let (samples, _) = sample::samples(&row, &tokenizer, None, &options).unwrap();
-        let shown = preview(&samples, 5, &tokenizer).unwrap();
-        let shown: Vec<_> = shown[0].iter().map(|t| (t.text.as_str(), t.trained)).collect();
+        let folder = tempfile::tempdir().unwrap();
+        let data = folder.path().join("d.jsonl");
+        std::fs::write(
+            &data,
+            "{\"prompt\": \"a\", \"completion\": \"🙂b\"}\n{\"prompt\": \"c\", \"completion\": \"d\"}\n",
+        )
+        .unwrap();
+        let options = PrepareOptions {
+            train: vec![data.display().to_string()],
+            validation_fraction: 0.0,
+            ..PrepareOptions::default()
+        };
+        prepare(folder.path(), &options, &tokenizer(), None, &mut |_| ()).unwrap();
+        let split = PreparedSplit::open(folder.path(), Split::Train).unwrap();
+        let shown = preview(&split, 5, &tokenizer()).unwrap();
+        assert_eq!((shown.len(), shown[0].source.line, shown[1].source.line), (2, 1, 2));
+        let shown: Vec<_> = shown[0].tokens.iter().map(|t| (t.text.as_str(), t.trained)).collect();
         assert_eq!(
             shown,
             [("a", false), ("", true), ("", true), ("", true), ("🙂", true), ("b", true), ("<|im_end|>", true)]
         );
-        assert!(preview(&samples, 0, &tokenizer).unwrap().is_empty());
+        assert_eq!(preview(&split, 1, &tokenizer()).unwrap().len(), 1);
+        assert!(preview(&split, 0, &tokenizer()).unwrap().is_empty());
     }
 }

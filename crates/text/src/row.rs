@@ -1,68 +1,34 @@
-//! Rows of data: plain text, prompts with completions, and conversations, read from `.txt`, `.jsonl` and `.json` files.
+//! Rows of data: plain text, prompts with completions, conversations, preferences, labelled texts.
 //!
-//! The keys of a JSON row say its format: `text`; `prompt` and `completion` (both strings, or both lists of messages);
-//! `messages` (optional `tools`); `instruction` and `output` (optional `input`, `system`, `history`). All rows of a file
-//! must be of one format; other keys are allowed and ignored, unless they look like a slip of the pen.
-use crate::{Error, Message, Result, options::TextRows, source};
-use serde::{Deserialize, Serialize};
-use serde_json::{Map, Value, value::RawValue};
+//! The keys of a row say its [`RowFormat`]; all rows of a file must be of one. Other keys are allowed and ignored, unless
+//! they look like a slip of the pen.
+mod convert;
+mod format;
+mod prompt;
+
+use crate::{
+    Error, Message, Result,
+    input::Encoding,
+    options::{PrepareOptions, TextRows},
+    read::{Raw, RawRow},
+    source,
+};
+use serde::Serialize;
+use serde_json::{Map, Value};
 use sha2::{Digest, Sha256};
-use std::{collections::BTreeMap, fs, path::Path, sync::Arc};
+use std::{collections::BTreeMap, path::Path, sync::Arc};
 
-/// The format of a JSON row.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, schemars::JsonSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum RowFormat {
-    /// `text`.
-    Text,
-    /// `prompt`, `completion`.
-    PromptCompletion,
-    /// `messages`, optional `tools`.
-    Messages,
-    /// `instruction`, `output`, optional `input`, `system`, `history`.
-    Alpaca,
-}
+pub use format::RowFormat;
+use prompt::PromptTemplate;
 
-impl RowFormat {
-    const ALL: [Self; 4] = [Self::Text, Self::PromptCompletion, Self::Messages, Self::Alpaca];
-
-    fn name(self) -> &'static str {
-        match self {
-            Self::Text => "text",
-            Self::PromptCompletion => "prompt_completion",
-            Self::Messages => "messages",
-            Self::Alpaca => "alpaca",
-        }
-    }
-
-    fn required(self) -> &'static [&'static str] {
-        match self {
-            Self::Text => &["text"],
-            Self::PromptCompletion => &["prompt", "completion"],
-            Self::Messages => &["messages"],
-            Self::Alpaca => &["instruction", "output"],
-        }
-    }
-
-    fn optional(self) -> &'static [&'static str] {
-        match self {
-            Self::Text | Self::PromptCompletion => &[],
-            Self::Messages => &["tools"],
-            Self::Alpaca => &["input", "system", "history"],
-        }
-    }
-
-    fn fits(self, row: &Map<String, Value>) -> bool {
-        self.required().iter().all(|key| row.get(*key).is_some_and(|value| !value.is_null()))
-    }
-
-    fn describe(self) -> String {
-        let required = self.required().join(" + ");
-        match self.optional() {
-            [] => required,
-            optional => format!("{required} (optional {})", optional.join(", ")),
-        }
-    }
+/// What is said: plain text, or messages.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+#[serde(untagged)]
+pub enum Turns {
+    /// Plain text.
+    Text(String),
+    /// Messages in order.
+    Messages(Vec<Message>),
 }
 
 /// What a row says.
@@ -87,6 +53,35 @@ pub enum RowKind {
         /// Tool definitions for the template.
         tools: Option<Value>,
     },
+    /// Two answers to one prompt, one of them better. Text or messages, all three of one sort.
+    Preference {
+        /// Given.
+        prompt: Turns,
+        /// The better answer.
+        chosen: Turns,
+        /// The worse answer.
+        rejected: Turns,
+        /// Tool definitions for the template.
+        tools: Option<Value>,
+    },
+    /// An answer that was liked or not (KTO). Both of one sort.
+    Judged {
+        /// Given.
+        prompt: Turns,
+        /// The answer.
+        completion: Turns,
+        /// Whether it was liked.
+        label: bool,
+        /// Tool definitions for the template.
+        tools: Option<Value>,
+    },
+    /// Something to be classified.
+    Labelled {
+        /// What is classified.
+        text: Turns,
+        /// The name of its class.
+        label: String,
+    },
 }
 
 /// One row with the place it came from.
@@ -96,7 +91,7 @@ pub struct Row {
     pub kind: RowKind,
     /// The file it came from, as it was named.
     pub file: Arc<str>,
-    /// The line it begins at, from 1.
+    /// The line it begins at, or its number in a columnar file; from 1.
     pub line: usize,
 }
 
@@ -112,220 +107,150 @@ impl Row {
     }
 }
 
+/// Where a row stands, as errors name it: "FILE, line 3", or "FILE, row 3" in a columnar file.
+pub(crate) fn place(file: &str, line: usize) -> String {
+    let unit = if source::is_columnar(file) { "row" } else { "line" };
+    format!("{file}, {unit} {line}")
+}
+
 /// How files become rows.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct RowOptions {
     /// What makes a row of a `.txt` file.
     pub text_rows: TextRows,
-    /// The format of JSON rows; detected when absent.
+    /// The format of rows with keys; detected when absent.
     pub format: Option<RowFormat>,
+    /// For each key that this program knows the one that the files have in its place.
+    pub columns: BTreeMap<String, String>,
+    /// For each role that the files name the one that it means.
+    pub roles: BTreeMap<String, String>,
+    /// What the bytes of the files mean.
+    pub encoding: Encoding,
+    /// Longest row, in bytes.
+    pub max_row_bytes: usize,
+    /// Makes prompts of the keys of a row.
+    pub(crate) template: Option<PromptTemplate>,
 }
 
-/// All rows of files, folders and patterns (see [`source::files`]).
-///
-/// # Errors
-/// As [`read_file`]; no row at all is an error too.
-pub fn read(places: &[String], options: RowOptions) -> Result<Vec<Row>> {
-    let mut rows = Vec::new();
-    for file in source::files(places)? {
-        rows.extend(read_file(&file, options)?);
-    }
-    if rows.is_empty() {
-        return Err(Error::Input(format!("no rows: the data in {} is empty", places.join(", "))));
-    }
-    Ok(rows)
-}
-
-/// All rows of one file.
-///
-/// # Errors
-/// An unreadable file; text that is not UTF-8 (byte offset); broken JSON (line, column); a row with the wrong keys or
-/// values, or of another format than the rest of the file (line, keys).
-pub fn read_file(path: &Path, options: RowOptions) -> Result<Vec<Row>> {
-    let bytes = fs::read(path).map_err(|e| Error::io("cannot read", path, e))?;
-    parse(path, bytes, options)
-}
-
-/// [`read_file`] of what was read from `path`.
-pub(crate) fn parse(path: &Path, bytes: Vec<u8>, options: RowOptions) -> Result<Vec<Row>> {
-    let name = path.display().to_string();
-    let text = String::from_utf8(bytes).map_err(|e| {
-        let at = e.utf8_error().valid_up_to();
-        Error::Input(format!("{name}: byte {at} is not valid UTF-8; save the file as UTF-8"))
-    })?;
-    let text = text.strip_prefix('\u{feff}').unwrap_or(&text);
-    let file: Arc<str> = name.into();
-    if path.extension().is_some_and(|ending| ending.eq_ignore_ascii_case("txt")) {
-        return Ok(text_rows(text, &file, options.text_rows));
-    }
-    let mut reader = JsonRows { file: &file, format: options.format, rows: Vec::new(), formats: BTreeMap::new() };
-    if text.trim_start().starts_with('[') {
-        reader.list(text)?;
-    } else {
-        for (index, line) in text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()) {
-            reader.json(line, index + 1)?;
+impl RowOptions {
+    /// Those of a preparation.
+    ///
+    /// # Errors
+    /// An encoding that is not known, or a mapping of something that is not known.
+    pub fn of(options: &PrepareOptions) -> Result<Self> {
+        if let Some(key) = options.columns.keys().find(|key| !format::is_key(key)) {
+            let known = format::keys().collect::<Vec<_>>().join(", ");
+            return Err(Error::Input(format!("columns.{key}: there is no such key; known are {known}")));
         }
+        Ok(Self {
+            text_rows: options.text_rows,
+            format: options.row_format,
+            columns: options.columns.clone(),
+            roles: options.roles.clone(),
+            encoding: Encoding::parse(&options.encoding)?,
+            max_row_bytes: options.max_row_bytes,
+            template: PromptTemplate::of(options)?,
+        })
     }
-    reader.finish()
+
+    /// Whether the values of `column` matter.
+    pub(crate) fn reads(&self, column: &str) -> bool {
+        format::is_key(column)
+            || self.columns.values().any(|found| found == column)
+            || self.template.as_ref().is_some_and(|template| template.names(column))
+    }
 }
 
-fn text_rows(text: &str, file: &Arc<str>, unit: TextRows) -> Vec<Row> {
-    let row = |text: String, line: usize| Row { kind: RowKind::Text(text), file: Arc::clone(file), line };
-    let numbered = text.lines().enumerate();
-    match unit {
-        TextRows::File if text.trim().is_empty() => Vec::new(),
-        TextRows::File => vec![row(text.replace("\r\n", "\n"), 1)],
-        TextRows::Line => {
-            let lines = numbered.filter(|(_, line)| !line.trim().is_empty());
-            lines.map(|(index, line)| row(line.to_owned(), index + 1)).collect()
-        }
-        TextRows::Paragraph => {
-            let mut rows: Vec<Row> = Vec::new();
-            let mut open = false;
-            for (index, line) in numbered {
-                if line.trim().is_empty() {
-                    open = false;
-                    continue;
-                }
-                match rows.last_mut() {
-                    Some(Row { kind: RowKind::Text(text), .. }) if open => {
-                        text.push('\n');
-                        text.push_str(line);
-                    }
-                    _ => rows.push(row(line.to_owned(), index + 1)),
-                }
-                open = true;
+/// A row that could not be used.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct BadRow {
+    pub(crate) line: usize,
+    pub(crate) what: String,
+    /// The row as the file has it, as far as it is known.
+    pub(crate) content: String,
+}
+
+impl BadRow {
+    pub(crate) fn error(&self, file: &str) -> Error {
+        Error::Input(format!("{}{}", place(file, self.line), self.what))
+    }
+}
+
+/// What a row that was read turned out to be.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Understood {
+    pub(crate) row: Row,
+    pub(crate) format: RowFormat,
+}
+
+/// Makes a row of what stands in `file`. `seen` is told about the keys and values, before they are mapped.
+pub(crate) fn understand(
+    raw: &RawRow,
+    file: &Arc<str>,
+    options: &RowOptions,
+    seen: &mut dyn FnMut(&Map<String, Value>),
+) -> Result<Understood, BadRow> {
+    let bad = |what| BadRow { line: raw.line, what, content: raw.content.to_string() };
+    let row = |kind| Row { kind, file: Arc::clone(file), line: raw.line };
+    let mut fields = match &raw.content {
+        Raw::Bad(what) => return Err(bad(format!(": {what}"))),
+        Raw::Text(text) => return Ok(Understood { row: row(RowKind::Text(text.clone())), format: RowFormat::Text }),
+        Raw::Fields(fields) => fields.clone(),
+        Raw::Json(text) => match serde_json::from_str::<Value>(text) {
+            Ok(Value::Object(fields)) => fields,
+            Ok(other) => return Err(bad(format!(": a row must be a JSON object, this is {}", kind_of(&other)))),
+            Err(error) => {
+                let what = error.to_string();
+                let what = what.rsplit_once(" at line ").map_or(what.as_str(), |(what, _)| what);
+                let column = error.column();
+                return Err(bad(format!(
+                    ", column {column}: broken JSON: {what}; every row must be one complete JSON object"
+                )));
             }
-            rows
-        }
-    }
-}
-
-/// The rows of one JSON file, with what is needed to say that they are not all of one format.
-struct JsonRows<'a> {
-    file: &'a Arc<str>,
-    format: Option<RowFormat>,
-    rows: Vec<Row>,
-    /// Number of rows and first line of each format.
-    formats: BTreeMap<RowFormat, (usize, usize)>,
-}
-
-impl JsonRows<'_> {
-    /// One JSON list of rows, as many published data sets are.
-    fn list(&mut self, text: &str) -> Result<()> {
-        let items: Vec<&RawValue> =
-            serde_json::from_str(text).map_err(|e| self.broken(&e, e.line(), "a list of rows is expected"))?;
-        let (mut line, mut counted) = (1, 0);
-        for item in items {
-            // Where an item stands in the text tells its line.
-            let start = item.get().as_ptr().addr() - text.as_ptr().addr();
-            line += text[counted..start].bytes().filter(|&byte| byte == b'\n').count();
-            counted = start;
-            self.json(item.get(), line)?;
-        }
-        Ok(())
-    }
-
-    fn json(&mut self, text: &str, line: usize) -> Result<()> {
-        let value: Value = serde_json::from_str(text)
-            .map_err(|e| self.broken(&e, line, "every line must be one complete JSON object"))?;
-        let Value::Object(row) = value else {
-            return Err(self.wrong(line, format!("a row must be a JSON object, this is {}", kind_of(&value))));
-        };
-        let format = self.detect(&row, line)?;
-        self.formats.entry(format).or_insert((0, line)).0 += 1;
-        let kind = convert(row, format).map_err(|what| self.wrong(line, what))?;
-        self.rows.push(Row { kind, file: Arc::clone(self.file), line });
-        Ok(())
-    }
-
-    fn broken(&self, error: &serde_json::Error, line: usize, expected: &str) -> Error {
-        let what = error.to_string();
-        let what = what.rsplit_once(" at line ").map_or(what.as_str(), |(what, _)| what);
-        Error::Input(format!("{}, line {line}, column {}: broken JSON: {what}; {expected}", self.file, error.column()))
-    }
-
-    fn wrong(&self, line: usize, what: String) -> Error {
-        Error::Input(format!("{}, line {line}: {what}", self.file))
-    }
-
-    fn detect(&self, row: &Map<String, Value>, line: usize) -> Result<RowFormat> {
-        let keys = || quoted(row.keys().map(String::as_str));
-        let candidates: Vec<_> = match self.format {
-            Some(format) => vec![format],
-            None => RowFormat::ALL.to_vec(),
-        };
-        let fitting: Vec<_> = candidates.iter().copied().filter(|format| format.fits(row)).collect();
-        match fitting[..] {
-            [format] => {
-                let absent = [format.required(), format.optional()].concat();
-                let absent: Vec<_> = absent.into_iter().filter(|key| !row.contains_key(*key)).collect();
-                match slip(row, &absent) {
-                    None => Ok(format),
-                    Some((found, meant)) => Err(self.wrong(
-                        line,
-                        format!("the key {found:?} is not known; did you mean {meant:?}? Rename it or take it out"),
-                    )),
-                }
-            }
-            [] => {
-                let known: Vec<_> = candidates.iter().flat_map(|f| [f.required(), f.optional()].concat()).collect();
-                let absent: Vec<_> = known.into_iter().filter(|key| !row.contains_key(*key)).collect();
-                let hint = slip(row, &absent).map_or_else(String::new, |(found, meant)| {
-                    format!("; did you mean {meant:?} instead of {found:?}?")
-                });
-                let expected: Vec<_> = candidates.iter().map(|format| format.describe()).collect();
-                let keys = if row.is_empty() { "there are no keys".into() } else { format!("the keys are {}", keys()) };
-                Err(self.wrong(line, format!("{keys}; expected are {}{hint}", expected.join(", or "))))
-            }
-            _ => Err(self.wrong(
-                line,
-                format!(
-                    "the keys {} fit several formats ({}); say which with row_format",
-                    keys(),
-                    fitting.iter().map(|format| format.name()).collect::<Vec<_>>().join(", ")
-                ),
-            )),
-        }
-    }
-
-    fn finish(self) -> Result<Vec<Row>> {
-        if self.formats.len() > 1 {
-            // The rarest format holds the rows that are out of place.
-            let odd = self.formats.iter().min_by_key(|(_, (count, line))| (*count, std::cmp::Reverse(*line)));
-            let line = odd.map_or(0, |(_, (_, line))| *line);
-            let counts: Vec<_> = self
-                .formats
-                .iter()
-                .map(|(format, (count, line))| format!("{count} of {} (first at line {line})", format.describe()))
-                .collect();
-            let what = format!(
-                "the rows of a file must all have the same keys, but there are {}; put them into separate files",
-                counts.join(", ")
-            );
-            return Err(self.wrong(line, what));
-        }
-        Ok(self.rows)
-    }
-}
-
-/// A key that is not known but nearly spells one that is missing.
-fn slip<'a>(row: &'a Map<String, Value>, absent: &[&'static str]) -> Option<(&'a str, &'static str)> {
-    let known = |key: &str| RowFormat::ALL.iter().any(|f| f.required().contains(&key) || f.optional().contains(&key));
-    let near = |key: &str, wanted: &str| {
-        let (key, limit) = (key.to_lowercase(), if wanted.len() > 4 { 2 } else { 1 });
-        strsim::osa_distance(&key, wanted) <= limit
+        },
     };
-    row.keys()
-        .filter(|key| !known(key))
-        .find_map(|key| absent.iter().find(|wanted| near(key, wanted)).map(|wanted| (key.as_str(), *wanted)))
+    seen(&fields);
+    let understood = map_columns(&mut fields, options).and_then(|()| {
+        if let Some(template) = &options.template {
+            let (prompt, completion) = template.fill(&fields)?;
+            let kind = RowKind::PromptCompletion { prompt, completion };
+            return Ok(Understood { row: row(kind), format: RowFormat::PromptCompletion });
+        }
+        let format = format::detect(&fields, options.format)?;
+        Ok(Understood { row: row(convert::convert(fields, format, options)?), format })
+    });
+    understood.map_err(|what| bad(format!(": {what}")))
+}
+
+fn map_columns(fields: &mut Map<String, Value>, options: &RowOptions) -> Result<(), String> {
+    for (key, column) in options.columns.iter().filter(|(key, _)| !format::is_message_key(key)) {
+        let Some(value) = fields.get(column).cloned() else {
+            let keys = quoted(fields.keys().map(String::as_str));
+            return Err(format!("there is no {column:?}, which columns.{key} names; the keys are {keys}"));
+        };
+        fields.insert(key.clone(), value);
+    }
+    Ok(())
+}
+
+/// The rows of one file as they come, without a look at the rest of it.
+///
+/// # Errors
+/// An unreadable file; while reading, the first bad row with its place.
+pub fn read_file(path: &Path, options: &RowOptions) -> Result<impl Iterator<Item = Result<Row>>> {
+    let file: Arc<str> = path.display().to_string().into();
+    let rows = crate::read::open(path, options, &Arc::default())?;
+    Ok(rows.map(move |raw| {
+        let understood = understand(&raw?, &file, options, &mut |_| ());
+        understood.map(|understood| understood.row).map_err(|bad| bad.error(&file))
+    }))
 }
 
 fn quoted<'a>(keys: impl Iterator<Item = &'a str>) -> String {
     keys.map(|key| format!("{key:?}")).collect::<Vec<_>>().join(", ")
 }
 
-fn kind_of(value: &Value) -> &'static str {
+pub(crate) fn kind_of(value: &Value) -> &'static str {
     match value {
         Value::Null => "null",
         Value::Bool(_) => "a boolean",
@@ -334,85 +259,6 @@ fn kind_of(value: &Value) -> &'static str {
         Value::Array(_) => "a list",
         Value::Object(_) => "an object",
     }
-}
-
-fn convert(mut row: Map<String, Value>, format: RowFormat) -> Result<RowKind, String> {
-    let mut take = |key: &str| row.remove(key).unwrap_or(Value::Null);
-    Ok(match format {
-        RowFormat::Text => RowKind::Text(string("text", take("text"))?),
-        RowFormat::PromptCompletion => match (take("prompt"), take("completion")) {
-            (prompt @ Value::Array(_), completion @ Value::Array(_)) => {
-                let mut messages = conversation("prompt", prompt)?;
-                let trained_from = messages.len();
-                messages.extend(conversation("completion", completion)?);
-                RowKind::Messages { messages, trained_from, tools: None }
-            }
-            (Value::String(prompt), Value::String(completion)) => RowKind::PromptCompletion { prompt, completion },
-            (prompt, completion) => {
-                return Err(format!(
-                    "\"prompt\" is {} and \"completion\" is {}; both must be strings, or both lists of messages",
-                    kind_of(&prompt),
-                    kind_of(&completion)
-                ));
-            }
-        },
-        RowFormat::Messages => {
-            let tools = Some(take("tools")).filter(|tools| !tools.is_null());
-            RowKind::Messages { messages: conversation("messages", take("messages"))?, trained_from: 0, tools }
-        }
-        RowFormat::Alpaca => {
-            let mut messages = Vec::new();
-            let mut optional = |key: &str| match take(key) {
-                Value::Null => Ok(String::new()),
-                value => string(key, value),
-            };
-            let system = optional("system")?;
-            let (instruction, input, output) = (optional("instruction")?, optional("input")?, optional("output")?);
-            if !system.is_empty() {
-                messages.push(Message::new("system", system));
-            }
-            messages.extend(history(take("history"))?);
-            let separator = if input.is_empty() { "" } else { "\n" };
-            messages.push(Message::new("user", format!("{instruction}{separator}{input}")));
-            messages.push(Message::new("assistant", output));
-            RowKind::Messages { messages, trained_from: 0, tools: None }
-        }
-    })
-}
-
-fn string(key: &str, value: Value) -> Result<String, String> {
-    match value {
-        Value::String(text) => Ok(text),
-        other => Err(format!("{key:?} must be a string, this is {}", kind_of(&other))),
-    }
-}
-
-fn conversation(key: &str, value: Value) -> Result<Vec<Message>, String> {
-    let Value::Array(items) = value else {
-        return Err(format!("{key:?} must be a list of messages, this is {}", kind_of(&value)));
-    };
-    if items.is_empty() {
-        return Err(format!("{key:?} is an empty list; at least one message is needed"));
-    }
-    let message = |(index, item)| {
-        serde_json::from_value(item).map_err(|e| {
-            format!("message {} of {key:?}: {e}; expected is {{\"role\": ..., \"content\": ...}}", index + 1)
-        })
-    };
-    items.into_iter().enumerate().map(message).collect()
-}
-
-/// Earlier turns of an alpaca row: a list of [user, assistant] pairs.
-fn history(value: Value) -> Result<Vec<Message>, String> {
-    let wrong = || "\"history\" must be a list of [user, assistant] pairs of strings".to_owned();
-    let pairs: Vec<(String, String)> = match value {
-        Value::Null => Vec::new(),
-        value => serde_json::from_value(value).map_err(|_| wrong())?,
-    };
-    Ok(pairs
-        .into_iter()
-        .flat_map(|(user, assistant)| [Message::new("user", user), Message::new("assistant", assistant)])
-        .collect())
 }
 
 #[cfg(test)]

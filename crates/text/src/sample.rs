@@ -5,11 +5,11 @@
 //! each turn; the token that ends the turn is trained (otherwise the model never learns to stop), the white space after
 //! it is not.
 use crate::{
-    ChatTemplate, Conversation, Encoded, Error, Overlong, Result, Row, RowKind, Tokenizer, TrainOn,
-    options::PrepareOptions,
+    ChatTemplate, Conversation, Encoded, Error, Overlong, Preferences, Result, Row, RowKind, Tokenizer, TrainOn, Turns,
+    options::PrepareOptions, row::place,
 };
 use serde::{Deserialize, Serialize};
-use std::{ops::Range, sync::Arc};
+use std::{borrow::Cow, ops::Range, sync::Arc};
 
 /// Where a document came from.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -48,7 +48,7 @@ impl Sample {
 }
 
 /// What becomes of a row.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SampleOptions {
     /// Which tokens are trained.
     pub train_on: TrainOn,
@@ -56,11 +56,18 @@ pub struct SampleOptions {
     pub max_length: usize,
     /// What becomes of longer rows.
     pub overlong: Overlong,
+    /// What preference and KTO rows are for.
+    pub preferences: Preferences,
 }
 
 impl From<&PrepareOptions> for SampleOptions {
     fn from(options: &PrepareOptions) -> Self {
-        Self { train_on: options.train_on, max_length: options.max_length, overlong: options.overlong }
+        Self {
+            train_on: options.train_on.clone(),
+            max_length: options.max_length,
+            overlong: options.overlong,
+            preferences: options.preferences,
+        }
     }
 }
 
@@ -83,6 +90,8 @@ pub struct RowCounts {
     pub tokens_lost: usize,
     /// Trained tokens lost: in what was cut off or left out, and the first of each further part of a split row.
     pub trained_tokens_lost: usize,
+    /// Rows with an answer that was not liked, which are left out.
+    pub disliked_rows: usize,
     /// Assistant turns that the template ends without a special token: from these a model does not learn to stop.
     pub turns_without_end: usize,
 }
@@ -97,6 +106,7 @@ impl std::ops::AddAssign for RowCounts {
         self.dropped_rows += other.dropped_rows;
         self.tokens_lost += other.tokens_lost;
         self.trained_tokens_lost += other.trained_tokens_lost;
+        self.disliked_rows += other.disliked_rows;
         self.turns_without_end += other.turns_without_end;
     }
 }
@@ -112,44 +122,100 @@ pub fn samples(
     template: Option<&ChatTemplate>,
     options: &SampleOptions,
 ) -> Result<(Vec<Sample>, RowCounts)> {
-    let at = |error: Error| match error {
-        Error::Input(what) => Error::Input(format!("{}, line {}: {what}", row.file, row.line)),
-        other => other,
-    };
     let mut counts = RowCounts { rows: 1, ..RowCounts::default() };
-    let marked = match &row.kind {
-        RowKind::Text(text) => Marked::of_text(text, 0..text.len(), tokenizer),
-        RowKind::PromptCompletion { prompt, completion } => {
-            let text = format!("{prompt}{completion}");
-            let trained = match options.train_on {
-                TrainOn::Completions => prompt.len()..text.len(),
-                TrainOn::All => 0..text.len(),
-            };
-            Marked::of_text(&text, trained, tokenizer)
+    let marked = match mark(&row.kind, tokenizer, template, options, &mut counts) {
+        Ok(Some(marked)) => marked.checked(tokenizer),
+        Ok(None) => {
+            counts.disliked_rows = 1;
+            return Ok((Vec::new(), counts));
         }
-        RowKind::Messages { messages, trained_from, tools } => {
-            let conversation = Conversation { messages, tools: tools.as_ref(), ..Conversation::default() };
-            Marked::of_conversation(&conversation, *trained_from, tokenizer, template, options, &mut counts)
-        }
-    }
-    .and_then(|marked| marked.checked(tokenizer))
-    .map_err(at)?;
+        Err(error) => Err(error),
+    };
+    let marked = marked.map_err(|error| match error {
+        Error::Input(what) => Error::Input(format!("{}: {what}", place(&row.file, row.line))),
+        other => other,
+    })?;
     let is_text = matches!(row.kind, RowKind::Text(_));
     let windows = shorten(&marked, is_text, options, &mut counts);
     let source = Source { file: Arc::clone(&row.file), line: row.line };
     Ok((windows.into_iter().map(|window| marked.sample(window, &source)).collect(), counts))
 }
 
-/// A whole row, before it is shortened. All three lists have one entry a token.
-struct Marked {
-    ids: Vec<u32>,
-    trained: Vec<bool>,
+/// The tokens of a row and which of them are trained, unchecked. `None` for a row with an answer that was not liked.
+pub(crate) fn mark(
+    kind: &RowKind,
+    tokenizer: &Tokenizer,
+    template: Option<&ChatTemplate>,
+    options: &SampleOptions,
+    counts: &mut RowCounts,
+) -> Result<Option<Marked>> {
+    let Some(kind) = trained_kind(kind, options.preferences)? else { return Ok(None) };
+    match &*kind {
+        RowKind::Text(text) => Marked::of_text(text, 0..text.len(), tokenizer),
+        RowKind::PromptCompletion { prompt, completion } => {
+            let text = format!("{prompt}{completion}");
+            let trained = if options.train_on == TrainOn::All { 0..text.len() } else { prompt.len()..text.len() };
+            Marked::of_text(&text, trained, tokenizer)
+        }
+        RowKind::Messages { messages, trained_from, tools } => {
+            let conversation = Conversation { messages, tools: tools.as_ref(), ..Conversation::default() };
+            Marked::of_conversation(&conversation, *trained_from, tokenizer, template, options, counts)
+        }
+        RowKind::Preference { .. } | RowKind::Judged { .. } | RowKind::Labelled { .. } => Err(Error::Input(
+            "these rows hold a text and its class, which is nothing to continue; template = \"Review: {text}\\nSentiment:\" \
+             asks for the class, row_format = \"text\" trains the text alone"
+                .into(),
+        )),
+    }
+    .map(Some)
+}
+
+/// What is trained of a row with answers of which one is better: the better one, if that is what `preferences` says. `None`
+/// for one that was not liked.
+fn trained_kind(kind: &RowKind, preferences: Preferences) -> Result<Option<Cow<'_, RowKind>>> {
+    let (prompt, answer, tools) = match kind {
+        RowKind::Preference { prompt, chosen, tools, .. } => (prompt, chosen, tools),
+        RowKind::Judged { prompt, completion, label, tools } => {
+            if !label && preferences == Preferences::Chosen {
+                return Ok(None);
+            }
+            (prompt, completion, tools)
+        }
+        other => return Ok(Some(Cow::Borrowed(other))),
+    };
+    if preferences == Preferences::Refuse {
+        return Err(Error::Input(
+            "these rows hold answers that are preferred to others, and training learns from single answers; preferences = \
+             \"chosen\" trains on the better ones"
+                .into(),
+        ));
+    }
+    Ok(Some(Cow::Owned(match (prompt, answer) {
+        (Turns::Messages(prompt), Turns::Messages(answer)) => RowKind::Messages {
+            messages: [&prompt[..], answer].concat(),
+            trained_from: prompt.len(),
+            tools: tools.clone(),
+        },
+        (Turns::Text(prompt), Turns::Text(answer)) => {
+            RowKind::PromptCompletion { prompt: prompt.clone(), completion: answer.clone() }
+        }
+        _ => return Err(Error::Failure("a prompt and its answer are not of one sort".into())),
+    })))
+}
+
+/// A whole row, before it is shortened. All lists have one entry a token.
+pub(crate) struct Marked {
+    pub(crate) ids: Vec<u32>,
+    pub(crate) trained: Vec<bool>,
     /// Bytes of text that each token adds to those before it.
     bytes: Vec<usize>,
+    /// The place of each token in `text`.
+    pub(crate) offsets: Vec<(usize, usize)>,
+    pub(crate) text: String,
 }
 
 impl Marked {
-    fn new(encoded: &Encoded, spans: &[Range<usize>], tokenizer: &Tokenizer) -> Self {
+    fn new(text: &str, encoded: Encoded, spans: &[Range<usize>], tokenizer: &Tokenizer) -> Self {
         let mut done = 0;
         let mut bytes = Vec::with_capacity(encoded.ids.len());
         for (&id, &(_, end)) in encoded.ids.iter().zip(&encoded.offsets) {
@@ -160,19 +226,20 @@ impl Marked {
         }
         let inside = |(start, end): (usize, usize)| spans.iter().any(|span| end > span.start && start < span.end);
         let trained = encoded.offsets.iter().map(|&offsets| inside(offsets)).collect();
-        Self { ids: encoded.ids.clone(), trained, bytes }
+        Self { ids: encoded.ids, trained, bytes, offsets: encoded.offsets, text: text.to_owned() }
     }
 
     /// A text of its own: BOS before it if the tokenizer adds one, EOS after it, which is trained.
     fn of_text(text: &str, span: Range<usize>, tokenizer: &Tokenizer) -> Result<Self> {
         let encoded = tokenizer.encode_with_offsets(text, false)?;
-        let mut marked = Self::new(&encoded, &[span], tokenizer);
+        let mut marked = Self::new(text, encoded, &[span], tokenizer);
         if let Some(bos) = tokenizer.bos_id().filter(|_| tokenizer.adds_bos())
             && marked.ids.first() != Some(&bos)
         {
             marked.ids.insert(0, bos);
             marked.trained.insert(0, false);
             marked.bytes.insert(0, 0);
+            marked.offsets.insert(0, (0, 0));
         }
         let Some(eos) = tokenizer.eos_id() else {
             return Err(Error::Input(
@@ -185,6 +252,7 @@ impl Marked {
             marked.ids.push(eos);
             marked.trained.push(true);
             marked.bytes.push(0);
+            marked.offsets.push((text.len(), text.len()));
         }
         Ok(marked)
     }
@@ -204,33 +272,42 @@ impl Marked {
                     .into(),
             ));
         };
-        let text = template.render_conversation(conversation)?;
+        let (text, blocks) = template.render_with_blocks(conversation)?;
         let encoded = tokenizer.encode_with_offsets(&text, false)?;
+        let spans = match &options.train_on {
+            TrainOn::All => std::iter::once(0..text.len()).collect(),
+            TrainOn::Completions => answers(conversation, trained_from, template, &text, blocks)?,
+            TrainOn::Last => answers(conversation, trained_from, template, &text, blocks)?.pop().into_iter().collect(),
+            TrainOn::Roles(roles) => role_spans(conversation, trained_from, roles, template, &text, blocks)?,
+        };
+        let mut marked = Self::new(&text, encoded, &spans, tokenizer);
         if options.train_on == TrainOn::All {
-            return Ok(Self::new(&encoded, std::slice::from_ref(&(0..text.len())), tokenizer));
+            return Ok(marked);
         }
-        let spans = assistant_spans(conversation, trained_from, template, &text)?;
-        let mut marked = Self::new(&encoded, &spans, tokenizer);
         for span in &spans {
-            let inside = |&index: &usize| {
-                let (start, end) = encoded.offsets[index];
-                end > span.start && start < span.end
-            };
-            let is_blank = |&index: &usize| {
-                let (start, end) = encoded.offsets[index];
-                !tokenizer.is_added(encoded.ids[index]) && text[start..end].trim().is_empty()
-            };
-            let turn: Vec<usize> = (0..encoded.ids.len()).filter(inside).collect();
-            let blanks = turn.iter().rev().take_while(|index| is_blank(index)).count();
-            let (turn, blanks) = turn.split_at(turn.len() - blanks);
-            match turn.last() {
-                Some(&last) if tokenizer.is_added(encoded.ids[last]) => {
-                    blanks.iter().for_each(|&blank| marked.trained[blank] = false);
-                }
-                _ => counts.turns_without_end += 1,
-            }
+            counts.turns_without_end += usize::from(!marked.end_with_special(span, tokenizer));
         }
         Ok(marked)
+    }
+
+    /// Takes the blanks at the end of a turn out of training, if a special token stands before them. Whether one does.
+    fn end_with_special(&mut self, span: &Range<usize>, tokenizer: &Tokenizer) -> bool {
+        let inside = |&index: &usize| {
+            let (start, end) = self.offsets[index];
+            end > span.start && start < span.end
+        };
+        let is_blank = |index: &&usize| {
+            let (start, end) = self.offsets[**index];
+            !tokenizer.is_added(self.ids[**index]) && self.text[start..end].trim().is_empty()
+        };
+        let turn: Vec<usize> = (0..self.ids.len()).filter(inside).collect();
+        let blanks = turn.iter().rev().take_while(is_blank).count();
+        let (turn, blanks) = turn.split_at(turn.len() - blanks);
+        let ends = turn.last().is_some_and(|&last| tokenizer.is_added(self.ids[last]));
+        if ends {
+            blanks.iter().for_each(|&blank| self.trained[blank] = false);
+        }
+        ends
     }
 
     fn checked(mut self, tokenizer: &Tokenizer) -> Result<Self> {
@@ -270,30 +347,66 @@ impl Marked {
     }
 }
 
-/// The byte range of each assistant turn in the rendered `text`, from after its header to the end of what the template
-/// writes for it.
-fn assistant_spans(
+/// The byte range of each answer: the `{% generation %}` blocks of the template, if it has any, else the assistant's turns.
+fn answers(
     conversation: &Conversation<'_>,
     trained_from: usize,
     template: &ChatTemplate,
     text: &str,
+    blocks: Option<Vec<Range<usize>>>,
+) -> Result<Vec<Range<usize>>> {
+    let Some(blocks) = blocks else {
+        return role_spans(conversation, trained_from, &["assistant".into()], template, text, None);
+    };
+    // Blocks of the prompt are not trained: one a turn of the assistant.
+    let given = conversation.messages[..trained_from].iter().filter(|message| message.role == "assistant").count();
+    Ok(blocks.into_iter().skip(given).collect())
+}
+
+/// The byte range of each turn of `roles` in the rendered `text`, from after its header to the end of what the template
+/// writes for it.
+fn role_spans(
+    conversation: &Conversation<'_>,
+    trained_from: usize,
+    roles: &[String],
+    template: &ChatTemplate,
+    text: &str,
+    blocks: Option<Vec<Range<usize>>>,
 ) -> Result<Vec<Range<usize>>> {
     let messages = conversation.messages;
-    let mut spans = Vec::new();
+    let mut spans = match blocks.is_some() && roles.iter().any(|role| role == "assistant") {
+        true => answers(conversation, trained_from, template, text, blocks.clone())?,
+        false => Vec::new(),
+    };
     for index in trained_from..messages.len() {
-        if messages[index].role != "assistant" {
+        let message = &messages[index];
+        let is_assistant = message.role == "assistant";
+        if !roles.contains(&message.role) || is_assistant && blocks.is_some() {
             continue;
         }
         let end = match index + 1 == messages.len() {
             true => text.len(),
             false => prefix(conversation, index + 1, false, template, text)?,
         };
-        let start = prefix(conversation, index, true, template, text)?;
+        let start = prefix(conversation, index, is_assistant, template, text)?;
         if start > end {
             return Err(unstable(index, text, start, "the header of the answer"));
         }
-        spans.push(start..end);
+        // The header of another role is told by where what is said begins.
+        let header = match is_assistant {
+            true => 0,
+            false => text[start..end].find(message.content.trim()).ok_or_else(|| {
+                Error::Input(format!(
+                    "the chat template does not write what message {} says as it is, so that it cannot be told which tokens \
+                     are the {}'s; take the role out of train_on",
+                    index + 1,
+                    message.role
+                ))
+            })?,
+        };
+        spans.push(start + header..end);
     }
+    spans.sort_unstable_by_key(|span| span.start);
     Ok(spans)
 }
 

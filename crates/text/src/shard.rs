@@ -1,19 +1,20 @@
 //! The file that holds the blocks of one split, read block by block.
 //!
-//! All numbers are little endian. A header of 88 bytes (below); then for each block and once at the end the index of its
-//! first token and of its first document (u64, u64); for each document its length (u32), its file (u32), its line (u64)
-//! and its trained bytes (u64); for each token its id (u32, the highest bit says that it is trained); the names of the
-//! files as a JSON list.
-use crate::{Block, Error, Result, Sample, Source, Split, atomic, prepare};
+//! All numbers are little endian. A header of 88 bytes (below); for each token its id (u32, the highest bit says that it is
+//! trained); for each document its length (u32), its file (u32), its line (u64) and its trained bytes (u64); for each block
+//! and once at the end the index of its first token and of its first document (u64, u64); the names of the files as a JSON
+//! list. Tokens come first so that the file can be written block by block.
+use crate::{Block, Error, Result, Sample, Source, Split, atomic::Pending, prepare};
 use std::{
+    collections::HashMap,
     fs::File,
-    io::{self, Read, Write},
+    io::{self, BufWriter, Read, Seek, SeekFrom, Write},
     path::{Path, PathBuf},
     sync::Arc,
 };
 
 /// Counted up whenever the same input would give another file.
-pub const FORMAT_VERSION: u32 = 1;
+pub const FORMAT_VERSION: u32 = 2;
 
 const MAGIC: &[u8; 8] = b"TUNESHRD";
 const HEADER: usize = 88;
@@ -73,12 +74,12 @@ impl Header {
         Ok(Self { key, max_length: field(0), blocks: field(1), documents: field(2), tokens: field(3), names: field(4) })
     }
 
-    /// Where documents, tokens and names begin, and the size of the file: `None` when no file could be as large.
+    /// Where documents, blocks and names begin, and the size of the file: `None` when no file could be as large.
     fn layout(&self) -> Option<[u64; 4]> {
-        let documents = self.blocks.checked_add(1)?.checked_mul(BLOCK)?.checked_add(HEADER as u64)?;
-        let tokens = self.documents.checked_mul(DOCUMENT)?.checked_add(documents)?;
-        let names = self.tokens.checked_mul(4)?.checked_add(tokens)?;
-        Some([documents, tokens, names, names.checked_add(self.names)?])
+        let documents = self.tokens.checked_mul(4)?.checked_add(HEADER as u64)?;
+        let blocks = self.documents.checked_mul(DOCUMENT)?.checked_add(documents)?;
+        let names = self.blocks.checked_add(1)?.checked_mul(BLOCK)?.checked_add(blocks)?;
+        Some([documents, blocks, names, names.checked_add(self.names)?])
     }
 }
 
@@ -87,57 +88,96 @@ fn number(bytes: &[u8]) -> u64 {
     bytes.iter().rev().fold(0, |number, &byte| number << 8 | u64::from(byte))
 }
 
-/// Writes the blocks of `samples` that `plan` lays out (indices into `samples`) to `path`, atomically.
-pub(crate) fn write(
-    path: &Path,
-    key: [u8; 32],
-    max_length: usize,
-    samples: &[Sample],
-    plan: &[Vec<usize>],
-) -> Result<()> {
-    let order = || plan.iter().flatten().map(|&index| &samples[index]);
-    let mut files: Vec<Arc<str>> = samples.iter().map(|sample| Arc::clone(&sample.source.file)).collect();
-    files.sort_unstable();
-    files.dedup();
-    let names = serde_json::to_vec(&files.iter().map(AsRef::as_ref).collect::<Vec<&str>>())
-        .map_err(|e| Error::Failure(format!("the names of the data files do not serialise: {e}")))?;
-    if let Some(id) = order().flat_map(|sample| &sample.ids).find(|&&id| id & TRAINED != 0) {
-        return Err(Error::Failure(format!("token id {id} is too large for prepared data")));
+/// Writes a shard block by block. The file has its name only when it is complete.
+pub(crate) struct Writer {
+    pending: Pending,
+    header: Header,
+    /// Tables that follow the tokens: documents wait in a file of their own, since there may be many.
+    documents: BufWriter<File>,
+    blocks: Vec<(u64, u64)>,
+    files: HashMap<Arc<str>, u32>,
+    names: Vec<Arc<str>>,
+}
+
+impl Writer {
+    /// Begins the shard at `path`.
+    pub(crate) fn create(path: &Path, key: [u8; 32], max_length: usize) -> Result<Self> {
+        let header = Header { key, max_length: max_length as u64, blocks: 0, documents: 0, tokens: 0, names: 0 };
+        let mut pending = Pending::create(path)?;
+        pending.write(|writer| header.write(writer))?;
+        let documents = tempfile::tempfile_in(path.parent().unwrap_or(Path::new(".")))
+            .map_err(|source| Error::Io { what: format!("cannot write beside {}", path.display()), source })?;
+        Ok(Self {
+            pending,
+            header,
+            documents: BufWriter::new(documents),
+            blocks: Vec::new(),
+            files: HashMap::new(),
+            names: Vec::new(),
+        })
     }
-    let header = Header {
-        key,
-        max_length: max_length as u64,
-        blocks: plan.len() as u64,
-        documents: order().count() as u64,
-        tokens: order().map(|sample| sample.ids.len() as u64).sum(),
-        names: names.len() as u64,
-    };
-    atomic::write_file(path, |writer| {
-        header.write(writer)?;
-        let (mut token, mut document) = (0_u64, 0_u64);
-        for block in plan {
-            writer.write_all(&token.to_le_bytes())?;
-            writer.write_all(&document.to_le_bytes())?;
-            token += block.iter().map(|&index| samples[index].ids.len() as u64).sum::<u64>();
-            document += block.len() as u64;
-        }
-        writer.write_all(&token.to_le_bytes())?;
-        writer.write_all(&document.to_le_bytes())?;
-        for sample in order() {
-            let file = files.partition_point(|file| file < &sample.source.file);
-            let length = u32::try_from(sample.ids.len()).map_err(io::Error::other)?;
-            writer.write_all(&length.to_le_bytes())?;
-            writer.write_all(&u32::try_from(file).map_err(io::Error::other)?.to_le_bytes())?;
-            writer.write_all(&(sample.source.line as u64).to_le_bytes())?;
-            writer.write_all(&(sample.bytes as u64).to_le_bytes())?;
-        }
-        for sample in order() {
-            for (id, trained) in sample.ids.iter().zip(&sample.trained) {
-                writer.write_all(&(id | if *trained { TRAINED } else { 0 }).to_le_bytes())?;
+
+    /// Appends a block of `samples`.
+    pub(crate) fn push<'a>(&mut self, samples: impl Iterator<Item = &'a Sample>) -> Result<()> {
+        self.blocks.push((self.header.tokens, self.header.documents));
+        self.header.blocks += 1;
+        for sample in samples {
+            if let Some(id) = sample.ids.iter().find(|&&id| id & TRAINED != 0) {
+                return Err(Error::Failure(format!("token id {id} is too large for prepared data")));
             }
+            let file = match self.files.get(&sample.source.file) {
+                Some(&file) => file,
+                None => {
+                    let file = self.names.len() as u32;
+                    self.files.insert(Arc::clone(&sample.source.file), file);
+                    self.names.push(Arc::clone(&sample.source.file));
+                    file
+                }
+            };
+            let Self { pending, documents, header, .. } = self;
+            pending.write(|writer| {
+                let length = u32::try_from(sample.ids.len()).map_err(io::Error::other)?;
+                documents.write_all(&length.to_le_bytes())?;
+                documents.write_all(&file.to_le_bytes())?;
+                documents.write_all(&(sample.source.line as u64).to_le_bytes())?;
+                documents.write_all(&(sample.bytes as u64).to_le_bytes())?;
+                for (id, trained) in sample.ids.iter().zip(&sample.trained) {
+                    writer.write_all(&(id | if *trained { TRAINED } else { 0 }).to_le_bytes())?;
+                }
+                Ok(())
+            })?;
+            header.documents += 1;
+            header.tokens += sample.ids.len() as u64;
         }
-        writer.write_all(&names)
-    })
+        Ok(())
+    }
+
+    /// Number of blocks so far.
+    pub(crate) fn num_blocks(&self) -> usize {
+        self.blocks.len()
+    }
+
+    /// Writes the tables, syncs the file and gives it its name.
+    pub(crate) fn finish(self) -> Result<()> {
+        let Self { mut pending, mut header, documents, mut blocks, names, .. } = self;
+        let names = serde_json::to_vec(&names.iter().map(AsRef::as_ref).collect::<Vec<&str>>())
+            .map_err(|e| Error::Failure(format!("the names of the data files do not serialise: {e}")))?;
+        header.names = names.len() as u64;
+        blocks.push((header.tokens, header.documents));
+        pending.write(|writer| {
+            let mut documents = documents.into_inner().map_err(|error| error.into_error())?;
+            documents.seek(SeekFrom::Start(0))?;
+            io::copy(&mut documents, writer)?;
+            for (token, document) in blocks {
+                writer.write_all(&token.to_le_bytes())?;
+                writer.write_all(&document.to_le_bytes())?;
+            }
+            writer.write_all(&names)?;
+            writer.seek(SeekFrom::Start(0))?;
+            header.write(writer)
+        })?;
+        pending.finish()
+    }
 }
 
 impl PreparedSplit {
@@ -206,11 +246,11 @@ impl PreparedSplit {
     /// Where the documents and the tokens of block `index` are: (offset, length) in bytes of each.
     fn place(&self, index: usize) -> Result<[(u64, u64); 2]> {
         let header = &self.header;
-        let Some([documents_at, tokens_at, ..]) = header.layout().filter(|_| (index as u64) < header.blocks) else {
+        let Some([documents_at, blocks_at, ..]) = header.layout().filter(|_| (index as u64) < header.blocks) else {
             let blocks = header.blocks;
             return Err(Error::Failure(format!("{}: block {index} of {blocks} was asked for", self.path.display())));
         };
-        let entry = self.read(HEADER as u64 + index as u64 * BLOCK, 2 * BLOCK)?;
+        let entry = self.read(blocks_at + index as u64 * BLOCK, 2 * BLOCK)?;
         let [token, document, token_end, document_end] =
             [0, 1, 2, 3].map(|field| number(&entry[8 * field..8 * field + 8]));
         let in_order = token <= token_end && token_end <= header.tokens;
@@ -219,7 +259,7 @@ impl PreparedSplit {
         }
         Ok([
             (documents_at + document * DOCUMENT, (document_end - document) * DOCUMENT),
-            (tokens_at + token * 4, (token_end - token) * 4),
+            (HEADER as u64 + token * 4, (token_end - token) * 4),
         ])
     }
 
@@ -308,7 +348,10 @@ mod tests {
     fn written(samples: &[Sample], plan: &[Vec<usize>]) -> (tempfile::TempDir, PathBuf) {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("train.shard");
-        write(&path, [7; 32], 16, samples, plan).unwrap();
+        let mut writer = Writer::create(&path, [7; 32], 16).unwrap();
+        plan.iter().for_each(|block| writer.push(block.iter().map(|&index| &samples[index])).unwrap());
+        assert_eq!(writer.num_blocks(), plan.len());
+        writer.finish().unwrap();
         (folder, path)
     }
 
@@ -368,8 +411,8 @@ mod tests {
         assert!(refusal(&|bytes| bytes.truncate(120)).contains("not what its header says"));
         assert!(refusal(&|bytes| bytes[0] = b'X').contains("no file of prepared data"));
         assert!(refusal(&|bytes| bytes[8] = 9).contains("format version 9"));
-        assert!(refusal(&|bytes| bytes[88] = 9).contains("lies outside the file"));
-        assert!(refusal(&|bytes| bytes[88 + 32] = 4).contains("do not add up"));
-        assert!(refusal(&|bytes| bytes[88 + 36] = 4).contains("names file 4"));
+        assert!(refusal(&|bytes| bytes[132] = 9).contains("lies outside the file"));
+        assert!(refusal(&|bytes| bytes[108] = 4).contains("do not add up"));
+        assert!(refusal(&|bytes| bytes[112] = 4).contains("names file 4"));
     }
 }

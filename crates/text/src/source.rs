@@ -1,4 +1,4 @@
-//! Which files a list of paths, folders and patterns means.
+//! Which files a list of paths, folders and patterns means, and what kind of data each is.
 use crate::{Error, Result};
 use std::{
     collections::HashSet,
@@ -6,29 +6,98 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// The endings of files with rows.
-const ENDINGS: [&str; 3] = ["txt", "jsonl", "json"];
+/// What a file of rows is written in, told by its ending.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// Plain text.
+    Text,
+    /// One JSON object a line.
+    JsonLines,
+    /// One JSON object a line, or one list of objects.
+    Json,
+    /// Fields separated by commas (or by what the header uses), names in the first line.
+    Csv,
+    /// Fields separated by tabs, names in the first line.
+    Tsv,
+    /// Apache Parquet.
+    Parquet,
+    /// Apache Arrow's IPC format: file or stream.
+    Arrow,
+}
 
-/// The files that `places` name, each once, in the order given: a file stands for itself, a folder for every `.txt` and
-/// `.jsonl` file below it (sorted; names that begin with a dot are left out), anything with `*`, `?` or `[` for the
-/// files that match (sorted).
+/// How a file is packed, told by its last ending.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Compression {
+    /// Not at all.
+    None,
+    /// `.gz`.
+    Gzip,
+    /// `.zst`.
+    Zstd,
+}
+
+/// Endings and kinds, as they are named in messages.
+const ENDINGS: [(&str, Kind); 9] = [
+    ("txt", Kind::Text),
+    ("jsonl", Kind::JsonLines),
+    ("ndjson", Kind::JsonLines),
+    ("json", Kind::Json),
+    ("csv", Kind::Csv),
+    ("tsv", Kind::Tsv),
+    ("parquet", Kind::Parquet),
+    ("arrow", Kind::Arrow),
+    ("feather", Kind::Arrow),
+];
+
+/// Kind and compression of a file by its name: `data.jsonl.gz` is gzipped JSON lines. Columnar files compress inside, so
+/// packed ones are not read.
 ///
 /// # Errors
-/// A place that does not exist, holds no data, or is a file of another kind.
+/// An ending that is not known; the message lists those that are.
+pub fn kind(path: &Path) -> Result<(Kind, Compression)> {
+    let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default().to_ascii_lowercase();
+    let (inner, compression) = match name.rsplit_once('.') {
+        Some((inner, "gz")) => (inner, Compression::Gzip),
+        Some((inner, "zst")) => (inner, Compression::Zstd),
+        _ => (&name[..], Compression::None),
+    };
+    let ending = inner.rsplit_once('.').map_or("", |(_, ending)| ending);
+    let found = ENDINGS.iter().find(|(known, _)| *known == ending).map(|(_, kind)| *kind);
+    match (found, compression) {
+        (Some(Kind::Parquet | Kind::Arrow), Compression::Gzip | Compression::Zstd) => {
+            Err(Error::Input(format!("{}: .{ending} files are not read packed; unpack it first", path.display())))
+        }
+        (Some(kind), compression) => Ok((kind, compression)),
+        (None, _) => {
+            let known: Vec<_> = ENDINGS.iter().map(|(ending, _)| format!(".{ending}")).collect();
+            Err(Error::Input(format!(
+                "{}: unknown kind of data; known are {} (see docs/data.md), and all but .parquet, .arrow and .feather \
+                 also with .gz or .zst",
+                path.display(),
+                known.join(", ")
+            )))
+        }
+    }
+}
+
+/// Whether the rows of `file` are numbered as rows; otherwise by the lines they begin at.
+pub(crate) fn is_columnar(file: &str) -> bool {
+    matches!(kind(Path::new(file)), Ok((Kind::Parquet | Kind::Arrow, _)))
+}
+
+/// The files that `places` name, each once, in the order given: a file stands for itself, a folder for every file of data
+/// below it (sorted; names that begin with a dot are left out, and `.json` files too where there are others, since they
+/// then describe the rest), anything with `*`, `?` or `[` for the files that match (sorted).
+///
+/// # Errors
+/// A place that does not exist, holds no data, holds several splits, or is a file of another kind.
 pub fn files(places: &[String]) -> Result<Vec<PathBuf>> {
     let mut seen = HashSet::new();
     let mut found = Vec::new();
     for place in places {
         let path = Path::new(place);
         let group = match fs::metadata(path) {
-            Ok(metadata) if metadata.is_dir() => {
-                let mut group = Vec::new();
-                walk(path, &mut group)?;
-                if group.is_empty() {
-                    return Err(Error::Input(format!("{place}: no .txt or .jsonl file in this folder")));
-                }
-                group
-            }
+            Ok(metadata) if metadata.is_dir() => in_folder(path)?,
             Ok(_) => vec![path.to_owned()],
             Err(error) if error.kind() == std::io::ErrorKind::NotFound && place.contains(['*', '?', '[']) => {
                 matching(place)?
@@ -36,14 +105,7 @@ pub fn files(places: &[String]) -> Result<Vec<PathBuf>> {
             Err(error) => return Err(Error::io("cannot read", path, error)),
         };
         for file in group {
-            let ending = file.extension().and_then(|ending| ending.to_str()).unwrap_or_default().to_ascii_lowercase();
-            if !ENDINGS.contains(&ending.as_str()) {
-                return Err(Error::Input(format!(
-                    "{}: unknown kind of data; known are .txt (plain text), .jsonl and .json (one JSON row a line, or one \
-                     list of rows)",
-                    file.display()
-                )));
-            }
+            kind(&file)?;
             let identity = fs::canonicalize(&file).map_err(|e| Error::io("cannot read", &file, e))?;
             if seen.insert(identity) {
                 found.push(file);
@@ -51,6 +113,31 @@ pub fn files(places: &[String]) -> Result<Vec<PathBuf>> {
         }
     }
     Ok(found)
+}
+
+fn in_folder(folder: &Path) -> Result<Vec<PathBuf>> {
+    if folder.join("dataset_dict.json").exists() {
+        return Err(Error::Input(format!(
+            "{0}: this folder holds several splits (dataset_dict.json), which must not be mixed; name them one by one, \
+             such as train = [\"{0}/train\"]",
+            folder.display()
+        )));
+    }
+    let mut group = Vec::new();
+    walk(folder, &mut group)?;
+    let described: Vec<_> = group.iter().filter(|file| !matches!(kind(file), Ok((Kind::Json, _)))).cloned().collect();
+    if !described.is_empty() {
+        group = described;
+    }
+    if group.is_empty() {
+        let known: Vec<_> = ENDINGS.iter().map(|(ending, _)| format!(".{ending}")).collect();
+        return Err(Error::Input(format!(
+            "{}: no file of data in this folder ({})",
+            folder.display(),
+            known.join(", ")
+        )));
+    }
+    Ok(group)
 }
 
 fn walk(folder: &Path, found: &mut Vec<PathBuf>) -> Result<()> {
@@ -65,7 +152,7 @@ fn walk(folder: &Path, found: &mut Vec<PathBuf>) -> Result<()> {
         // A linked folder is not entered: it could lead back up.
         if entry.file_type().map_err(cannot)?.is_dir() {
             walk(&path, found)?;
-        } else if path.extension().is_some_and(|ending| ending == "txt" || ending == "jsonl") && path.is_file() {
+        } else if kind(&path).is_ok() && path.is_file() {
             found.push(path);
         }
     }
@@ -97,7 +184,7 @@ mod tests {
     fn tree() -> tempfile::TempDir {
         let folder = tempfile::tempdir().unwrap();
         fs::create_dir_all(folder.path().join("sub/.hidden")).unwrap();
-        for name in ["b.txt", "a.jsonl", "notes.md", "config.json", "sub/c.txt", "sub/.hidden/d.txt"] {
+        for name in ["b.txt", "a.jsonl", "notes.md", "config.json", "sub/c.csv.gz", "sub/.hidden/d.txt"] {
             fs::write(folder.path().join(name), "x").unwrap();
         }
         folder
@@ -112,9 +199,24 @@ mod tests {
     #[test]
     fn folders_patterns_and_files_are_found_once() {
         let folder = tree();
-        assert_eq!(names(folder.path(), &[""]).unwrap(), ["a.jsonl", "b.txt", "sub/c.txt"]);
-        assert_eq!(names(folder.path(), &["sub/c.txt", "*.txt", "**/*.txt"]).unwrap()[..2], ["sub/c.txt", "b.txt"]);
+        assert_eq!(names(folder.path(), &[""]).unwrap(), ["a.jsonl", "b.txt", "sub/c.csv.gz"]);
+        assert_eq!(names(folder.path(), &["b.txt", "*.txt", "**/*.gz"]).unwrap(), ["b.txt", "sub/c.csv.gz"]);
         assert_eq!(names(folder.path(), &["config.json"]).unwrap(), ["config.json"]);
+        fs::create_dir(folder.path().join("only")).unwrap();
+        fs::write(folder.path().join("only/rows.json"), "x").unwrap();
+        assert_eq!(names(folder.path(), &["only"]).unwrap(), ["only/rows.json"]);
+    }
+
+    #[test]
+    fn kinds_follow_from_endings() {
+        let of = |name: &str| kind(Path::new(name)).unwrap();
+        assert_eq!(of("a/b.TXT"), (Kind::Text, Compression::None));
+        assert_eq!(of("b.ndjson.zst"), (Kind::JsonLines, Compression::Zstd));
+        assert_eq!(of("b.tsv.gz"), (Kind::Tsv, Compression::Gzip));
+        assert_eq!(of("b.feather"), (Kind::Arrow, Compression::None));
+        assert!(kind(Path::new("b.parquet.gz")).unwrap_err().to_string().contains("unpack it first"));
+        assert!(kind(Path::new("b.gz")).is_err() && kind(Path::new("txt")).is_err());
+        assert!(is_columnar("x.parquet") && !is_columnar("x.csv"));
     }
 
     #[test]
@@ -126,6 +228,8 @@ mod tests {
         assert!(text("notes.md").contains("unknown kind of data"));
         assert!(text("[").contains("not a file pattern"));
         fs::create_dir(folder.path().join("empty")).unwrap();
-        assert!(text("empty").contains("no .txt or .jsonl file"));
+        assert!(text("empty").contains("no file of data"));
+        fs::write(folder.path().join("sub/dataset_dict.json"), "{}").unwrap();
+        assert!(text("sub").contains("holds several splits"));
     }
 }

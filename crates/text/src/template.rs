@@ -11,7 +11,10 @@ use minijinja::{
 };
 use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::{Map, Value, ser::Formatter};
-use std::io::{self, Write};
+use std::{
+    io::{self, Write},
+    ops::Range,
+};
 
 /// One message of a conversation.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -70,6 +73,12 @@ pub struct ChatTemplate {
 
 const NAME: &str = "chat_template";
 
+/// The same template with marks where `{% generation %}` blocks begin and end.
+const MARKED: &str = "chat_template_marked";
+/// Private-use characters at the very end of Unicode, which no text has.
+const BLOCK_START: &str = "\u{10fffc}";
+const BLOCK_END: &str = "\u{10fffd}";
+
 impl ChatTemplate {
     /// Compiles `source`. `now` is the time that `strftime_now` tells, in seconds since 1970 of local time; without it
     /// the function is not defined, and templates fall back to the fixed date they carry for that case.
@@ -89,7 +98,12 @@ impl ChatTemplate {
         if let Some(now) = now {
             environment.add_function("strftime_now", move |format: String| strftime(&format, now));
         }
-        environment.add_template_owned(NAME, neutral_generation_tags(source)).map_err(|e| explain(&e))?;
+        let plain = generation_tags(source, false);
+        let marks_answers = plain != source;
+        environment.add_template_owned(NAME, plain).map_err(|e| explain(&e))?;
+        if marks_answers {
+            environment.add_template_owned(MARKED, generation_tags(source, true)).map_err(|e| explain(&e))?;
+        }
         Ok(Self { environment, source: source.to_owned(), special: special.clone(), now })
     }
 
@@ -124,6 +138,35 @@ impl ChatTemplate {
     /// # Errors
     /// As [`Self::render`].
     pub fn render_conversation(&self, conversation: &Conversation<'_>) -> Result<String> {
+        self.render_as(NAME, conversation)
+    }
+
+    /// [`Self::render_conversation`], and the byte ranges of the `{% generation %}` blocks in it, if the template has such
+    /// blocks. Blanks before the end of a block do not belong to it.
+    ///
+    /// # Errors
+    /// As [`Self::render`]; blocks that are nested or change what is rendered.
+    pub fn render_with_blocks(&self, conversation: &Conversation<'_>) -> Result<(String, Option<Vec<Range<usize>>>)> {
+        let text = self.render_conversation(conversation)?;
+        if self.environment.get_template(MARKED).is_err() {
+            return Ok((text, None));
+        }
+        let wrong = || Error::Input("the chat template: its {% generation %} blocks cannot be told apart".into());
+        let marked = self.render_as(MARKED, conversation)?;
+        let (mut unmarked, mut blocks) = (String::with_capacity(text.len()), Vec::new());
+        let mut parts = marked.split(BLOCK_START);
+        unmarked.push_str(parts.next().unwrap_or_default());
+        for part in parts {
+            let (inside, after) = part.split_once(BLOCK_END).ok_or_else(wrong)?;
+            let start = unmarked.len();
+            unmarked.push_str(inside);
+            blocks.push(start..unmarked.len());
+            unmarked.push_str(after);
+        }
+        if unmarked == text { Ok((text, Some(blocks))) } else { Err(wrong()) }
+    }
+
+    fn render_as(&self, name: &str, conversation: &Conversation<'_>) -> Result<String> {
         let variables = context! {
             messages => Serde(conversation.messages),
             tools => Serde(conversation.tools),
@@ -131,7 +174,7 @@ impl ChatTemplate {
             add_generation_prompt => conversation.add_generation_prompt,
             ..minijinja::Value::from(Serde(&self.special))
         };
-        let template = self.environment.get_template(NAME).map_err(|e| explain(&e))?;
+        let template = self.environment.get_template(name).map_err(|e| explain(&e))?;
         template.render(variables).map_err(|e| explain(&e))
     }
 }
@@ -148,20 +191,40 @@ fn explain(error: &minijinja::Error) -> Error {
 }
 
 /// `{% generation %}` marks the assistant's part for loss masks; it prints nothing, so here it becomes a condition that
-/// always holds, with the same white-space marks and on the same line.
-fn neutral_generation_tags(source: &str) -> String {
+/// always holds, with the same white-space marks and on the same line. With `marks`, characters that say where the block
+/// begins and ends are printed inside it, beyond the blanks that the tags take away.
+fn generation_tags(source: &str, marks: bool) -> String {
     let mut out = String::with_capacity(source.len());
     let mut rest = source;
     while let Some(start) = rest.find("{%") {
         let (before, tag) = rest.split_at(start);
-        out.push_str(before);
         let end = tag.find("%}").map_or(tag.len(), |end| end + 2);
-        let (tag, after) = tag.split_at(end);
+        let (tag, mut after) = tag.split_at(end);
         let name = tag.trim_start_matches("{%").trim_end_matches("%}").trim_matches(['-', '+']).trim();
         match name {
-            "generation" => out.push_str(&tag.replacen("generation", "if true", 1)),
-            "endgeneration" => out.push_str(&tag.replacen("endgeneration", "endif", 1)),
-            _ => out.push_str(tag),
+            "generation" => {
+                out.push_str(before);
+                out.push_str(&tag.replacen("generation", "if true", 1));
+                if marks {
+                    let text = after.trim_start();
+                    out.push_str(&after[..after.len() - text.len()]);
+                    out.push_str(&format!("{{{{ '{BLOCK_START}' }}}}"));
+                    after = text;
+                }
+            }
+            "endgeneration" => {
+                let text = before.trim_end();
+                out.push_str(text);
+                if marks {
+                    out.push_str(&format!("{{{{ '{BLOCK_END}' }}}}"));
+                }
+                out.push_str(&before[text.len()..]);
+                out.push_str(&tag.replacen("endgeneration", "endif", 1));
+            }
+            _ => {
+                out.push_str(before);
+                out.push_str(tag);
+            }
         }
         rest = after;
     }

@@ -4,6 +4,7 @@ pub(crate) mod bench;
 mod bench_generate;
 pub(crate) mod chat;
 pub(crate) mod continuation;
+pub(crate) mod doctor;
 pub(crate) mod evaluate;
 pub(crate) mod generate;
 pub(crate) mod gpu_bench;

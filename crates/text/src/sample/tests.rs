@@ -5,8 +5,12 @@ use crate::{
 };
 use proptest::prelude::*;
 
-const OPTIONS: SampleOptions =
-    SampleOptions { train_on: TrainOn::Completions, max_length: 1024, overlong: Overlong::Auto };
+const OPTIONS: SampleOptions = SampleOptions {
+    train_on: TrainOn::Completions,
+    max_length: 1024,
+    overlong: Overlong::Auto,
+    preferences: Preferences::Refuse,
+};
 
 fn row(kind: RowKind) -> Row {
     Row { kind, file: "d.jsonl".into(), line: 3 }
@@ -217,4 +221,44 @@ proptest! {
             prop_assert!(parts.iter().all(|part| part.ids.len() <= max_length && part.num_trained() > 0));
         }
     }
+}
+
+#[test]
+fn only_the_last_answer_or_what_some_roles_say_is_trained() {
+    let talk = chat(&[("user", "aa"), ("assistant", "bb"), ("user", "cc"), ("assistant", "dd")]);
+    let trained = |train_on: TrainOn| trained_text(&one(&talk, &SampleOptions { train_on, ..OPTIONS }), &tokenizer());
+    let roles = |roles: &[&str]| TrainOn::Roles(roles.iter().map(|role| (*role).into()).collect());
+    assert_eq!(trained(TrainOn::Last), "dd<|im_end|>");
+    assert_eq!(trained(roles(&["assistant"])), trained(TrainOn::Completions));
+    assert_eq!(trained(roles(&["user"])), "aa<|im_end|>|cc<|im_end|>");
+    assert_eq!(trained(roles(&["user", "assistant"])), "aa<|im_end|>|bb<|im_end|>|cc<|im_end|>|dd<|im_end|>");
+    let template = chatml();
+    let options = SampleOptions { train_on: roles(&["tool"]), ..OPTIONS };
+    let error = samples(&talk, &tokenizer(), Some(&template), &options).unwrap_err().to_string();
+    assert!(error.contains("nothing in this row is trained"), "{error}");
+}
+
+#[test]
+fn generation_blocks_say_what_is_trained() {
+    // The header of an answer is written differently from the generation prompt, so the turns alone could not tell.
+    let source = "{% for m in messages %}{% if m.role == 'assistant' %}<|im_start|>bot\n\
+        {% generation %}\n{{ m.content }}<|im_end|>\n{% endgeneration %}\n\
+        {% else %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}";
+    let tokenizer = tokenizer();
+    let template = ChatTemplate::new(source, tokenizer.special_tokens(), None).unwrap();
+    let talk = |trained_from| {
+        let messages = [("user", "aa"), ("assistant", "bb"), ("user", "cc"), ("assistant", "dd")];
+        let messages = messages.map(|(role, content)| Message::new(role, content)).into();
+        row(RowKind::Messages { messages, trained_from, tools: None })
+    };
+    let trained = |trained_from, train_on| {
+        let options = SampleOptions { train_on, ..OPTIONS };
+        let (made, counts) = samples(&talk(trained_from), &tokenizer, Some(&template), &options).unwrap();
+        assert_eq!(counts.turns_without_end, 0);
+        trained_text(&made[0], &tokenizer)
+    };
+    assert_eq!(trained(0, TrainOn::Completions), "bb<|im_end|>|dd<|im_end|>");
+    assert_eq!(trained(3, TrainOn::Completions), "dd<|im_end|>");
+    assert_eq!(trained(0, TrainOn::Last), "dd<|im_end|>");
+    assert_eq!(trained(0, TrainOn::Roles(vec!["assistant".into()])), "bb<|im_end|>|dd<|im_end|>");
 }

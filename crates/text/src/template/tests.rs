@@ -149,6 +149,6 @@ proptest! {
 
     #[test]
     fn a_template_without_tags_is_copied(text in "[a-z%# \n]{0,30}x") {
-        prop_assert_eq!(neutral_generation_tags(&text), text.clone());
+        prop_assert_eq!(generation_tags(&text, true), text.clone());
     }
 }

@@ -1,0 +1,360 @@
+//! The first look at all rows: what the files hold, and what becomes of each row.
+use super::{
+    PrepareProgress,
+    files::{self, Input, Numbered},
+};
+use crate::{
+    Error, OnBadRow, PrepareOptions, Result, RowFormat, RowKind, RowOptions, Split,
+    clean::{self, CleanOptions, CleanReport, Cleaner, Mark, Reason, Same, Step},
+    row::{self, Understood, kind_of, place},
+    similar::{self, Index, Sketch},
+    split,
+};
+use rayon::prelude::*;
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
+
+/// Keys of a file that are counted by name.
+const MAX_KEYS: usize = 100;
+
+/// What becomes of a row.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Fate {
+    /// It goes here.
+    Goes(Split),
+    /// It cannot be used, or is of another format than the rest of its file.
+    Rejected,
+    /// Cleaning took it out.
+    Removed(Reason),
+}
+
+/// What was found.
+pub(super) struct Scan {
+    /// By row.
+    pub(super) fates: Vec<Fate>,
+    /// By file.
+    pub(super) files: Vec<FileReport>,
+    /// What cleaning did.
+    pub(super) clean: CleanReport,
+}
+
+/// What is kept of a row until all have been seen.
+struct Facts {
+    fate: Fate,
+    format: Option<RowFormat>,
+    mark: Option<Mark>,
+    exact: u64,
+    sketch: Option<Box<Sketch>>,
+}
+
+impl Facts {
+    fn rejected() -> Self {
+        Self { fate: Fate::Rejected, format: None, mark: None, exact: 0, sketch: None }
+    }
+}
+
+/// What a file holds.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FileReport {
+    /// The file, as it was named.
+    pub file: String,
+    /// The split that it was given for.
+    pub split: Option<Split>,
+    /// The format of its rows; none when there are none.
+    pub format: Option<RowFormat>,
+    /// Rows, usable or not.
+    pub rows: usize,
+    /// Rows that cannot be used.
+    pub bad_rows: usize,
+    /// What is known of each key, the first hundred of them; empty for plain text.
+    pub keys: BTreeMap<String, KeyReport>,
+}
+
+/// What is known of a key.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct KeyReport {
+    /// Rows that have it.
+    pub rows: usize,
+    /// Of these, rows in which it has no value.
+    pub null: usize,
+    /// What its values are: "a string", "a list", ...
+    pub types: BTreeSet<String>,
+}
+
+/// What is known of a file so far.
+#[derive(Default)]
+struct Seen {
+    rows: usize,
+    bad_rows: usize,
+    keys: BTreeMap<String, KeyReport>,
+    /// Number of rows and first line of each format.
+    formats: BTreeMap<RowFormat, (usize, usize)>,
+    changed: BTreeMap<Step, usize>,
+}
+
+impl Seen {
+    fn note(&mut self, fields: &Map<String, Value>) {
+        for (key, value) in fields {
+            if !self.keys.contains_key(key) {
+                if self.keys.len() == MAX_KEYS {
+                    continue;
+                }
+                self.keys.insert(key.clone(), KeyReport::default());
+            }
+            let Some(known) = self.keys.get_mut(key) else { continue };
+            known.rows += 1;
+            match value {
+                Value::Null => known.null += 1,
+                value if known.types.contains(kind_of(value)) => {}
+                value => drop(known.types.insert(kind_of(value).into())),
+            }
+        }
+    }
+
+    fn add(&mut self, other: Self) {
+        self.rows += other.rows;
+        self.bad_rows += other.bad_rows;
+        for (key, found) in other.keys {
+            if self.keys.len() < MAX_KEYS || self.keys.contains_key(&key) {
+                let known = self.keys.entry(key).or_default();
+                known.rows += found.rows;
+                known.null += found.null;
+                known.types.extend(found.types);
+            }
+        }
+        for (format, (count, line)) in other.formats {
+            self.formats.entry(format).or_insert((0, line)).0 += count;
+        }
+        for (step, count) in other.changed {
+            *self.changed.entry(step).or_default() += count;
+        }
+    }
+}
+
+/// Rows of one task.
+const TASK: usize = 256;
+
+/// Looks at all rows.
+///
+/// # Errors
+/// A file that cannot be read; with `on_bad_row = "error"` the first bad row, or the first row of the rarer format where
+/// a file has several.
+pub(super) fn scan(
+    options: &PrepareOptions,
+    row_options: &RowOptions,
+    inputs: &[Input],
+    progress: &mut dyn FnMut(PrepareProgress),
+) -> Result<Scan> {
+    let bytes = inputs.iter().map(|input| input.bytes).sum();
+    let examiner = Examiner::new(options, row_options, inputs)?;
+    let mut facts: Vec<Facts> = Vec::new();
+    let mut ends = vec![0; inputs.len()];
+    let mut all: Vec<Seen> = inputs.iter().map(|_| Seen::default()).collect();
+    files::for_each_group(inputs, row_options, &mut |group, bytes_done| {
+        // A task looks at rows of one file only, so that what it has seen belongs to that.
+        let tasks: Vec<&[Numbered]> =
+            group.chunk_by(|a, b| a.input == b.input).flat_map(|rows| rows.chunks(TASK)).collect();
+        let done: Vec<_> = tasks
+            .par_iter()
+            .map(|rows| {
+                let mut seen = Seen::default();
+                let found: Vec<_> = rows.iter().map(|row| examiner.look(row, &mut seen)).collect();
+                (rows[0].input, found, seen)
+            })
+            .collect();
+        for (input, found, seen) in done {
+            all[input].add(seen);
+            for found in found {
+                facts.push(found?);
+            }
+            ends[input] = facts.len();
+        }
+        progress(PrepareProgress::Scanning { bytes_done, bytes });
+        Ok(())
+    })?;
+    let mut clean = CleanReport::default();
+    let mut start = 0;
+    let mut reports = Vec::with_capacity(inputs.len());
+    for ((input, mut seen), end) in inputs.iter().zip(all).zip(ends) {
+        let end = end.max(start);
+        let format = common_format(&input.name, &seen, options.on_bad_row)?;
+        let rows = &mut facts[start..end];
+        for odd in rows.iter_mut().filter(|row| row.format.is_some() && row.format != format) {
+            odd.fate = Fate::Rejected;
+            seen.bad_rows += 1;
+        }
+        cut_licence(rows);
+        start = end;
+        for (step, count) in seen.changed {
+            *clean.changed.entry(step).or_default() += count;
+        }
+        reports.push(FileReport {
+            file: input.name.to_string(),
+            split: input.split,
+            format,
+            rows: seen.rows,
+            bad_rows: seen.bad_rows,
+            keys: seen.keys,
+        });
+    }
+    remove_same(&mut facts, &options.clean);
+    let fates: Vec<Fate> = facts.into_iter().map(|row| row.fate).collect();
+    for fate in &fates {
+        if let Fate::Removed(reason) = fate {
+            *clean.removed.entry(*reason).or_default() += 1;
+        }
+    }
+    Ok(Scan { fates, files: reports, clean })
+}
+
+/// Looks at single rows.
+struct Examiner<'a> {
+    options: &'a PrepareOptions,
+    row_options: &'a RowOptions,
+    inputs: &'a [Input],
+    cleaner: Cleaner,
+    /// Whether rows are compared with each other, and whether as a whole or by their phrases too.
+    compare: Same,
+}
+
+impl<'a> Examiner<'a> {
+    fn new(options: &'a PrepareOptions, row_options: &'a RowOptions, inputs: &'a [Input]) -> Result<Self> {
+        let clean = &options.clean;
+        // Where nothing is held out nothing can leak.
+        let leakage = match inputs.iter().all(|input| input.split == Some(Split::Train)) {
+            true => Same::Keep,
+            false => clean.leakage,
+        };
+        let compare = match (clean.duplicates, leakage) {
+            (Same::Keep, Same::Keep) => Same::Keep,
+            (Same::Near, _) | (_, Same::Near) => Same::Near,
+            _ => Same::Exact,
+        };
+        Ok(Self { options, row_options, inputs, cleaner: Cleaner::new(clean)?, compare })
+    }
+
+    fn look(&self, row: &Numbered, seen: &mut Seen) -> Result<Facts> {
+        let input = &self.inputs[row.input];
+        seen.rows += 1;
+        let understood = row::understand(&row.raw, &input.name, self.row_options, &mut |fields| seen.note(fields));
+        let Understood { mut row, format } = match understood {
+            Ok(understood) => understood,
+            Err(bad) if self.options.on_bad_row == OnBadRow::Error => return Err(bad.error(&input.name)),
+            Err(_) => {
+                seen.bad_rows += 1;
+                return Ok(Facts::rejected());
+            }
+        };
+        seen.formats.entry(format).or_insert((0, row.line)).0 += 1;
+        // Before it is cleaned: another cleaning must not move rows between the splits.
+        let split = match input.split {
+            Some(split) => split,
+            None => {
+                let (validation, test) = self.options.fractions();
+                split::assign(&row.content_hash()?, self.options.split_seed, validation, test)
+            }
+        };
+        let mut facts = Facts { fate: Fate::Goes(split), format: Some(format), ..Facts::rejected() };
+        if !self.cleaner.looks_at_text() && self.compare == Same::Keep {
+            return Ok(facts);
+        }
+        if let RowKind::Text(text) = &row.kind {
+            facts.mark = self.cleaner.gutenberg_mark(text);
+        }
+        for step in self.cleaner.clean(&mut row) {
+            *seen.changed.entry(step).or_default() += 1;
+        }
+        let text = clean::whole_text(&row.kind);
+        if let Some(reason) = self.cleaner.unwanted(&text) {
+            facts.fate = Fate::Removed(reason);
+        } else if self.compare != Same::Keep {
+            let normal = similar::normal(&text);
+            facts.exact = similar::exact(&text, &normal);
+            if self.compare == Same::Near {
+                facts.sketch = similar::sketch(&normal).map(Box::new);
+            }
+        }
+        Ok(facts)
+    }
+}
+
+/// Takes out the rows before and after a text of Project Gutenberg that stands in several rows.
+fn cut_licence(rows: &mut [Facts]) {
+    let remove = |rows: &mut [Facts]| {
+        for row in rows.iter_mut().filter(|row| row.fate != Fate::Rejected) {
+            row.fate = Fate::Removed(Reason::Gutenberg);
+        }
+    };
+    if let Some(start) = rows.iter().position(|row| row.mark == Some(Mark::Start)) {
+        remove(&mut rows[..start]);
+    }
+    if let Some(end) = rows.iter().position(|row| row.mark == Some(Mark::End)) {
+        remove(&mut rows[end + 1..]);
+    }
+}
+
+/// Removes duplicates within each split, and training rows that are held out too. Held-out rows come first, so that of two
+/// such rows the one to train on goes.
+fn remove_same(facts: &mut [Facts], options: &CleanOptions) {
+    let mut held_out = HashSet::new();
+    let mut fates: Vec<(usize, Reason)> = Vec::new();
+    let mut near_held_out = Index::new(options.near_threshold);
+    for split in [Split::Validation, Split::Test, Split::Train] {
+        let mut seen = HashSet::new();
+        let mut near_seen = Index::new(options.near_threshold);
+        for (index, row) in facts.iter().enumerate().filter(|(_, row)| row.fate == Fate::Goes(split)) {
+            let near = |index: &Index<'_>| row.sketch.as_ref().is_some_and(|sketch| index.contains(sketch));
+            let reason = match () {
+                () if split == Split::Train && options.leakage != Same::Keep && held_out.contains(&row.exact) => {
+                    Some(Reason::Leak)
+                }
+                () if split == Split::Train && options.leakage == Same::Near && near(&near_held_out) => {
+                    Some(Reason::NearLeak)
+                }
+                () if options.duplicates != Same::Keep && !seen.insert(row.exact) => Some(Reason::Duplicate),
+                () if options.duplicates == Same::Near && near(&near_seen) => Some(Reason::NearDuplicate),
+                () => None,
+            };
+            if let Some(reason) = reason {
+                fates.push((index, reason));
+                continue;
+            }
+            if let Some(sketch) = &row.sketch {
+                if options.duplicates == Same::Near {
+                    near_seen.add(sketch);
+                }
+                if split != Split::Train && options.leakage == Same::Near {
+                    near_held_out.add(sketch);
+                }
+            }
+            if split != Split::Train && options.leakage != Same::Keep {
+                held_out.insert(row.exact);
+            }
+        }
+    }
+    for (index, reason) in fates {
+        facts[index].fate = Fate::Removed(reason);
+    }
+}
+
+/// The format of most rows of a file, the first of several that are as many. Others are errors, unless they are skipped.
+fn common_format(file: &str, seen: &Seen, on_bad_row: OnBadRow) -> Result<Option<RowFormat>> {
+    let common = seen.formats.iter().max_by_key(|(_, (count, line))| (*count, std::cmp::Reverse(*line)));
+    if seen.formats.len() < 2 || on_bad_row == OnBadRow::Skip {
+        return Ok(common.map(|(format, _)| *format));
+    }
+    let odd = seen.formats.iter().min_by_key(|(_, (count, line))| (*count, std::cmp::Reverse(*line)));
+    let line = odd.map_or(0, |(_, (_, line))| *line);
+    let counts: Vec<_> = seen
+        .formats
+        .iter()
+        .map(|(format, (count, line))| format!("{count} of {}: {} (first: {line})", format.name(), format.describe()))
+        .collect();
+    Err(Error::Input(format!(
+        "{}: the rows of a file must all be of one format, but there are {}; put them into separate files, name one with \
+         row_format, or set on_bad_row = \"skip\" to keep the most common",
+        place(file, line),
+        counts.join("; ")
+    )))
+}
