@@ -130,6 +130,10 @@ pub struct PrepareOptions {
     pub validation_fraction: f64,
     /// Part of the `train` rows set aside for the final test, 0 to 1.
     pub test_fraction: f64,
+    /// A key of the rows: all rows with the same value go to the same split (an author, a document).
+    pub group_by: Option<String>,
+    /// A key of the rows: each of its values is set aside in the same proportion (a label).
+    pub stratify_by: Option<String>,
     /// Changes which rows are set aside.
     pub split_seed: u64,
     /// Longest block, in tokens.
@@ -178,6 +182,8 @@ impl Default for PrepareOptions {
             test: Vec::new(),
             validation_fraction: 0.01,
             test_fraction: 0.0,
+            group_by: None,
+            stratify_by: None,
             split_seed: 0,
             max_length: 1024,
             overlong: Overlong::Auto,
@@ -225,6 +231,11 @@ impl PrepareOptions {
             let value = self.max_length;
             return Err(Error::Input(format!("max_length is {value}; at least 2 tokens are needed to train on")));
         }
+        if let (Some(group), Some(label)) = (&self.group_by, &self.stratify_by) {
+            return Err(Error::Input(format!(
+                "group_by = {group:?} and stratify_by = {label:?} cannot both be kept; take one out"
+            )));
+        }
         if self.max_row_bytes == 0 {
             return Err(Error::Input("max_row_bytes is 0; it must be at least the size of the longest row".into()));
         }
@@ -263,6 +274,8 @@ mod tests {
         assert!(check(|o| o.train.clear()).unwrap_err().contains("train names no data"));
         assert!(check(|o| o.max_length = 1).unwrap_err().contains("max_length is 1"));
         assert!(check(|o| o.validation_fraction = f64::NAN).unwrap_err().contains("validation_fraction is NaN"));
+        let keys = |o: &mut PrepareOptions| (o.group_by, o.stratify_by) = (Some("a".into()), Some("b".into()));
+        assert!(check(keys).unwrap_err().contains("cannot both be kept"));
         assert!(check(|o| o.test_fraction = 1.0).unwrap_err().contains("test_fraction is 1"));
         let both = |o: &mut PrepareOptions| (o.validation_fraction, o.test_fraction) = (0.5, 0.5);
         assert!(check(both).unwrap_err().contains("leave nothing to train on"));

@@ -17,7 +17,7 @@ use crate::{
 use files::{Input, digest};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
-use std::{fs, io::Write, path::Path};
+use std::{collections::BTreeMap, fs, io::Write, path::Path};
 
 pub use doctor::{Check, Diagnosis, Finding, examine};
 pub use scan::{FileReport, KeyReport};
@@ -66,6 +66,10 @@ pub struct SplitReport {
     pub bytes: usize,
     /// Blocks.
     pub blocks: usize,
+    /// Rows by the value that they are stratified by.
+    pub values: BTreeMap<String, usize>,
+    /// Different values that rows are grouped by.
+    pub groups: usize,
     /// SHA-256 (hex) of the split's file.
     pub sha256: String,
 }
@@ -177,6 +181,9 @@ pub fn prepare(
         clean: scan.clean,
         reused: false,
     };
+    for (split, share) in Split::ALL.into_iter().zip(scan.shares) {
+        (report.split_mut(split).values, report.split_mut(split).groups) = (share.values, share.groups);
+    }
     let cleaner = Cleaner::new(&options.clean)?;
     let row_options = &row_options;
     let job = emit::Job { folder, options, row_options, tokenizer, template, cleaner, inputs: &inputs, key };

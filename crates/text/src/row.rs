@@ -128,6 +128,8 @@ pub struct RowOptions {
     pub encoding: Encoding,
     /// Longest row, in bytes.
     pub max_row_bytes: usize,
+    /// The key that rows are grouped or stratified by, and the option that names it.
+    pub(crate) split_key: Option<(&'static str, String)>,
     /// Makes prompts of the keys of a row.
     pub(crate) template: Option<PromptTemplate>,
 }
@@ -149,6 +151,11 @@ impl RowOptions {
             roles: options.roles.clone(),
             encoding: Encoding::parse(&options.encoding)?,
             max_row_bytes: options.max_row_bytes,
+            split_key: match (&options.group_by, &options.stratify_by) {
+                (Some(key), _) => Some(("group_by", key.clone())),
+                (None, Some(key)) => Some(("stratify_by", key.clone())),
+                (None, None) => None,
+            },
             template: PromptTemplate::of(options)?,
         })
     }
@@ -157,6 +164,7 @@ impl RowOptions {
     pub(crate) fn reads(&self, column: &str) -> bool {
         format::is_key(column)
             || self.columns.values().any(|found| found == column)
+            || self.split_key.as_ref().is_some_and(|(_, key)| key == column)
             || self.template.as_ref().is_some_and(|template| template.names(column))
     }
 }
@@ -181,6 +189,8 @@ impl BadRow {
 pub(crate) struct Understood {
     pub(crate) row: Row,
     pub(crate) format: RowFormat,
+    /// What the row is grouped or stratified by.
+    pub(crate) split_value: Option<String>,
 }
 
 /// Makes a row of what stands in `file`. `seen` is told about the keys and values, before they are mapped.
@@ -194,7 +204,10 @@ pub(crate) fn understand(
     let row = |kind| Row { kind, file: Arc::clone(file), line: raw.line };
     let mut fields = match &raw.content {
         Raw::Bad(what) => return Err(bad(format!(": {what}"))),
-        Raw::Text(text) => return Ok(Understood { row: row(RowKind::Text(text.clone())), format: RowFormat::Text }),
+        Raw::Text(text) => {
+            let split_value = split_value(&Map::new(), options).map_err(|what| bad(format!(": {what}")))?;
+            return Ok(Understood { row: row(RowKind::Text(text.clone())), format: RowFormat::Text, split_value });
+        }
         Raw::Fields(fields) => fields.clone(),
         Raw::Json(text) => match serde_json::from_str::<Value>(text) {
             Ok(Value::Object(fields)) => fields,
@@ -211,15 +224,31 @@ pub(crate) fn understand(
     };
     seen(&fields);
     let understood = map_columns(&mut fields, options).and_then(|()| {
+        let split_value = split_value(&fields, options)?;
         if let Some(template) = &options.template {
             let (prompt, completion) = template.fill(&fields)?;
             let kind = RowKind::PromptCompletion { prompt, completion };
-            return Ok(Understood { row: row(kind), format: RowFormat::PromptCompletion });
+            return Ok(Understood { row: row(kind), format: RowFormat::PromptCompletion, split_value });
         }
         let format = format::detect(&fields, options.format)?;
-        Ok(Understood { row: row(convert::convert(fields, format, options)?), format })
+        Ok(Understood { row: row(convert::convert(fields, format, options)?), format, split_value })
     });
     understood.map_err(|what| bad(format!(": {what}")))
+}
+
+/// The value that a row is grouped or stratified by, where that was asked for.
+fn split_value(fields: &Map<String, Value>, options: &RowOptions) -> Result<Option<String>, String> {
+    let Some((option, key)) = &options.split_key else { return Ok(None) };
+    match fields.get(key) {
+        Some(Value::String(text)) => Ok(Some(text.clone())),
+        Some(value @ (Value::Number(_) | Value::Bool(_))) => Ok(Some(value.to_string())),
+        Some(other) => Err(format!("{key:?}, which {option} names, is {}; text or a number is needed", kind_of(other))),
+        None if fields.is_empty() => Err(format!("plain text has no {key:?}, which {option} names")),
+        None => {
+            let keys = quoted(fields.keys().map(String::as_str));
+            Err(format!("there is no {key:?}, which {option} names; the keys are {keys}"))
+        }
+    }
 }
 
 fn map_columns(fields: &mut Map<String, Value>, options: &RowOptions) -> Result<(), String> {

@@ -42,6 +42,18 @@ impl fmt::Display for Split {
 /// is validation, the next `test_fraction` is test, the rest is train. Growing `test_fraction` therefore leaves the
 /// validation rows as they are.
 pub fn assign(content: &[u8], seed: u64, validation_fraction: f64, test_fraction: f64) -> Split {
+    let place = place(content, seed);
+    if place < validation_fraction {
+        Split::Validation
+    } else if place < validation_fraction + test_fraction {
+        Split::Test
+    } else {
+        Split::Train
+    }
+}
+
+/// The number in [0, 1) that a hash of `content` gives.
+pub(crate) fn place(content: &[u8], seed: u64) -> f64 {
     let mut hasher = Sha256::new();
     hasher.update(seed.to_le_bytes());
     hasher.update(content);
@@ -51,14 +63,16 @@ pub fn assign(content: &[u8], seed: u64, validation_fraction: f64, test_fraction
         number = number << 8 | u64::from(byte);
     }
     // 53 bits fill the fraction of an f64 exactly, so that the number stays below 1.
-    let place = (number >> 11) as f64 / (1_u64 << 53) as f64;
-    if place < validation_fraction {
-        Split::Validation
-    } else if place < validation_fraction + test_fraction {
-        Split::Test
-    } else {
-        Split::Train
-    }
+    (number >> 11) as f64 / (1_u64 << 53) as f64
+}
+
+/// How many of `rows` rows of one value go to validation and to test: their share, at least one each where a fraction is
+/// asked for and one is left to train on.
+pub(crate) fn stratum(rows: usize, validation_fraction: f64, test_fraction: f64) -> (usize, usize) {
+    let least = |fraction: f64| usize::from(fraction > 0.0);
+    let share = |fraction: f64| ((rows as f64 * fraction).round() as usize).max(least(fraction));
+    let (validation, test) = (share(validation_fraction), share(test_fraction));
+    if validation + test < rows { (validation, test) } else { (0, 0) }
 }
 
 #[cfg(test)]
@@ -81,6 +95,14 @@ mod tests {
         // Pinned: a change here would move rows between the splits of existing runs.
         let splits: String = (0..32).map(|i| assign(&[i], 0, 0.25, 0.25).name().as_bytes()[1] as char).collect();
         assert_eq!(splits, "aarrrraeearereerrrrrrrrraaarerrr");
+    }
+
+    #[test]
+    fn strata_have_their_share_and_at_least_one() {
+        assert_eq!(stratum(1000, 0.1, 0.05), (100, 50));
+        assert_eq!(stratum(5, 0.1, 0.1), (1, 1));
+        assert_eq!(stratum(2, 0.1, 0.1), (0, 0), "one must be left to train on");
+        assert_eq!(stratum(9, 0.0, 0.0), (0, 0));
     }
 
     proptest! {

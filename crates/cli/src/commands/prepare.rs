@@ -168,6 +168,7 @@ pub(crate) fn describe(report: &Report) -> String {
             ));
         }
     }
+    text.push_str(&shares(report));
     for (step, rows) in &report.clean.changed {
         text.push_str(&format!("{} rows {}\n", number(*rows), step.words()));
     }
@@ -178,6 +179,35 @@ pub(crate) fn describe(report: &Report) -> String {
         let rows = number(report.rejected_rows);
         text.push_str(&format!(
             "{rows} rows could not be used and were left out; rejects.jsonl has each with its place and reason\n"
+        ));
+    }
+    text
+}
+
+/// The values and groups of each split.
+fn shares(report: &Report) -> String {
+    let mut text = String::new();
+    for split in Split::ALL {
+        let part = report.split(split);
+        if part.groups > 0 {
+            text.push_str(&format!("{split}: {} groups\n", number(part.groups)));
+        }
+        if !part.values.is_empty() {
+            let values: Vec<_> =
+                part.values.iter().take(20).map(|(value, rows)| format!("{value} {}", number(*rows))).collect();
+            let more = if part.values.len() > 20 { ", ..." } else { "" };
+            text.push_str(&format!("{split}: {}{more}\n", values.join(", ")));
+        }
+    }
+    let values = &report.train.values;
+    let most = values.iter().max_by_key(|(_, rows)| **rows);
+    if let (Some((most, many)), Some((least, few))) = (most, values.iter().min_by_key(|(_, rows)| **rows))
+        && *many > 10 * few
+    {
+        text.push_str(&format!(
+            "warning: {most} has {} rows to train on and {least} only {}; a model learns little of what is rare\n",
+            number(*many),
+            number(*few)
         ));
     }
     text
@@ -242,6 +272,10 @@ mod tests {
             }}]
         });
         let report: Report = serde_json::from_value(report).unwrap();
+        let mut shared = report.clone();
+        shared.train.values = [("good".into(), 1100), ("bad".into(), 3)].into();
+        let shown = shares(&shared);
+        assert!(shown.starts_with("train: bad 3, good 1,100\nwarning: good has 1,100 rows"), "{shown}");
         assert!(describe(&report).contains("3 rows to train on that are held out too were removed"));
         let text = schema(&report);
         assert!(text.starts_with("d.jsonl: 1,200 rows, messages, 1 cannot be used\n"), "{text}");

@@ -37,6 +37,30 @@ pub(super) struct Scan {
     pub(super) files: Vec<FileReport>,
     /// What cleaning did.
     pub(super) clean: CleanReport,
+    /// By split.
+    pub(super) shares: [Share; 3],
+}
+
+/// The values that the rows of a split are stratified or grouped by.
+pub(super) struct Share {
+    pub(super) values: BTreeMap<String, usize>,
+    pub(super) groups: usize,
+}
+
+impl Share {
+    fn of(facts: &[Facts], split: Split, options: &PrepareOptions) -> Self {
+        let mut values = BTreeMap::new();
+        let mut groups = HashSet::new();
+        for row in facts.iter().filter(|row| row.fate == Fate::Goes(split)) {
+            if let Some(stratum) = &row.stratum {
+                *values.entry(stratum.value.clone()).or_default() += 1;
+            }
+            if options.group_by.is_some() {
+                groups.insert(row.group);
+            }
+        }
+        Self { values, groups: groups.len() }
+    }
 }
 
 /// What is kept of a row until all have been seen.
@@ -46,11 +70,21 @@ struct Facts {
     mark: Option<Mark>,
     exact: u64,
     sketch: Option<Box<Sketch>>,
+    stratum: Option<Box<Stratum>>,
+    /// A hash of the value that it is grouped by.
+    group: u64,
+}
+
+/// What a row is stratified by.
+struct Stratum {
+    value: String,
+    /// In [0, 1): which rows of the same value are held out. None when the file decides.
+    place: Option<f64>,
 }
 
 impl Facts {
     fn rejected() -> Self {
-        Self { fate: Fate::Rejected, format: None, mark: None, exact: 0, sketch: None }
+        Self { fate: Fate::Rejected, format: None, mark: None, exact: 0, sketch: None, stratum: None, group: 0 }
     }
 }
 
@@ -198,14 +232,16 @@ pub(super) fn scan(
             keys: seen.keys,
         });
     }
+    stratify(&mut facts, options);
     remove_same(&mut facts, &options.clean);
+    let shares = Split::ALL.map(|split| Share::of(&facts, split, options));
     let fates: Vec<Fate> = facts.into_iter().map(|row| row.fate).collect();
     for fate in &fates {
         if let Fate::Removed(reason) = fate {
             *clean.removed.entry(*reason).or_default() += 1;
         }
     }
-    Ok(Scan { fates, files: reports, clean })
+    Ok(Scan { fates, files: reports, clean, shares })
 }
 
 /// Looks at single rows.
@@ -238,7 +274,7 @@ impl<'a> Examiner<'a> {
         let input = &self.inputs[row.input];
         seen.rows += 1;
         let understood = row::understand(&row.raw, &input.name, self.row_options, &mut |fields| seen.note(fields));
-        let Understood { mut row, format } = match understood {
+        let Understood { mut row, format, split_value } = match understood {
             Ok(understood) => understood,
             Err(bad) if self.options.on_bad_row == OnBadRow::Error => return Err(bad.error(&input.name)),
             Err(_) => {
@@ -248,14 +284,24 @@ impl<'a> Examiner<'a> {
         };
         seen.formats.entry(format).or_insert((0, row.line)).0 += 1;
         // Before it is cleaned: another cleaning must not move rows between the splits.
-        let split = match input.split {
-            Some(split) => split,
-            None => {
-                let (validation, test) = self.options.fractions();
-                split::assign(&row.content_hash()?, self.options.split_seed, validation, test)
+        let (seed, (validation, test)) = (self.options.split_seed, self.options.fractions());
+        let mut facts = Facts { format: Some(format), ..Facts::rejected() };
+        facts.fate = Fate::Goes(match (input.split, split_value) {
+            (fixed, Some(value)) if self.options.stratify_by.is_some() => {
+                let place = match fixed {
+                    Some(_) => None,
+                    None => Some(split::place(&row.content_hash()?, seed)),
+                };
+                facts.stratum = Some(Box::new(Stratum { value, place }));
+                fixed.unwrap_or(Split::Train)
             }
-        };
-        let mut facts = Facts { fate: Fate::Goes(split), format: Some(format), ..Facts::rejected() };
+            (fixed, Some(group)) => {
+                facts.group = similar::exact(&group, "");
+                fixed.unwrap_or_else(|| split::assign(group.as_bytes(), seed, validation, test))
+            }
+            (Some(split), None) => split,
+            (None, None) => split::assign(&row.content_hash()?, seed, validation, test),
+        });
         if !self.cleaner.looks_at_text() && self.compare == Same::Keep {
             return Ok(facts);
         }
@@ -291,6 +337,30 @@ fn cut_licence(rows: &mut [Facts]) {
     }
     if let Some(end) = rows.iter().position(|row| row.mark == Some(Mark::End)) {
         remove(&mut rows[end + 1..]);
+    }
+}
+
+/// Holds out the same share of the rows of each value.
+fn stratify(facts: &mut [Facts], options: &PrepareOptions) {
+    let (validation, test) = options.fractions();
+    let mut strata: BTreeMap<&str, Vec<(f64, usize)>> = BTreeMap::new();
+    for (index, row) in facts.iter().enumerate().filter(|(_, row)| matches!(row.fate, Fate::Goes(_))) {
+        if let Some(stratum) = &row.stratum
+            && let Some(place) = stratum.place
+        {
+            strata.entry(&stratum.value).or_default().push((place, index));
+        }
+    }
+    let mut held_out = Vec::new();
+    for rows in strata.values_mut() {
+        // Equal rows have equal places: they stay in one split unless the border lies between them.
+        rows.sort_by(|a, b| a.0.total_cmp(&b.0).then(a.1.cmp(&b.1)));
+        let (validation, test) = split::stratum(rows.len(), validation, test);
+        held_out.extend(rows[..validation].iter().map(|(_, index)| (*index, Split::Validation)));
+        held_out.extend(rows[validation..validation + test].iter().map(|(_, index)| (*index, Split::Test)));
+    }
+    for (index, split) in held_out {
+        facts[index].fate = Fate::Goes(split);
     }
 }
 

@@ -338,3 +338,31 @@ fn a_licence_in_rows_of_its_own_is_cut() {
         assert_eq!(removed, if rows == TextRows::File { 0 } else { 4 }, "{:?}", report.clean);
     }
 }
+
+#[test]
+fn groups_stay_together_and_values_are_shared_out() {
+    let rows: String = (0..400)
+        .map(|i| {
+            let label = if i % 10 == 0 { "rare" } else { "common" };
+            format!("{{\"text\": \"row {i}\", \"author\": {}, \"label\": \"{label}\"}}\n", i % 40)
+        })
+        .collect();
+    let mut bench = Bench::new(&[("d.jsonl", &rows)]);
+    (bench.options.validation_fraction, bench.options.test_fraction) = (0.2, 0.1);
+    bench.options.row_format = Some(crate::RowFormat::Text);
+    bench.options.group_by = Some("author".into());
+    let report = bench.run().unwrap();
+    assert_eq!(Split::ALL.map(|split| report.split(split).groups).iter().sum::<usize>(), 40, "no author on two sides");
+    assert_eq!(Split::ALL.map(|split| report.split(split).counts.rows % 10), [0; 3]);
+    assert!(report.validation.groups > 0);
+    bench.options.group_by = None;
+    bench.options.stratify_by = Some("label".into());
+    let report = bench.run().unwrap();
+    let values = |common: usize, rare: usize| [("common".to_owned(), common), ("rare".to_owned(), rare)].into();
+    assert_eq!(report.train.values, values(252, 28));
+    assert_eq!(report.validation.values, values(72, 8));
+    assert_eq!(report.test.values, values(36, 4));
+    bench.options.stratify_by = Some("lable".into());
+    let text = bench.refusal();
+    assert!(text.contains("line 1: there is no \"lable\", which stratify_by names; the keys are \"text\""), "{text}");
+}
