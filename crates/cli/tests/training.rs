@@ -287,6 +287,15 @@ fn mistakes_in_the_configuration_exit_2() {
 }
 
 #[test]
+fn a_gpu_that_cannot_be_used_is_refused_before_the_data() {
+    let setup = Setup::new();
+    // No machine has so many; without a driver it is the driver that is missing.
+    let ran = setup.train("run", &["device=cuda:999"]);
+    assert!(ran.code == 2 && ran.stdout.is_empty(), "{ran:?}");
+    assert!(!setup.dir("run").exists(), "nothing was prepared");
+}
+
+#[test]
 fn data_that_changed_cannot_be_resumed() {
     let setup = Setup::new();
     assert_eq!(setup.train("run", &[]).code, 0);

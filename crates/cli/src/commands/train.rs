@@ -60,12 +60,13 @@ pub(crate) fn train_and_report(config: &Config, opened: &Opened, resume: bool, s
     if config.samples.chat && !config.samples.prompts.is_empty() {
         opened.template()?;
     }
+    // Before the data, which may take long.
+    let device = device::choose(&config.device, settings)?;
     let data_folder = dir.join("data");
     let data = super::prepare::prepare(&config.data, opened, &data_folder, settings)?;
     print!("{}", super::prepare::describe(&data));
     let settled = Facts::gather(config, opened, &data, &data_folder)?.settle(config, opened, resume)?;
     let (config, plan) = (&settled.config, settled.plan);
-    let device = device::choose(&config.device, settings)?;
     match &settled.chosen {
         Some(chosen) => println!("{chosen}"),
         // The plan is one of the processor's memory.
