@@ -161,11 +161,20 @@ fn smollm2_takes_what_was_planned() {
         let text = |bytes| String::from_utf8(bytes).unwrap();
         Ran { code: output.status.code().unwrap(), stdout: text(output.stdout), stderr: text(output.stderr) }
     };
-    for (method, level) in [("lora", "none"), ("lora", "norms"), ("lora", "block"), ("full", "norms")] {
-        let name = format!("{method}-{level}");
+    for (method, level, storage, compute) in [
+        ("lora", "none", "f32", "f32"),
+        ("lora", "norms", "f32", "f32"),
+        ("lora", "block", "f32", "f32"),
+        ("lora", "norms", "f32", "int8"),
+        ("lora", "block", "nf4", "f32"),
+        ("lora", "block", "stored", "f32"),
+        ("full", "norms", "f32", "f32"),
+    ] {
+        let name = format!("{method}-{level}-{storage}-{compute}");
         let config = path(&format!("{name}.toml"));
         let text = format!(
-            "output_dir = {:?}\nmethod = {method:?}\n[model]\nsource = \"smollm2-135m-instruct\"\n[data]\ntrain = [{:?}]\n\
+            "output_dir = {:?}\nmethod = {method:?}\ncompute = {compute:?}\n\
+             [model]\nsource = \"smollm2-135m-instruct\"\nstorage = {storage:?}\n[data]\ntrain = [{:?}]\n\
              max_length = 512\nvalidation_fraction = 0.0\n[training]\nmax_steps = 1\nper_device_train_batch_size = 4\n\
              gradient_accumulation_steps = 1\nrecompute = {level:?}\n",
             path(&name),

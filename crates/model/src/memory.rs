@@ -194,7 +194,7 @@ impl Buffers {
 
     /// Residual stream, rotation angles, and everything of the head.
     fn head(&self) -> usize {
-        let chunk = self.n.min(linear_cross_entropy::CHUNK_ROWS);
+        let chunk = self.n.min(linear_cross_entropy::chunk_rows(self.vocab));
         self.t * (self.d + self.head_dim) + self.n * (2 * self.d + 2) + chunk * self.vocab
     }
 
@@ -213,7 +213,7 @@ impl Buffers {
         };
         let thread = linear::THREAD_BYTES + attention::thread_bytes(self.head_dim);
         // The operand of an integer product as bytes with scales: rows of logits, or of the widest layer.
-        let chunk = self.n.min(linear_cross_entropy::CHUNK_ROWS) * self.vocab;
+        let chunk = self.n.min(linear_cross_entropy::chunk_rows(self.vocab)) * self.vocab;
         let operand = chunk.max(self.t * self.f.max(self.d).max(self.h));
         let operand = if self.int8 { operand + operand / 16 } else { 0 };
         (self.threads * thread + attention::shared_bytes(self.t, heads) + operand) as u64

@@ -4,9 +4,16 @@
 use crate::ops::linear::{Into, forward_rows, input_gradient_rows, weight_gradient_rows};
 use crate::{Tensor, Weight, cpu, cuda};
 
-/// Rows of logits that exist at a time. More rows make the products a little faster and the buffer larger
-/// (rows x V x 4 bytes).
-pub const CHUNK_ROWS: usize = 256;
+/// Numbers of a chunk of logits, at most: 128 MB.
+const CHUNK: usize = 1 << 25;
+
+/// Rows of logits that exist at a time, for a vocabulary of `vocab`: the more of them, the fewer times the head is read and
+/// packed and its gradient is added to (512 instead of 256 made a step's head 1.08 times as fast at 49,152 entries), and the
+/// larger the buffer (rows x V x 4 bytes).
+pub fn chunk_rows(vocab: usize) -> usize {
+    let fitting = CHUNK / vocab.max(1);
+    [512, 256, 128].into_iter().find(|rows| *rows <= fitting).unwrap_or(64)
+}
 
 /// Buffers of this op, reused from call to call.
 #[derive(Debug, Default)]
@@ -69,8 +76,9 @@ fn run(
     if let Some(g) = &mut gradients {
         g.d_h.resize_like(h, &[n, d]);
     }
-    for start in (0..n).step_by(CHUNK_ROWS) {
-        let rows = CHUNK_ROWS.min(n - start);
+    let chunk = chunk_rows(vocab);
+    for start in (0..n).step_by(chunk) {
+        let rows = chunk.min(n - start);
         let part = start * d..(start + rows) * d;
         let h = &h.data()[part.clone()];
         scratch.logits.resize(&[rows, vocab]);
@@ -133,7 +141,7 @@ mod tests {
     #[test]
     fn chunks_join_without_a_seam() {
         let mut rng = Rng::new(16, 0);
-        let (n, d, vocab) = (2 * CHUNK_ROWS + 13, 4, 9);
+        let (n, d, vocab) = (2 * chunk_rows(9) + 13, 4, 9);
         let h = Tensor::from_slice(&[n, d], &rng.normals(n * d, 1.0));
         let w = Weight::Dense(Tensor::from_slice(&[vocab, d], &rng.normals(vocab * d, 1.0)));
         let targets: Vec<u32> = (0..n).map(|_| rng.below(vocab as u32)).collect();
