@@ -333,7 +333,16 @@ pub struct GenerateArgs {
     #[arg(long, value_enum)]
     pub compute: Option<ComputeName>,
     /// The prompt; `-` reads it from standard input.
-    pub prompt: String,
+    #[arg(required_unless_present = "prompts", conflicts_with = "prompts")]
+    pub prompt: Option<String>,
+    /// Continue every prompt of a file instead, several at once, and print a JSON object for each, in their order. A `.jsonl`
+    /// file has a string or an object with `prompt` on each line; of any other file, each line is a prompt. The draws of
+    /// line n (from 0) are those of --seed plus n.
+    #[arg(long, value_name = "FILE")]
+    pub prompts: Option<PathBuf>,
+    /// Most prompts of --prompts that are continued at once: more are faster and need memory for their keys and values.
+    #[arg(long, value_name = "N", default_value_t = 16, requires = "prompts")]
+    pub batch: usize,
     /// Put the prompt into the chat template as a user's message (otherwise it is continued as plain text).
     #[arg(long)]
     pub chat: bool,

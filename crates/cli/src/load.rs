@@ -103,7 +103,7 @@ impl Opened {
     /// Reads the weights for generation, and puts the adapter on top, if there is one.
     ///
     /// Without a wish for `compute`, files of quantised blocks are computed with in 8 bits, which is what they are made for,
-    /// and everything else in f32. On a GPU weights are dense.
+    /// and everything else in f32. On a GPU quantised weights stay as they are and are multiplied exactly.
     pub(crate) fn generator(
         &self,
         compute: Option<ComputeName>,
@@ -117,7 +117,7 @@ impl Opened {
                     "--compute int8 is the processor's; leave it out, or use --device cpu".into(),
                 ));
             }
-            let mut llama = self.llama_with(adapter, Storage::F32, settings)?;
+            let mut llama = self.llama_with(adapter, Storage::Stored, settings)?;
             device::place(&mut llama, args, settings)?;
             return Ok(llama);
         }

@@ -240,3 +240,58 @@ fn ctrl_c_at_the_prompt_leaves() {
     assert!(std::process::Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap().success());
     assert_eq!(child.wait().unwrap().code(), Some(130));
 }
+
+#[test]
+fn a_file_of_prompts_becomes_a_line_for_each() {
+    let model = tiny::model("tiny-llama3");
+    let folder = model.path().to_str().unwrap();
+    let common = ["generate", "--model", folder, "--max-new-tokens", "12"];
+    let prompts = ["To be, or not to be", "Nay", "that is the question: whether", "the", "slings and arrows of"];
+    let plain = model.path().join("prompts.txt");
+    std::fs::write(&plain, prompts.join("\n") + "\n").unwrap();
+    let lines = model.path().join("prompts.jsonl");
+    let objects = prompts.iter().enumerate().map(|(i, prompt)| match i {
+        0 => serde_json::json!(prompt).to_string(),
+        _ => serde_json::json!({"prompt": prompt, "id": i}).to_string(),
+    });
+    std::fs::write(&lines, objects.collect::<Vec<_>>().join("\n")).unwrap();
+    for (options, file) in
+        [(&["--greedy"][..], &plain), (&["--seed", "3", "--temperature", "0.8", "--stop", "e"], &lines)]
+    {
+        let args = [&common[..], options, &["--prompts", file.to_str().unwrap(), "--batch", "3"]].concat();
+        let ran = run(&args);
+        assert_eq!(ran.code, 0, "{ran:?}");
+        assert!(ran.stderr.contains("5 prompts"), "{}", ran.stderr);
+        let found: Vec<Value> = ran.stdout.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+        assert_eq!(found.len(), 5);
+        for (i, (found, prompt)) in found.iter().zip(prompts).enumerate() {
+            let seed = (3 + i).to_string();
+            let mut options = options.to_vec();
+            if let Some(at) = options.iter().position(|option| *option == "--seed") {
+                options[at + 1] = &seed;
+            }
+            let alone = json(&run(&[&common[..], &options, &["--json", prompt]].concat()));
+            for field in ["prompt", "text", "ids", "prompt_tokens", "new_tokens", "finish_reason"] {
+                assert_eq!(found[field], alone[field], "{field} of {prompt:?}");
+            }
+        }
+    }
+}
+
+#[test]
+fn files_without_prompts_are_refused() {
+    let model = tiny::model("tiny-llama3");
+    let folder = model.path().to_str().unwrap().to_owned();
+    let refuse = |name: &str, text: &str, said: &str| {
+        let file = model.path().join(name);
+        std::fs::write(&file, text).unwrap();
+        refused(&["generate", "--model", &folder, "--prompts", file.to_str().unwrap()], 2, said);
+    };
+    refuse("a.txt", "", "there is no prompt");
+    refuse("a.txt", "one\n\ntwo", "a.txt:2: the prompt is empty");
+    refuse("a.jsonl", "\"one\"\nx", "a.jsonl:2: not JSON");
+    refuse("a.jsonl", "{\"text\": \"x\"}", "a.jsonl:1: it must be a string");
+    refused(&["generate", "--model", &folder, "--prompts", "p", "x"], 2, "cannot be used with");
+    refused(&["generate", "--model", &folder], 2, "<PROMPT>");
+    refused(&["generate", "--model", &folder, "--prompts", "p", "--batch", "0"], 2, "at least 1");
+}

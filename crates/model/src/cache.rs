@@ -2,7 +2,7 @@
 
 use crate::Config;
 use half::f16;
-use tunesmith_tensor::ops::attention::{self, Heads};
+use tunesmith_tensor::ops::attention::{self, Heads, Segment};
 use tunesmith_tensor::ops::attention_decode::{self, Element, KeyValues};
 use tunesmith_tensor::{Device, Tensor};
 
@@ -113,7 +113,8 @@ impl KvCache {
             Layers::Half(layers) => attention_decode::forward(q, &layers[layer], num_keys, o, scratch),
             Layers::Device(layers) => {
                 let (k, v) = &layers[layer];
-                attention::forward_last(q, k, v, num_keys, self.heads, o);
+                let segments = [Segment { queries: 0..q.rows(), keys: 0..num_keys }];
+                attention::forward_cached(q, k, v, &segments, self.heads, o);
             }
         }
     }

@@ -1,8 +1,13 @@
-//! Text generation, one token at a time: sampling from logits and the loop around it.
+//! Text generation, one token at a time: how the next token is chosen and the loop around it.
+
+mod together;
 
 use crate::{Error, KvCache, Llama, Result, Workspace};
 use serde::{Deserialize, Serialize};
 use std::ops::ControlFlow;
+pub use together::{End, generate_together};
+use tunesmith_tensor::Tensor;
+use tunesmith_tensor::ops::sample::{self, Choice, Draw, Scratch};
 use tunesmith_tensor::rng::Rng;
 
 /// How the next token is chosen. Names and meanings are those of Hugging Face's `generation_config.json`.
@@ -70,14 +75,12 @@ impl Sampling {
     }
 }
 
-/// Draws tokens; keeps its random stream and buffers.
+/// Chooses tokens; keeps its random stream and buffers.
 #[derive(Debug)]
 pub struct Sampler {
     options: Sampling,
     rng: Rng,
-    candidates: Vec<(u32, f32)>,
-    logits: Vec<f32>,
-    maxima: Vec<f32>,
+    scratch: Scratch,
 }
 
 impl Sampler {
@@ -88,97 +91,22 @@ impl Sampler {
     pub fn new(options: Sampling) -> Result<Self> {
         options.check()?;
         let rng = Rng::new(options.seed, 0);
-        Ok(Self { options, rng, candidates: Vec::new(), logits: Vec::new(), maxima: Vec::new() })
+        Ok(Self { options, rng, scratch: Scratch::default() })
     }
 
-    /// The next token for `logits` [V] after `history` (prompt and what was generated).
-    pub fn next(&mut self, logits: &[f32], history: &[u32]) -> u32 {
-        let options = &self.options;
-        if !options.do_sample && options.repetition_penalty == 1.0 {
-            return argmax(logits);
-        }
-        self.logits.clear();
-        self.logits.extend_from_slice(logits);
-        if options.repetition_penalty != 1.0 {
-            for id in history {
-                let raw = logits[*id as usize];
-                let penalty = options.repetition_penalty;
-                self.logits[*id as usize] = if raw > 0.0 { raw / penalty } else { raw * penalty };
-            }
-        }
-        if !options.do_sample {
-            return argmax(&self.logits);
-        }
-        let candidates = &mut self.candidates;
-        candidates.clear();
-        self.logits.iter_mut().for_each(|l| *l /= options.temperature);
-        let floor = floor_of_top(options.top_k, &self.logits, &mut self.maxima);
-        candidates.extend((0..).zip(self.logits.iter().copied()).filter(|(_, l)| l.is_nan() || *l >= floor));
-        // Ties in the order of ids, so that the draw is the same everywhere.
-        let order = |a: &(u32, f32), b: &(u32, f32)| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0));
-        if options.top_k > 0 && options.top_k < candidates.len() {
-            candidates.select_nth_unstable_by(options.top_k - 1, order);
-            candidates.truncate(options.top_k);
-        }
-        candidates.sort_unstable_by(order);
-        let largest = candidates[0].1;
-        let mut total = 0.0f64;
-        for (_, logit) in candidates.iter_mut() {
-            *logit = (*logit - largest).exp();
-            total += *logit as f64;
-        }
-        let mut keep = candidates.len();
-        if options.top_p < 1.0 {
-            let mut sum = 0.0;
-            keep = 1 + candidates
-                .iter()
-                .take_while(|(_, p)| {
-                    sum += *p as f64;
-                    sum < options.top_p as f64 * total
-                })
-                .count();
-            keep = keep.min(candidates.len());
-        }
-        // After the shift by the largest logit, the most likely token weighs exactly 1.
-        keep = keep.min(candidates.iter().take_while(|(_, p)| *p >= options.min_p).count().max(1));
-        let total: f64 = candidates[..keep].iter().map(|(_, p)| *p as f64).sum();
-        let mut left = self.rng.uniform_f64() * total;
-        for (id, p) in &candidates[..keep] {
-            left -= *p as f64;
-            if left < 0.0 {
-                return *id;
-            }
-        }
-        candidates[keep - 1].0
+    /// The next token for `logits` [1, V], where they are, after `history` (prompt and what was generated). What `logits` hold
+    /// afterwards is not defined.
+    pub fn next(&mut self, logits: &mut Tensor, history: &[u32]) -> u32 {
+        let choice = self.choice(history);
+        sample::rows(logits, &[choice], &mut self.scratch)[0]
     }
-}
 
-/// A number that at least `k` of `logits` reach and few others do, so that not all need sorting: the k-th largest of the
-/// maxima of short pieces. −∞ when there are not enough pieces, or for k = 0.
-fn floor_of_top(k: usize, logits: &[f32], maxima: &mut Vec<f32>) -> f32 {
-    maxima.clear();
-    maxima.extend(
-        logits.chunks(64).map(|piece| piece.iter().fold(f32::NEG_INFINITY, |m, x| if *x > m { *x } else { m })),
-    );
-    if k == 0 || k > maxima.len() {
-        return f32::NEG_INFINITY;
+    /// How the next token is chosen; takes a number from the random stream where it is drawn.
+    fn choice<'h>(&mut self, history: &'h [u32]) -> Choice<'h> {
+        let Sampling { do_sample, temperature, top_k, top_p, min_p, repetition_penalty, .. } = self.options;
+        let draw = do_sample.then(|| Draw { temperature, top_k, top_p, min_p, uniform: self.rng.uniform_f64() });
+        Choice { repetition_penalty, history, draw }
     }
-    *maxima.select_nth_unstable_by(k - 1, |a, b| b.total_cmp(a)).1
-}
-
-/// The index of the largest element, the first of equals.
-pub fn argmax(logits: &[f32]) -> u32 {
-    // The maximum first, in lanes that vectorise: one pass over a vocabulary for every token.
-    let larger = |a: f32, b: f32| if b > a { b } else { a };
-    let (pieces, rest) = logits.as_chunks::<32>();
-    let mut lanes = [f32::NEG_INFINITY; 32];
-    for piece in pieces {
-        for (lane, x) in lanes.iter_mut().zip(piece) {
-            *lane = larger(*lane, *x);
-        }
-    }
-    let largest = lanes.iter().chain(rest).fold(f32::NEG_INFINITY, |m, x| larger(m, *x));
-    logits.iter().position(|x| *x == largest).unwrap_or(0) as u32
 }
 
 /// Why generation ended.
@@ -210,27 +138,14 @@ pub fn generate(
     ws: &mut Workspace,
     mut on_token: impl FnMut(u32) -> ControlFlow<()>,
 ) -> Result<(Vec<u32>, FinishReason)> {
-    let vocab = model.config.vocab_size;
-    if let Some(id) = prompt.iter().find(|id| **id as usize >= vocab) {
-        return Err(Error::Input(format!("token {id} of the prompt is outside the model's vocabulary of {vocab}")));
-    }
-    if prompt.len() <= cache.len() {
-        return Err(Error::Input("there is nothing to continue: the prompt is empty".into()));
-    }
-    if prompt.len() >= cache.capacity() {
-        return Err(Error::Input(format!(
-            "the prompt has {} tokens, and only {} fit into the context with at least one new token; shorten it",
-            prompt.len(),
-            cache.capacity() - 1
-        )));
-    }
+    check_prompt(model, prompt, cache.len(), cache.capacity())?;
     let mut history = prompt.to_vec();
     // A device that has failed gives logits that mean nothing.
     let healthy = || model.device().synchronize().map_err(|e| Error::Failure(e.to_string()));
-    let mut logits = model.decode(&prompt[cache.len()..], cache, ws);
-    healthy()?;
+    let mut logits = model.decode_logits(&prompt[cache.len()..], cache, ws);
     for i in 0..max_new_tokens {
         let next = sampler.next(logits, &history);
+        healthy()?;
         history.push(next);
         if end_tokens.contains(&next) {
             return Ok((history.split_off(prompt.len()), FinishReason::Stop));
@@ -241,21 +156,43 @@ pub fn generate(
         if i + 1 == max_new_tokens || cache.len() == cache.capacity() {
             break;
         }
-        logits = model.decode(&[next], cache, ws);
-        healthy()?;
+        logits = model.decode_logits(&[next], cache, ws);
     }
     Ok((history.split_off(prompt.len()), FinishReason::Length))
+}
+
+/// Whether `prompt` can be continued, whose first `cached` tokens are known, in a context of `capacity` tokens.
+fn check_prompt(model: &Llama, prompt: &[u32], cached: usize, capacity: usize) -> Result<()> {
+    let vocab = model.config.vocab_size;
+    if let Some(id) = prompt.iter().find(|id| **id as usize >= vocab) {
+        return Err(Error::Input(format!("token {id} of the prompt is outside the model's vocabulary of {vocab}")));
+    }
+    if prompt.len() <= cached {
+        return Err(Error::Input("there is nothing to continue: the prompt is empty".into()));
+    }
+    if prompt.len() >= capacity {
+        return Err(Error::Input(format!(
+            "the prompt has {} tokens, and only {} fit into the context with at least one new token; shorten it",
+            prompt.len(),
+            capacity - 1
+        )));
+    }
+    Ok(())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    fn next(sampler: &mut Sampler, logits: &[f32], history: &[u32]) -> u32 {
+        sampler.next(&mut Tensor::from_slice(&[1, logits.len()], logits), history)
+    }
+
     fn shares(options: Sampling, logits: &[f32]) -> Vec<f64> {
         let mut sampler = Sampler::new(options).unwrap();
         let mut counts = vec![0.0; logits.len()];
         for _ in 0..20_000 {
-            counts[sampler.next(logits, &[]) as usize] += 1.0 / 20_000.0;
+            counts[next(&mut sampler, logits, &[]) as usize] += 1.0 / 20_000.0;
         }
         counts
     }
@@ -278,32 +215,13 @@ mod tests {
     }
 
     #[test]
-    fn the_floor_keeps_the_most_likely_in_their_order() {
-        let mut rng = Rng::new(5, 0);
-        for n in [70, 1000, 5000] {
-            // Coarse values: many ties.
-            let logits: Vec<f32> = (0..n).map(|_| (rng.normal() * 8.0).round() / 4.0).collect();
-            let mut order: Vec<usize> = (0..n).collect();
-            order.sort_by(|a, b| logits[*b].total_cmp(&logits[*a]).then(a.cmp(b)));
-            assert_eq!(argmax(&logits), order[0] as u32);
-            for k in [1, 2, 20, n - 1] {
-                let sampling = Sampling { do_sample: true, top_k: k, ..Sampling::default() };
-                let mut sampler = Sampler::new(sampling).unwrap();
-                sampler.next(&logits, &[]);
-                let kept: Vec<usize> = sampler.candidates.iter().map(|(id, _)| *id as usize).collect();
-                assert_eq!(kept, order[..k]);
-            }
-        }
-    }
-
-    #[test]
     fn greedy_and_penalty() {
         let mut greedy = Sampler::new(Sampling::default()).unwrap();
-        assert_eq!(greedy.next(&[1.0, 3.0, 3.0, -1.0], &[]), 1);
+        assert_eq!(next(&mut greedy, &[1.0, 3.0, 3.0, -1.0], &[]), 1);
         let options = Sampling { repetition_penalty: 2.0, ..Sampling::default() };
         let mut penalised = Sampler::new(options).unwrap();
-        assert_eq!(penalised.next(&[1.0, 3.0, 2.0, -1.0], &[1, 1]), 2);
-        assert_eq!(penalised.next(&[-1.0, -3.0, -1.5, -4.0], &[0]), 2);
+        assert_eq!(next(&mut penalised, &[1.0, 3.0, 2.0, -1.0], &[1, 1]), 2);
+        assert_eq!(next(&mut penalised, &[-1.0, -3.0, -1.5, -4.0], &[0]), 2);
     }
 
     #[test]

@@ -15,6 +15,7 @@ mod int8;
 pub mod llama;
 mod lora;
 pub mod memory;
+mod sequences;
 
 pub use adapter::{AdapterConfig, AdapterFile, Modules, save_adapter};
 pub use batch::{Batch, largest_part};
@@ -23,7 +24,8 @@ pub use config::{Config, Rope, RopeScaling};
 pub use error::{Error, Result};
 pub use export::{Dtype, SaveOptions, save_model};
 pub use export_gguf::{GgufOptions, save_gguf};
-pub use generate::{FinishReason, Sampler, Sampling, argmax, generate};
+pub use generate::{End, FinishReason, Sampler, Sampling, generate, generate_together};
 pub use import::{Checkpoint, GgufMetadata, Storage};
 pub use llama::{Gradients, LINEAR_NAMES, Llama, LossOptions, Parameter, Workspace, initial_rows};
 pub use memory::Recompute;
+pub use sequences::Sequences;

@@ -6,6 +6,7 @@
 mod decode;
 mod layer;
 mod placement;
+mod together;
 
 use crate::{Checkpoint, Config, Recompute, Result, Storage, batch::Batch};
 use layer::{ForwardBuffers, KeptActivations, Masks, Pass};

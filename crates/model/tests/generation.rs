@@ -2,8 +2,12 @@
 
 #![allow(clippy::unwrap_used, reason = "the whole file is a test")]
 
+use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
-use tunesmith_model::{AdapterFile, Batch, Checkpoint, KvCache, Llama, Storage, Workspace};
+use tunesmith_model::{
+    AdapterFile, Batch, Checkpoint, End, FinishReason, KvCache, Llama, Sampler, Sampling, Storage, Workspace, generate,
+    generate_together,
+};
 use tunesmith_tensor::rng::Rng;
 
 fn fixture(path: &str) -> PathBuf {
@@ -85,5 +89,92 @@ fn integers_are_near_and_do_not_depend_on_threads() {
         let off = difference(&got[0], &want);
         assert!(off > 1e-5 && off < 0.03, "{off}");
         assert_eq!(got[0], got[1]);
+    }
+}
+
+/// Prompts of unequal length, more than there are places.
+fn prompts() -> Vec<Vec<u32>> {
+    let ids = text(400);
+    [0..3, 3..40, 40..41, 41..341, 341..346, 346..400].map(|range: std::ops::Range<usize>| ids[range].to_vec()).to_vec()
+}
+
+fn samplers(num: usize, options: &Sampling) -> Vec<Sampler> {
+    let seeded = |i| Sampler::new(Sampling { seed: options.seed + i as u64, ..options.clone() }).unwrap();
+    (0..num).map(seeded).collect()
+}
+
+#[test]
+fn prompts_together_become_what_each_becomes_alone() {
+    let prompts = prompts();
+    let slices: Vec<&[u32]> = prompts.iter().map(Vec::as_slice).collect();
+    for (mut llama, rounds) in [(model(), false), (model(), true)] {
+        if rounds {
+            llama.round_activations();
+        }
+        for options in [
+            Sampling::default(),
+            Sampling { do_sample: true, top_p: 0.9, repetition_penalty: 1.2, seed: 5, ..Sampling::default() },
+        ] {
+            let mut ws = Workspace::default();
+            let mut alone = Vec::new();
+            for (prompt, sampler) in slices.iter().zip(&mut samplers(6, &options)) {
+                let mut cache = llama.new_cache(prompt.len() + 20);
+                let go_on = |_| ControlFlow::Continue(());
+                alone.push(generate(&llama, prompt, &mut cache, sampler, &[7], 20, &mut ws, go_on).unwrap());
+            }
+            // Products of integers with more rows add up in another order, which a rounding of activations may then show.
+            for places in if rounds { [1, 2, 3] } else { [1, 2, 6] } {
+                let mut seen = vec![Vec::new(); 6];
+                let on_token = |number: usize, id| {
+                    seen[number].push(id);
+                    ControlFlow::Continue(())
+                };
+                let mut samplers = samplers(6, &options);
+                let got = generate_together(&llama, &slices, &mut samplers, &[7], 20, places, &mut ws, on_token);
+                let got = got.unwrap();
+                assert_eq!(got, alone, "{places} places, integers {rounds}, {options:?}");
+                for (seen, (ids, reason)) in seen.iter().zip(&got) {
+                    assert_eq!(seen[..], ids[..ids.len() - usize::from(*reason == FinishReason::Stop)]);
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_caller_ends_one_sequence_or_all() {
+    let (llama, prompts) = (model(), prompts());
+    let slices: Vec<&[u32]> = prompts.iter().map(Vec::as_slice).collect();
+    let mut ws = Workspace::default();
+    let mut run = |end: End| {
+        let mut tokens = 0;
+        let on_token = |number: usize, _| {
+            tokens += 1;
+            if number == 1 { ControlFlow::Break(end) } else { ControlFlow::Continue(()) }
+        };
+        generate_together(&llama, &slices, &mut samplers(6, &Sampling::default()), &[], 4, 2, &mut ws, on_token)
+            .unwrap()
+            .into_iter()
+            .map(|(ids, reason)| (ids.len(), reason))
+            .collect::<Vec<_>>()
+    };
+    let (length, caller) = ((4, FinishReason::Length), FinishReason::Caller);
+    assert_eq!(run(End::This), [length, (1, caller), length, length, length, length]);
+    assert_eq!(run(End::All), [(1, caller), (1, caller), (0, caller), (0, caller), (0, caller), (0, caller)]);
+}
+
+#[test]
+fn prompts_that_cannot_be_continued_are_named() {
+    let llama = model();
+    let context = llama.config.max_position_embeddings;
+    let long = vec![1; context];
+    for (bad, said) in
+        [(&[][..], "prompt 2: there is nothing"), (&[512][..], "prompt 2: token 512"), (&long, "shorten it")]
+    {
+        let mut samplers = samplers(2, &Sampling::default());
+        let go_on = |_, _| ControlFlow::Continue(());
+        let error = generate_together(&llama, &[&[1], bad], &mut samplers, &[], 4, 2, &mut Workspace::default(), go_on);
+        let error = error.unwrap_err().to_string();
+        assert!(error.contains(said), "{error}");
     }
 }

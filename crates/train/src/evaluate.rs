@@ -2,7 +2,8 @@
 
 use crate::{Error, Result, statistics::DocumentLoss};
 use std::ops::ControlFlow;
-use tunesmith_model::{Batch, KvCache, Llama, Sampler, Sampling, Workspace, generate};
+use tunesmith_model::{Batch, Llama, Sampler, Sampling, Workspace, generate_together};
+use tunesmith_tensor::Device;
 use tunesmith_text::{Block, PreparedSplit};
 
 /// One micro-batch of all documents of `blocks`.
@@ -67,23 +68,32 @@ pub fn mean_loss(documents: &[DocumentLoss]) -> (f64, u64) {
     (documents.iter().map(|d| d.loss_sum).sum::<f64>() / tokens.max(1) as f64, tokens)
 }
 
-/// Up to `max_new_tokens` tokens that `model` puts behind `prompt`, for the eye. Drawn with one fixed seed, so that samples of different
-/// weights differ by the weights alone; not the most likely tokens, because small models repeat themselves with these.
+/// Prompts that are continued at once on a GPU. On the processor one after the other: samples shall not need more memory than one.
+const PLACES: usize = 16;
+
+/// Most sequences that [`continuations`] of `prompts` prompts holds at once.
+pub fn places(device: &Device, prompts: usize) -> usize {
+    if *device == Device::Cpu { 1 } else { prompts.clamp(1, PLACES) }
+}
+
+/// Up to `max_new_tokens` tokens that `model` puts behind each of `prompts`, for the eye. Drawn with one fixed seed, so that samples of
+/// different weights differ by the weights alone; not the most likely tokens, because small models repeat themselves with these.
 ///
 /// # Errors
-/// When the prompt is empty or does not fit into the context.
-pub fn continuation(
+/// When a prompt is empty or does not fit into the context.
+pub fn continuations(
     model: &Llama,
-    prompt: &[u32],
+    prompts: &[&[u32]],
     end_tokens: &[u32],
     max_new_tokens: usize,
     ws: &mut Workspace,
-) -> Result<Vec<u32>> {
-    let capacity = (prompt.len() + max_new_tokens).min(model.config.max_position_embeddings);
-    let mut cache = KvCache::new(&model.config, capacity);
+) -> Result<Vec<Vec<u32>>> {
     let options =
         Sampling { do_sample: true, temperature: 0.7, top_p: 0.9, repetition_penalty: 1.1, ..Sampling::default() };
-    let mut sampler = Sampler::new(options)?;
-    let go_on = |_| ControlFlow::Continue(());
-    Ok(generate(model, prompt, &mut cache, &mut sampler, end_tokens, max_new_tokens, ws, go_on)?.0)
+    let samplers = prompts.iter().map(|_| Sampler::new(options.clone()));
+    let mut samplers = samplers.collect::<std::result::Result<Vec<_>, _>>()?;
+    let go_on = |_, _| ControlFlow::Continue(());
+    let places = places(&model.device(), prompts.len());
+    let texts = generate_together(model, prompts, &mut samplers, end_tokens, max_new_tokens, places, ws, go_on)?;
+    Ok(texts.into_iter().map(|(ids, _)| ids).collect())
 }

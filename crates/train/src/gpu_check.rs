@@ -8,7 +8,7 @@ use tunesmith_model::{AdapterConfig, Batch, Gradients, KvCache, Llama, LossOptio
 use tunesmith_tensor::ops::attention::{Heads, Segment};
 use tunesmith_tensor::ops::linear::{Adapter, Into};
 use tunesmith_tensor::ops::{
-    argmax, attention, dropout, embedding, grad_norm, linear, linear_cross_entropy, rmsnorm, rope, rows, swiglu,
+    attention, dropout, embedding, grad_norm, linear, linear_cross_entropy, rmsnorm, rope, rows, sample, swiglu,
 };
 use tunesmith_tensor::{Device, Dtype, Packed, Tensor, Weight, rng::Rng};
 
@@ -207,7 +207,8 @@ impl Lab<'_> {
             let last = vec![self.random(&[2, heads.q_cols()]), inputs[1].clone(), inputs[2].clone()];
             self.compare("attention over a cache", &format!("output, {t} keys"), last, |x| {
                 let mut o = Tensor::default();
-                attention::forward_last(&x[0], &x[1], &x[2], t, heads, &mut o);
+                let segments = [Segment { queries: 0..2, keys: 0..t }];
+                attention::forward_cached(&x[0], &x[1], &x[2], &segments, heads, &mut o);
                 vec![o]
             })?;
         }
@@ -229,7 +230,9 @@ impl Lab<'_> {
         self.compare("greedy tokens", "token", inputs, |x| {
             let mut logits = Tensor::default();
             linear::logits(&x[0], &x[1].clone().into(), &mut logits);
-            let tokens: Vec<f32> = argmax::rows(&logits).iter().map(|t| *t as f32).collect();
+            let greedy = sample::Choice { repetition_penalty: 1.0, history: &[], draw: None };
+            let tokens = sample::rows(&mut logits, &vec![greedy; x[0].rows()], &mut sample::Scratch::default());
+            let tokens: Vec<f32> = tokens.iter().map(|t| *t as f32).collect();
             vec![Tensor::from_slice(&[tokens.len()], &tokens)]
         })
     }

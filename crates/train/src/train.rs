@@ -2,7 +2,7 @@
 
 use crate::checkpoint::{self, Contents, RunState};
 use crate::config::{Compute, Config, Method};
-use crate::evaluate::{batch_of, continuation, document_losses, mean_loss};
+use crate::evaluate::{batch_of, continuations, document_losses, mean_loss};
 use crate::metrics::{MetricRecord, MetricsWriter, read_metrics};
 use crate::optimizer::{AdamW, AdamWOptions, clip_coefficient, gradient_norm};
 use crate::trainer_state::{RunProgress, RunSummary, TrainerState};
@@ -446,16 +446,16 @@ impl<'a, 'o> Run<'a, 'o> {
         self.done[SAMPLED] = Some(self.state.step);
         let paused = Instant::now();
         let samples = &self.job.config.samples;
-        for prompt in &samples.prompts {
-            let text = sample_text(
-                self.job.model,
-                self.job.tokenizer,
-                self.job.template.filter(|_| samples.chat),
-                prompt,
-                self.job.end_tokens,
-                samples.max_new_tokens,
-                &mut self.ws,
-            )?;
+        let texts = sample_texts(
+            self.job.model,
+            self.job.tokenizer,
+            self.job.template.filter(|_| samples.chat),
+            &samples.prompts,
+            self.job.end_tokens,
+            samples.max_new_tokens,
+            &mut self.ws,
+        )?;
+        for (prompt, text) in samples.prompts.iter().zip(texts) {
             let record = MetricRecord::Sample { step: self.state.step, prompt: prompt.clone(), text };
             self.record(&record)?;
         }
@@ -575,26 +575,28 @@ impl<'a, 'o> Run<'a, 'o> {
     }
 }
 
-/// What `model` says to `prompt`: as a user's message where a `template` is given, as plain text to be continued
-/// otherwise. See [`continuation`] for how tokens are chosen.
+/// What `model` says to each of `prompts`: as a user's message where a `template` is given, as plain text to be continued
+/// otherwise. See [`continuations`] for how tokens are chosen.
 ///
 /// # Errors
-/// When the prompt cannot be rendered or is too long for the model.
-pub fn sample_text(
+/// When a prompt cannot be rendered or is too long for the model.
+pub fn sample_texts(
     model: &Llama,
     tokenizer: &Tokenizer,
     template: Option<&ChatTemplate>,
-    prompt: &str,
+    prompts: &[String],
     end_tokens: &[u32],
     max_new_tokens: usize,
     ws: &mut Workspace,
-) -> Result<String> {
-    let ids = match template {
-        Some(template) => tokenizer.encode(&template.render(&[Message::new("user", prompt)], true)?, false)?,
-        None => tokenizer.encode(prompt, true)?,
+) -> Result<Vec<String>> {
+    let encode = |prompt: &String| match template {
+        Some(template) => tokenizer.encode(&template.render(&[Message::new("user", prompt)], true)?, false),
+        None => tokenizer.encode(prompt, true),
     };
-    let new = continuation(model, &ids, end_tokens, max_new_tokens, ws)?;
-    Ok(tokenizer.decode(&new, true)?)
+    let ids = prompts.iter().map(encode).collect::<std::result::Result<Vec<_>, _>>()?;
+    let slices: Vec<&[u32]> = ids.iter().map(Vec::as_slice).collect();
+    let new = continuations(model, &slices, end_tokens, max_new_tokens, ws)?;
+    Ok(new.iter().map(|new| tokenizer.decode(new, true)).collect::<std::result::Result<_, _>>()?)
 }
 
 #[cfg(test)]

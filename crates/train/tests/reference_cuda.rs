@@ -4,10 +4,11 @@
 
 use std::path::{Path, PathBuf};
 use tunesmith_model::{
-    AdapterConfig, AdapterFile, Batch, Checkpoint, Gradients, KvCache, Llama, LossOptions, Modules, Recompute, Sampler,
-    Sampling, Storage, Workspace, generate,
+    AdapterConfig, AdapterFile, Batch, Checkpoint, Config, GgufOptions, Gradients, KvCache, Llama, LossOptions,
+    Modules, Recompute, Sampler, Sampling, Storage, Workspace, generate, generate_together, initial_rows, save_gguf,
 };
 use tunesmith_tensor::cuda::Gpu;
+use tunesmith_tensor::quant::BlockType;
 use tunesmith_tensor::{Device, Dtype};
 use tunesmith_train::optimizer::{AdamW, AdamWOptions, Optim, gradient_norm};
 use tunesmith_train::verify::{self, Check, Reference};
@@ -217,6 +218,78 @@ fn greedy_continuation_with_the_cache() {
     let (new, _) = generate(&llama, &want[..16], &mut cache, &mut sampler, &[], 24, &mut ws, go_on).unwrap();
     device.synchronize().unwrap();
     assert_eq!(new, want[16..]);
+}
+
+/// What each of `prompts` becomes on the processor, on its own.
+fn alone(llama: &Llama, prompts: &[&[u32]], options: &Sampling, new: usize) -> Vec<Vec<u32>> {
+    let mut ws = Workspace::default();
+    let mut texts = Vec::new();
+    for (prompt, mut sampler) in prompts.iter().zip(samplers(prompts.len(), options)) {
+        let mut cache = KvCache::new(&llama.config, prompt.len() + new);
+        let go_on = |_| std::ops::ControlFlow::Continue(());
+        texts.push(generate(llama, prompt, &mut cache, &mut sampler, &[], new, &mut ws, go_on).unwrap().0);
+    }
+    texts
+}
+
+fn samplers(num: usize, options: &Sampling) -> Vec<Sampler> {
+    let seeded = |i| Sampler::new(Sampling { seed: options.seed + i as u64, ..options.clone() }).unwrap();
+    (0..num).map(seeded).collect()
+}
+
+fn together(llama: &Llama, prompts: &[&[u32]], options: &Sampling, new: usize, places: usize) -> Vec<Vec<u32>> {
+    let (mut samplers, mut ws) = (samplers(prompts.len(), options), Workspace::default());
+    let go_on = |_, _| std::ops::ControlFlow::Continue(());
+    let texts = generate_together(llama, prompts, &mut samplers, &[], new, places, &mut ws, go_on).unwrap();
+    texts.into_iter().map(|(ids, _)| ids).collect()
+}
+
+/// Prompts of unequal length together on the device: the tokens that each becomes alone on the processor, the most likely ones
+/// and drawn ones.
+#[test]
+fn prompts_together_on_the_device() {
+    let ids: Vec<u32> = batch_of(&[400]).ids;
+    let prompts = [&ids[..3], &ids[3..60], &ids[60..61], &ids[61..341], &ids[341..346]];
+    let mut llama = adapted("tiny-llama3", "lora_final");
+    let drawn = Sampling { do_sample: true, top_p: 0.9, repetition_penalty: 1.2, seed: 5, ..Sampling::default() };
+    let want = [Sampling::default(), drawn.clone()].map(|options| alone(&llama, &prompts, &options, 8));
+    llama.move_to(&device(), Dtype::F32);
+    assert_eq!(together(&llama, &prompts, &Sampling::default(), 8, 2), want[0]);
+    assert_eq!(together(&llama, &prompts, &drawn, 8, 5), want[1]);
+    assert_eq!(together(&llama, &prompts, &drawn, 8, 3), want[1], "the same seed, the same tokens");
+}
+
+/// A quantised base stays quantised on the device, and becomes what its decoded form becomes on the processor.
+#[test]
+fn quantised_bases_generate_as_they_are() {
+    let json = std::fs::read_to_string(fixture("tiny-llama3", "config.json")).unwrap();
+    let mut config: serde_json::Value = serde_json::from_str(&json).unwrap();
+    config["initializer_range"] = 0.3.into();
+    let config = Config::from_json(&config.to_string(), "config.json").unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let ids: Vec<u32> = batch_of(&[90]).ids;
+    let prompts = [&ids[..30], &ids[30..41], &ids[41..90]];
+    for kind in [BlockType::Q8_0, BlockType::Q4_0] {
+        let path = folder.path().join(kind.name());
+        let options = GgufOptions { kind, name: "test", tokenizer: None };
+        let rows = |name: &str, rows, out: &mut [f32]| {
+            initial_rows(&config, 3, name, rows, out);
+            Ok(())
+        };
+        save_gguf(&path, &config, options, rows).unwrap();
+        let checkpoint = Checkpoint::open(&path).unwrap();
+        let dense = Llama::load(&checkpoint, Storage::F32, |_, _| ()).unwrap();
+        let want = alone(&dense, &prompts, &Sampling::default(), 8);
+        let device = device();
+        let mut llama = Llama::load(&checkpoint, Storage::Stored, |_, _| ()).unwrap();
+        llama.move_to(&device, Dtype::F32);
+        let held = device.gpu().unwrap().memory().0;
+        let stored: usize = llama.parameters.iter().map(|p| p.value.num_bytes()).sum();
+        assert!(held <= stored + stored / 50 && held * 3 < 4 * dense.num_params(), "{held} bytes of {stored}");
+        assert_eq!(together(&llama, &prompts, &Sampling::default(), 8, 3), want, "{}", kind.name());
+        // One place: products with a single row, and prompts one after the other.
+        assert_eq!(together(&llama, &prompts, &Sampling::default(), 8, 1), want, "{}", kind.name());
+    }
 }
 
 /// What `tunesmith gpu-check` runs on a GPU passes on the emulated one.

@@ -10,7 +10,8 @@ use serde::Serialize;
 use std::io::Read;
 use std::process::{Command, Stdio};
 use std::time::Instant;
-use tunesmith_model::{Llama, Workspace, argmax};
+use tunesmith_model::{Llama, Workspace};
+use tunesmith_tensor::ops::sample;
 use tunesmith_tensor::rng::Rng;
 
 #[derive(Serialize)]
@@ -110,7 +111,7 @@ fn decode_seconds(llama: &Llama, context: usize, new: usize, ws: &mut Workspace)
     let mut next = 1;
     let start = Instant::now();
     for _ in 0..new {
-        next = argmax(llama.decode(&[next], &mut cache, ws));
+        next = sample::largest(llama.decode(&[next], &mut cache, ws));
     }
     start.elapsed().as_secs_f64()
 }

@@ -34,16 +34,16 @@ impl Interrupt {
         Ok(interrupt)
     }
 
-    fn begin(&self) {
+    pub(crate) fn begin(&self) {
         self.wanted.store(false, Ordering::Relaxed);
         self.generating.store(true, Ordering::Relaxed);
     }
 
-    fn wanted(&self) -> bool {
+    pub(crate) fn wanted(&self) -> bool {
         self.wanted.load(Ordering::Relaxed)
     }
 
-    fn end(&self) {
+    pub(crate) fn end(&self) {
         self.generating.store(false, Ordering::Relaxed);
     }
 }
@@ -139,29 +139,17 @@ impl<'a> Writer<'a> {
     /// Continues `prompt`; `show` gets the text piece by piece as it becomes certain.
     pub(crate) fn write(&mut self, prompt: &[u32], mut show: impl FnMut(&str) -> Result<()>) -> Result<Continuation> {
         self.prepare_cache(prompt);
-        let mut decoder = StreamDecoder::after(self.tokenizer, true, prompt);
-        let mut stops = StopStrings::new(&self.stop);
-        let mut text = String::new();
-        let mut emit = |piece: &str| {
-            text.push_str(piece);
-            if piece.is_empty() { Ok(()) } else { show(piece) }
-        };
-        let (mut failed, mut stopped) = (None, false);
+        let mut text = GrowingText::after(self.tokenizer, prompt, &self.stop);
+        let mut emit = |piece: String| if piece.is_empty() { Ok(()) } else { show(&piece) };
+        let mut failed = None;
         let (start, mut first) = (Instant::now(), None);
         self.interrupt.begin();
         let on_token = |id: u32| {
             first.get_or_insert_with(Instant::now);
-            // Embeddings are often padded beyond the vocabulary; such an id stands for no text.
-            let piece = if (id as usize) < self.tokenizer.vocab_size() { decoder.push(id) } else { Ok(String::new()) };
-            let shown = piece.map_err(Error::from).and_then(|piece| {
-                let (certain, complete) = stops.push(&piece);
-                stopped = complete;
-                emit(&certain)
-            });
-            if let Err(error) = shown {
+            if let Err(error) = text.push(id).and_then(&mut emit) {
                 failed = Some(error);
             }
-            if failed.is_some() || stopped || self.interrupt.wanted() {
+            if failed.is_some() || text.stopped || self.interrupt.wanted() {
                 return ControlFlow::Break(());
             }
             ControlFlow::Continue(())
@@ -183,27 +171,14 @@ impl<'a> Writer<'a> {
         if let Some(error) = failed {
             return Err(error);
         }
-        if !stopped {
-            // An unfinished character at the end may still complete a stop string, and what was held back is due.
-            let (certain, complete) = stops.push(&decoder.finish()?);
-            emit(&certain)?;
-            stopped = complete;
-            if !stopped {
-                emit(&stops.finish())?;
-            }
-        }
+        emit(text.finish()?)?;
         let (counted, from) = match first {
             Some(first) if ids.len() > 1 => (ids.len() - 1, first),
             _ => (ids.len(), start),
         };
         let seconds = end.duration_since(from).as_secs_f64().max(1e-9);
-        let finish = match reason {
-            _ if stopped => Finish::StopString,
-            FinishReason::Stop => Finish::Stop,
-            FinishReason::Length => Finish::Length,
-            FinishReason::Caller => Finish::Interrupted,
-        };
-        Ok(Continuation { text, ids, finish, tokens_per_s: counted as f64 / seconds })
+        let finish = text.why(reason);
+        Ok(Continuation { text: text.text, ids, finish, tokens_per_s: counted as f64 / seconds })
     }
 
     /// Makes room for `prompt` and what follows it, and keeps the part of the cache that begins `prompt`.
@@ -215,6 +190,61 @@ impl<'a> Writer<'a> {
         self.cache.truncate(common.min(prompt.len().saturating_sub(1)));
         self.cached.truncate(self.cache.len());
         self.cache.set_capacity(needed);
+    }
+}
+
+/// A text that grows token by token until it ends or a stop string is in it.
+pub(crate) struct GrowingText<'a> {
+    tokenizer: &'a Tokenizer,
+    decoder: StreamDecoder,
+    stops: StopStrings<'a>,
+    /// What is certain of it, without the stop string.
+    pub(crate) text: String,
+    /// Whether a stop string was found.
+    pub(crate) stopped: bool,
+}
+
+impl<'a> GrowingText<'a> {
+    /// Nothing yet, behind `prompt`.
+    pub(crate) fn after(tokenizer: &'a Tokenizer, prompt: &[u32], stop: &'a [String]) -> Self {
+        let decoder = StreamDecoder::after(tokenizer, true, prompt);
+        Self { tokenizer, decoder, stops: StopStrings::new(stop), text: String::new(), stopped: false }
+    }
+
+    /// Takes the next token; returns the text that is now certain.
+    pub(crate) fn push(&mut self, id: u32) -> Result<String> {
+        // Embeddings are often padded beyond the vocabulary; such an id stands for no text.
+        let known = (id as usize) < self.tokenizer.vocab_size();
+        let piece = if known { self.decoder.push(id)? } else { String::new() };
+        let (certain, complete) = self.stops.push(&piece);
+        self.stopped = complete;
+        self.text.push_str(&certain);
+        Ok(certain)
+    }
+
+    /// What was held back, now that nothing follows.
+    pub(crate) fn finish(&mut self) -> Result<String> {
+        if self.stopped {
+            return Ok(String::new());
+        }
+        // An unfinished character at the end may still complete a stop string, and what was held back is due.
+        let (mut certain, complete) = self.stops.push(&self.decoder.finish()?);
+        self.stopped = complete;
+        if !complete {
+            certain.push_str(&self.stops.finish());
+        }
+        self.text.push_str(&certain);
+        Ok(certain)
+    }
+
+    /// Why it ended, where generation ended for `reason`.
+    pub(crate) fn why(&self, reason: FinishReason) -> Finish {
+        match reason {
+            _ if self.stopped => Finish::StopString,
+            FinishReason::Stop => Finish::Stop,
+            FinishReason::Length => Finish::Length,
+            FinishReason::Caller => Finish::Interrupted,
+        }
     }
 }
 

@@ -13,7 +13,7 @@ use std::sync::Arc;
 use tunesmith_model::{Llama, Workspace};
 use tunesmith_text::{PreparedSplit, Report, Split, Tokenizer};
 use tunesmith_train::config::Config;
-use tunesmith_train::evaluate::{continuation, document_losses};
+use tunesmith_train::evaluate::{continuations, document_losses};
 use tunesmith_train::report::{self, ModelFacts, RunReport, SamplePair};
 use tunesmith_train::statistics::{
     Bootstrap, Comparison, DocumentLoss, Estimate, LossStatistics, compare, loss_statistics,
@@ -215,11 +215,9 @@ pub(crate) fn score(
     let documents = document_losses(model, split, &mut ws, |done, _| bar.set_position(done as u64))?;
     bar.set_message("generating samples");
     let end_tokens = opened.end_tokens()?;
-    let mut texts = Vec::new();
-    for prompt in prompts {
-        let new = continuation(model, &prompt.ids, &end_tokens, max_new_tokens, &mut ws)?;
-        texts.push(opened.tokenizer.decode(&new, true)?);
-    }
+    let ids: Vec<&[u32]> = prompts.iter().map(|prompt| prompt.ids.as_slice()).collect();
+    let new = continuations(model, &ids, &end_tokens, max_new_tokens, &mut ws)?;
+    let texts = new.iter().map(|new| opened.tokenizer.decode(new, true)).collect::<std::result::Result<_, _>>()?;
     bar.finish_and_clear();
     Ok(Scored { documents, texts })
 }

@@ -1,4 +1,6 @@
-//! `tunesmith generate`: continue a prompt.
+//! `tunesmith generate`: continue a prompt, or many.
+
+mod many;
 
 use super::continuation::{Finish, Interrupt, Writer, sampling, show};
 use crate::args::GenerateArgs;
@@ -27,29 +29,40 @@ pub(crate) fn run(args: &GenerateArgs, settings: &Settings) -> Result<()> {
     if args.model.chat_template.is_some() && !args.chat {
         return Err(Error::Input("--chat-template has no use without --chat".into()));
     }
-    let prompt = match args.prompt.as_str() {
-        "-" => from_stdin()?,
-        text => text.to_owned(),
+    if args.batch == 0 {
+        return Err(Error::Input("--batch 0 continues nothing; give at least 1".into()));
+    }
+    let prompts = match (&args.prompts, args.prompt.as_deref()) {
+        (Some(file), _) => many::read_prompts(file)?,
+        (None, Some("-")) => vec![from_stdin()?],
+        (None, prompt) => vec![prompt.unwrap_or_default().to_owned()],
     };
     let opened = load::open(&args.model.model, args.model.chat_template.as_deref(), settings)?;
     let sampling = sampling(&args.sampling, opened.checkpoint.generation_config())?;
     let end_tokens = opened.end_tokens()?;
-    let ids = if args.chat {
+    let encode = |prompt: &String| {
+        if !args.chat {
+            return Ok(opened.tokenizer.encode(prompt, true)?);
+        }
         let system = args.system.as_ref().map(|text| Message::new("system", text));
-        let messages: Vec<Message> = system.into_iter().chain([Message::new("user", &prompt)]).collect();
-        opened.tokenizer.encode(&opened.template()?.render(&messages, true)?, false)?
-    } else {
-        opened.tokenizer.encode(&prompt, true)?
+        let messages: Vec<Message> = system.into_iter().chain([Message::new("user", prompt)]).collect();
+        Ok::<_, Error>(opened.tokenizer.encode(&opened.template()?.render(&messages, true)?, false)?)
     };
+    let ids = prompts.iter().map(encode).collect::<Result<Vec<Vec<u32>>>>()?;
 
     let interrupt = Interrupt::install()?;
     let adapter = args.model.adapter.as_deref();
     let llama = opened.generator(args.compute, adapter, Some(&args.device), settings)?;
+    if args.prompts.is_some() {
+        let job = many::Job { args, llama: &llama, opened: &opened, end_tokens: &end_tokens, interrupt };
+        return many::run(&job, &prompts, &ids, sampling);
+    }
+    let (prompt, ids) = (&prompts[0], &ids[0]);
     let mut writer = Writer::new(&llama, &opened.tokenizer, end_tokens, &args.sampling, sampling, interrupt)?;
-    let new = writer.write(&ids, |piece| if args.json { Ok(()) } else { show(piece) })?;
+    let new = writer.write(ids, |piece| if args.json { Ok(()) } else { show(piece) })?;
     if args.json {
         let generated = Generated {
-            prompt: &prompt,
+            prompt,
             text: &new.text,
             prompt_tokens: ids.len(),
             new_tokens: new.ids.len(),

@@ -22,23 +22,23 @@ const PIECE: usize = 512;
 #[derive(Debug, Default)]
 pub(super) struct Buffers {
     positions: Vec<u32>,
-    angles: rope::Angles,
-    stream_td: Tensor,
-    normed_td: Tensor,
-    rstd_t: Tensor,
-    q_th: Tensor,
-    k_tk: Tensor,
-    v_tk: Tensor,
-    o_th: Tensor,
+    pub(super) angles: rope::Angles,
+    pub(super) stream_td: Tensor,
+    pub(super) normed_td: Tensor,
+    pub(super) rstd_t: Tensor,
+    pub(super) q_th: Tensor,
+    pub(super) k_tk: Tensor,
+    pub(super) v_tk: Tensor,
+    pub(super) o_th: Tensor,
     lse: Tensor,
     gate_tf: Tensor,
     up_tf: Tensor,
     act_tf: Tensor,
     /// x Aᵀ of the adapters of products that go together.
-    xa_tr: [Tensor; 3],
-    attention: attention_decode::Scratch,
+    pub(super) xa_tr: [Tensor; 3],
+    pub(super) attention: attention_decode::Scratch,
     /// The input of products with integer weights.
-    rounded: Int8Rows,
+    pub(super) rounded: Int8Rows,
 }
 
 impl Buffers {
@@ -51,11 +51,23 @@ impl Buffers {
 }
 
 impl Llama {
-    /// Feeds `ids` behind what `cache` holds and returns the logits [V] that follow the last of them.
+    /// Feeds `ids` behind what `cache` holds and returns the logits [V] that follow the last of them, on the processor.
     ///
     /// # Panics
     /// When `ids` is empty or the cache is too small for them.
     pub fn decode<'w>(&self, ids: &[u32], cache: &mut KvCache, ws: &'w mut Workspace) -> &'w [f32] {
+        if self.device() == Device::Cpu {
+            return self.decode_logits(ids, cache, ws).data();
+        }
+        ws.host_logits = self.decode_logits(ids, cache, ws).to_host();
+        ws.host_logits.data()
+    }
+
+    /// As [`Llama::decode`]; the logits [1, V] in f32 stay where the model is.
+    ///
+    /// # Panics
+    /// As [`Llama::decode`].
+    pub fn decode_logits<'w>(&self, ids: &[u32], cache: &mut KvCache, ws: &'w mut Workspace) -> &'w mut Tensor {
         let (buffers, logits) = (&mut ws.generation, &mut ws.logits);
         let mut pieces = ids.chunks(PIECE).peekable();
         while let Some(piece) = pieces.next() {
@@ -63,7 +75,8 @@ impl Llama {
             let is_end = pieces.peek().is_none();
             let num_keys = cache.len() + piece.len();
             let begin = |cache: &mut KvCache, buffers: &mut Buffers| {
-                self.embed_tokens(piece, cache.len(), buffers);
+                let first = cache.len() as u32;
+                self.embed_tokens(piece, first..first + piece.len() as u32, buffers);
                 for l in 0..last {
                     self.attend(l, cache, buffers);
                     self.finish_layer(&self.layers[l], buffers);
@@ -90,11 +103,7 @@ impl Llama {
             }
             cache.advance(piece.len());
         }
-        if self.device() == Device::Cpu {
-            return ws.logits.data();
-        }
-        ws.host_logits = ws.logits.to_host();
-        ws.host_logits.data()
+        &mut ws.logits
     }
 
     /// Keeps every matrix as integers from now on: [`Llama::decode`] then rounds what they multiply to 8 bits
@@ -110,10 +119,10 @@ impl Llama {
         if integers { KvCache::half(&self.config, capacity) } else { KvCache::new(&self.config, capacity) }
     }
 
-    fn embed_tokens(&self, ids: &[u32], first: usize, buffers: &mut Buffers) {
+    pub(super) fn embed_tokens(&self, ids: &[u32], positions: impl Iterator<Item = u32>, buffers: &mut Buffers) {
         embedding::forward(self.value(self.embed), ids, &mut buffers.stream_td);
         buffers.positions.clear();
-        buffers.positions.extend(first as u32..(first + ids.len()) as u32);
+        buffers.positions.extend(positions);
         buffers.angles.fill_on(&self.device(), &buffers.positions, &self.frequencies);
     }
 
@@ -161,7 +170,7 @@ impl Llama {
     }
 
     /// From the output of attention to that of the layer.
-    fn finish_layer(&self, layer: &Layer, buffers: &mut Buffers) {
+    pub(super) fn finish_layer(&self, layer: &Layer, buffers: &mut Buffers) {
         let Buffers { stream_td, normed_td, rstd_t, o_th, gate_tf, up_tf, act_tf, xa_tr, rounded, .. } = buffers;
         self.products(layer, o_th, &mut [(O, stream_td)], Accumulate, xa_tr, rounded);
         rmsnorm::forward(stream_td, self.tensor(layer.post_norm), self.config.rms_norm_eps, normed_td, rstd_t);
@@ -171,7 +180,7 @@ impl Llama {
     }
 
     /// Linear layers of `layer` that read the same `x`, with biases and adapters.
-    fn products(
+    pub(super) fn products(
         &self,
         layer: &Layer,
         x: &Tensor,

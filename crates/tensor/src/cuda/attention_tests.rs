@@ -46,19 +46,47 @@ fn every_size_of_head() {
     }
 }
 
+/// Sequences of (new queries, keys, rows of the cache before the first key), whose keys may lie anywhere.
+fn behind_caches(lab: &mut Lab, heads: Heads, sequences: &[(usize, usize, usize)]) {
+    let mut segments = Vec::new();
+    let (mut num_queries, mut rows) = (0, 0);
+    for (queries, keys, before) in sequences {
+        let first = rows + before;
+        segments.push(Segment { queries: num_queries..num_queries + queries, keys: first..first + keys });
+        (num_queries, rows) = (num_queries + queries, first + keys);
+    }
+    let q = lab.random(&[num_queries, heads.q_cols()], 1.0);
+    let [k, v] = [(); 2].map(|()| lab.random(&[rows + 3, heads.kv_cols()], 1.0));
+    let (mut o, mut go) = (Tensor::default(), Tensor::default());
+    attention::forward_cached(&q, &k, &v, &segments, heads, &mut o);
+    let [gq, gk, gv] = [&q, &k, &v].map(|t| lab.up(t));
+    attention::forward_cached(&gq, &gk, &gv, &segments, heads, &mut go);
+    lab.close(&format!("{heads:?}, {sequences:?}"), &go, &o, 2e-6);
+}
+
 #[test]
 fn queries_behind_a_cache() {
     let heads = Heads { num_heads: 4, num_kv_heads: 2, head_dim: 32 };
     for mut lab in labs(13) {
         for (num_queries, num_keys) in [(1, 1), (1, 300), (5, 70), (17, 40), (70, 200)] {
-            let q = lab.random(&[num_queries, heads.q_cols()], 1.0);
-            let [k, v] = [(); 2].map(|()| lab.random(&[num_keys + 3, heads.kv_cols()], 1.0));
-            let (mut o, mut go) = (Tensor::default(), Tensor::default());
-            attention::forward_last(&q, &k, &v, num_keys, heads, &mut o);
-            let [gq, gk, gv] = [&q, &k, &v].map(|t| lab.up(t));
-            attention::forward_last(&gq, &gk, &gv, num_keys, heads, &mut go);
-            lab.close(&format!("{num_queries} of {num_keys}"), &go, &o, 2e-6);
+            behind_caches(&mut lab, heads, &[(num_queries, num_keys, 0)]);
         }
+    }
+}
+
+#[test]
+fn sequences_of_unequal_length_behind_their_caches() {
+    for mut lab in labs(15) {
+        for (num_heads, num_kv_heads, head_dim) in [(4, 2, 32), (2, 1, 16), (9, 1, 16)] {
+            let heads = Heads { num_heads, num_kv_heads, head_dim };
+            behind_caches(&mut lab, heads, &[(1, 5, 0), (1, 700, 9), (1, 1, 70), (1, 256, 0), (1, 257, 1)]);
+            behind_caches(&mut lab, heads, &[(3, 3, 0), (1, 300, 9), (16, 20, 0)]);
+        }
+        behind_caches(
+            &mut lab,
+            Heads { num_heads: 4, num_kv_heads: 2, head_dim: 16 },
+            &[(70, 90, 4), (2, 300, 0), (1, 1, 0)],
+        );
     }
 }
 

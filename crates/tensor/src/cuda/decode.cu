@@ -1,18 +1,18 @@
-// Attention of a few new queries over cached keys and values [capacity, kv_heads, d]: the keys are divided among blocks, whose
-// results are joined. A warp takes one key after the other for all query heads that share it, so that every key and
+// Attention of a few new queries of one or several sequences over cached keys and values [rows, kv_heads, d]: the keys of a query
+// are divided among blocks, whose results are joined. A warp takes one key after the other for all query heads that share it, so that every key and
 // value is read once.
 
 constexpr int MAX_GROUP = 8, MAX_PARTS = 4;
 
 // Partial results of `chunk` keys for query row blockIdx.z, key/value head blockIdx.y: for every head of the group the largest
-// score, the sum of exponentials and the sum of values, one after the other in `parts` [rows, heads, chunks, d + 2]. The last
-// row sees all `num_keys` keys, the one before all but one, and so on.
+// score, the sum of exponentials and the sum of values, one after the other in `parts` [rows, heads, chunks, d + 2]. `table` has for
+// each query the row of its first key and how many keys it sees; a block behind the last of them writes an empty part.
 extern "C" __global__ void __launch_bounds__(128)
 attention_decode(const element *__restrict__ q, const element *__restrict__ k, const element *__restrict__ v,
-                 float *__restrict__ parts, u32 num_keys, u32 chunk, u32 heads, u32 kv_heads, u32 d, float scale) {
+                 const u32 *__restrict__ table, float *__restrict__ parts, u32 chunk, u32 heads, u32 kv_heads, u32 d, float scale) {
     SHARED(memory);
     float *shared = (float *)memory; // [warps, group, d + 2]
-    u32 row = blockIdx.z, kv_head = blockIdx.y, group = heads / kv_heads, seen = num_keys - (gridDim.z - 1 - row);
+    u32 row = blockIdx.z, kv_head = blockIdx.y, group = heads / kv_heads, first = table[2 * row], seen = table[2 * row + 1];
     u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
     float query[MAX_GROUP][MAX_PARTS], sums[MAX_GROUP][MAX_PARTS], largest[MAX_GROUP], totals[MAX_GROUP];
 #pragma unroll
@@ -28,7 +28,7 @@ attention_decode(const element *__restrict__ q, const element *__restrict__ k, c
     }
     u32 end = min(seen, (blockIdx.x + 1) * chunk);
     for (u32 key = blockIdx.x * chunk + warp; key < end; key += warps) {
-        u64 at = ((u64)key * kv_heads + kv_head) * d;
+        u64 at = ((u64)(first + key) * kv_heads + kv_head) * d;
         float keys[MAX_PARTS], values[MAX_PARTS];
 #pragma unroll
         for (int p = 0; p < MAX_PARTS; p++) {
@@ -96,34 +96,4 @@ extern "C" __global__ void attention_join(const float *__restrict__ parts, eleme
         }
         o[(u64)blockIdx.x * d + i] = from_float<element>(sum / total);
     }
-}
-
-// Index of the largest of each row's logits [rows, vocab] (f32), the first where several are.
-extern "C" __global__ void argmax(const float *__restrict__ logits, u32 *__restrict__ index, u32 vocab) {
-    SHARED(memory);
-    float *values = (float *)memory;
-    u32 *indices = (u32 *)(values + blockDim.x);
-    const float *row = logits + (u64)blockIdx.x * vocab;
-    float best = -INFINITY;
-    u32 at = 0xffffffffu;
-    for (u32 i = threadIdx.x; i < vocab; i += blockDim.x) {
-        if (row[i] > best || at == 0xffffffffu) {
-            best = row[i];
-            at = i;
-        }
-    }
-    values[threadIdx.x] = best;
-    indices[threadIdx.x] = at;
-    for (u32 half = blockDim.x / 2; half > 0; half /= 2) {
-        __syncthreads();
-        if (threadIdx.x < half) {
-            u32 other = threadIdx.x + half;
-            float theirs = values[other], mine = values[threadIdx.x];
-            if (theirs > mine || (theirs == mine && indices[other] < indices[threadIdx.x])) {
-                values[threadIdx.x] = theirs;
-                indices[threadIdx.x] = indices[other];
-            }
-        }
-    }
-    if (threadIdx.x == 0) index[blockIdx.x] = indices[0];
 }

@@ -1,4 +1,5 @@
-// Blocks of GGUF files and NF4 to elements; formats in quant.rs and nf4.rs. A thread decodes 8 elements that follow each other.
+// Blocks of GGUF files and NF4: decoded to elements, or multiplied as they are; formats in quant.rs and nf4.rs. A thread decodes 8
+// elements that follow each other.
 
 __device__ __forceinline__ float half_at(const u8 *p) {
     u32 bits = p[0] | (u32)p[1] << 8, sign = (bits & 0x8000u) << 16, exponent = bits >> 10 & 31, mantissa = bits & 1023;
@@ -99,36 +100,123 @@ __device__ __forceinline__ void decode8(u32 kind, const u8 *b, u32 at, float (&y
     }
 }
 
-// `rows` rows from `first` on, [rows, cols]; rows of q and k in GGUF files are interleaved by head (`half_head` > 0 is half of a
-// head's rows). With an `index`, its rows instead.
-extern "C" __global__ void dequantize_blocks(const u8 *__restrict__ blocks, const u32 *__restrict__ index,
-                                             element *__restrict__ y, u32 kind, u32 block_len, u32 block_bytes, u32 first,
-                                             u32 rows, u32 cols, u32 half_head) {
-    u64 i = ((u64)blockIdx.x * blockDim.x + threadIdx.x) * 8;
-    if (i >= (u64)rows * cols) return;
-    u32 row = index ? index[i / cols] : first + i / cols, column = i % cols;
-    if (half_head > 0) {
-        u32 within = row % (2 * half_head);
-        row = row - within + within % half_head * 2 + within / half_head;
+// A matrix of blocks [rows, cols]; rows of q and k in GGUF files are interleaved by head (`half_head` > 0 is half of a head's rows).
+struct Blocks {
+    const u8 *bytes;
+    u32 kind, block_len, block_bytes, cols, half_head;
+
+    // 8 elements of `row` from `column` on.
+    __device__ __forceinline__ void decode(u32 row, u32 column, float (&y)[8]) const {
+        if (half_head > 0) {
+            u32 within = row % (2 * half_head);
+            row = row - within + within % half_head * 2 + within / half_head;
+        }
+        const u8 *block = bytes + ((u64)row * (cols / block_len) + column / block_len) * block_bytes;
+        decode8(kind, block, column % block_len, y);
     }
-    const u8 *block = blocks + ((u64)row * (cols / block_len) + column / block_len) * block_bytes;
+};
+
+// NF4 with absolute maxima of blocks of 64, plain (`groups` null) or rounded to a table of 256 in groups of 256.
+struct Nf4 {
+    const u8 *packed;
+    const float *code, *maxima;
+    const u8 *codes;
+    const float *table, *groups;
+    float offset;
+    u32 cols;
+
+    __device__ __forceinline__ void decode(u32 row, u32 column, float (&y)[8]) const {
+        u64 at = (u64)row * cols + column, block = at / 64;
+        float scale = groups ? table[codes[block]] * groups[block / 256] + offset : maxima[block];
+#pragma unroll
+        for (int j = 0; j < 8; j++) {
+            u32 byte = packed[(at + j) / 2], nibble = (at + j) % 2 ? byte & 15 : byte >> 4;
+            y[j] = code[nibble] * scale;
+        }
+    }
+};
+
+// `rows` rows from `first` on, [rows, cols]; with an `index`, its rows instead.
+template <class Matrix>
+__device__ __forceinline__ void dequantize(const Matrix &matrix, const u32 *index, element *y, u32 first, u32 rows) {
+    u64 i = ((u64)blockIdx.x * blockDim.x + threadIdx.x) * 8;
+    if (i >= (u64)rows * matrix.cols) return;
+    u32 row = i / matrix.cols;
     float values[8];
-    decode8(kind, block, column % block_len, values);
+    matrix.decode(index ? index[row] : first + row, i % matrix.cols, values);
     for (int j = 0; j < 8; j++) y[i + j] = from_float<element>(values[j]);
 }
 
-// NF4 with absolute maxima of blocks of 64, plain (`groups` null) or rounded to a table of 256 in groups of 256.
+constexpr int MOST_ROWS = 8;
+
+// y [m, rows] = or += alpha x [m, cols] wT for up to MOST_ROWS rows of x: a warp takes a row of the matrix, so that its bytes are
+// read once and the decoded row is never written. `y` is f32 with `as_float`.
+template <class Matrix>
+__device__ __forceinline__ void multiply(const Matrix &matrix, const element *x, void *y, u32 rows, u32 m, u32 x_stride,
+                                         u32 y_stride, float alpha, u32 accumulate, u32 as_float) {
+    u32 row = (blockIdx.x * blockDim.x + threadIdx.x) / 32, lane = threadIdx.x % 32;
+    if (row >= rows) return;
+    float sums[MOST_ROWS];
+#pragma unroll
+    for (int t = 0; t < MOST_ROWS; t++) sums[t] = 0.0f;
+    for (u32 column = lane * 8; column < matrix.cols; column += 256) {
+        float w[8];
+        matrix.decode(row, column, w);
+#pragma unroll
+        for (int t = 0; t < MOST_ROWS; t++) {
+            if (t >= m) break;
+            float values[WIDTH];
+#pragma unroll
+            for (int part = 0; part < 8 / WIDTH; part++) {
+                load16(x + (u64)t * x_stride + column + part * WIDTH, values);
+#pragma unroll
+                for (int j = 0; j < WIDTH; j++) sums[t] += w[part * WIDTH + j] * values[j];
+            }
+        }
+    }
+#pragma unroll
+    for (int t = 0; t < MOST_ROWS; t++) {
+        if (t >= m) break;
+        float sum = alpha * warp_sum(sums[t]);
+        u64 at = (u64)t * y_stride + row;
+        if (lane > 0) continue;
+        if (as_float) {
+            float *out = (float *)y + at;
+            *out = accumulate ? *out + sum : sum;
+        } else {
+            element *out = (element *)y + at;
+            *out = from_float<element>(accumulate ? to_float(*out) + sum : sum);
+        }
+    }
+}
+
+extern "C" __global__ void dequantize_blocks(const u8 *__restrict__ blocks, u32 kind, u32 block_len, u32 block_bytes,
+                                             u32 cols, u32 half_head, const u32 *__restrict__ index,
+                                             element *__restrict__ y, u32 first, u32 rows) {
+    dequantize(Blocks{blocks, kind, block_len, block_bytes, cols, half_head}, index, y, first, rows);
+}
+
 extern "C" __global__ void dequantize_nf4(const u8 *__restrict__ packed, const float *__restrict__ code,
                                           const float *__restrict__ maxima, const u8 *__restrict__ codes,
                                           const float *__restrict__ table, const float *__restrict__ groups, float offset,
-                                          const u32 *__restrict__ index, element *__restrict__ y, u32 first, u32 rows,
-                                          u32 cols) {
-    u64 i = ((u64)blockIdx.x * blockDim.x + threadIdx.x) * 8;
-    if (i >= (u64)rows * cols) return;
-    u64 at = (u64)(index ? index[i / cols] : first + i / cols) * cols + i % cols, block = at / 64;
-    float scale = groups ? table[codes[block]] * groups[block / 256] + offset : maxima[block];
-    for (int j = 0; j < 8; j++) {
-        u32 byte = packed[(at + j) / 2], nibble = (at + j) % 2 ? byte & 15 : byte >> 4;
-        y[i + j] = from_float<element>(code[nibble] * scale);
-    }
+                                          u32 cols, const u32 *__restrict__ index, element *__restrict__ y, u32 first,
+                                          u32 rows) {
+    dequantize(Nf4{packed, code, maxima, codes, table, groups, offset, cols}, index, y, first, rows);
+}
+
+extern "C" __global__ void multiply_blocks(const u8 *__restrict__ blocks, u32 kind, u32 block_len, u32 block_bytes,
+                                           u32 cols, u32 half_head, const element *__restrict__ x, void *__restrict__ y,
+                                           u32 rows, u32 m, u32 x_stride, u32 y_stride, float alpha, u32 accumulate,
+                                           u32 as_float) {
+    Blocks matrix{blocks, kind, block_len, block_bytes, cols, half_head};
+    multiply(matrix, x, y, rows, m, x_stride, y_stride, alpha, accumulate, as_float);
+}
+
+extern "C" __global__ void multiply_nf4(const u8 *__restrict__ packed, const float *__restrict__ code,
+                                        const float *__restrict__ maxima, const u8 *__restrict__ codes,
+                                        const float *__restrict__ table, const float *__restrict__ groups, float offset,
+                                        u32 cols, const element *__restrict__ x, void *__restrict__ y, u32 rows, u32 m,
+                                        u32 x_stride, u32 y_stride, float alpha, u32 accumulate, u32 as_float) {
+    Nf4 matrix{packed, code, maxima, codes, table, groups, offset, cols};
+    multiply(matrix, x, y, rows, m, x_stride, y_stride, alpha, accumulate, as_float);
 }

@@ -1,7 +1,7 @@
-//! Quantised weights on the device, and their decoding; formats in `quant.rs` and `nf4.rs`.
+//! Quantised weights on the device, their decoding and their products with few rows; formats in `quant.rs` and `nf4.rs`.
 
 use super::kernels::{Module, Source};
-use super::{Arg, Buffer, Gpu, Launch, blocks, buffer};
+use super::{Arg, Buffer, Gpu, Launch, Matrix, blocks, buffer};
 use crate::nf4::{self, Nf4Parts};
 use crate::quant::BlockType;
 use crate::{Dtype, Tensor};
@@ -135,18 +135,62 @@ fn decode(gpu: &Gpu, w: &DeviceWeight, rows: Rows<'_>, to: &Buffer, element: Dty
         Rows::Listed(index) => (Arg::Buffer(index, 0), 0, index.bytes() / 4),
     };
     assert!(count * cols * element.bytes() <= to.bytes(), "{count} rows of {:?}", w.shape);
-    let to = Arg::Buffer(to, 0);
-    let launch = |kernel, args: &[Arg<'_>]| {
-        let grid = [blocks(count * cols / 8, THREADS), 1, 1];
-        let module = Module::new(Source::Dequantize, element);
-        gpu.launch(&Launch { module, kernel, grid, block: THREADS, shared: 0, args });
+    let kernel = match &w.encoding {
+        Encoding::Blocks { .. } => "dequantize_blocks",
+        Encoding::Nf4(_) => "dequantize_nf4",
     };
-    match &w.encoding {
+    let args = [index, Arg::Buffer(to, 0), Arg::U32(first as u32), Arg::U32(count as u32)];
+    launch(gpu, w, element, kernel, count * cols / 8, &args);
+}
+
+/// Rows of x that [`multiply`] takes: more are better multiplied with decoded tiles.
+pub(crate) const MOST_ROWS: usize = 8;
+
+/// `y` [rows, out] = or += `alpha` x wᵀ for up to [`MOST_ROWS`] rows of `x`, without decoding the matrix to memory.
+pub(crate) fn multiply(
+    gpu: &Gpu,
+    w: &DeviceWeight,
+    x: Matrix<'_>,
+    rows: usize,
+    alpha: f32,
+    y: Matrix<'_>,
+    accumulate: bool,
+) {
+    let [n, _] = w.shape;
+    assert!(rows <= MOST_ROWS && !x.transposed && !y.transposed, "{rows} rows of {x:?}");
+    let width = 16 / x.dtype.bytes();
+    assert!(x.stride.is_multiple_of(width) && x.offset.is_multiple_of(width), "rows of {x:?}");
+    x.check(rows, w.shape[1]);
+    y.check(rows, n);
+    let kernel = match &w.encoding {
+        Encoding::Blocks { .. } => "multiply_blocks",
+        Encoding::Nf4(_) => "multiply_nf4",
+    };
+    let start = |m: &Matrix<'_>| m.offset * m.dtype.bytes();
+    let as_float = y.dtype != x.dtype;
+    let [outputs, m, x_stride, y_stride] = [n, rows, x.stride, y.stride].map(|v| Arg::U32(v as u32));
+    let args = [
+        Arg::Buffer(x.buffer, start(&x)),
+        Arg::Buffer(y.buffer, start(&y)),
+        outputs,
+        m,
+        x_stride,
+        y_stride,
+        Arg::F32(alpha),
+        Arg::U32(accumulate.into()),
+        Arg::U32(as_float.into()),
+    ];
+    launch(gpu, w, x.dtype, kernel, 32 * n, &args);
+}
+
+/// A launch of `threads` threads over the matrix, whose own arguments come before `args`.
+fn launch(gpu: &Gpu, w: &DeviceWeight, element: Dtype, kernel: &'static str, threads: usize, args: &[Arg<'_>]) {
+    let cols = Arg::U32(w.shape[1] as u32);
+    let own = match &w.encoding {
         Encoding::Blocks { kind, bytes, half_head } => {
-            let sizes = [kind.ggml() as usize, kind.block_len(), kind.block_bytes(), first, count, cols, *half_head];
-            let pointers = [Arg::Buffer(bytes, 0), index, to];
-            let args: Vec<Arg<'_>> = pointers.into_iter().chain(sizes.map(|x| Arg::U32(x as u32))).collect();
-            launch("dequantize_blocks", &args);
+            let [number, len, size, half] =
+                [kind.ggml() as usize, kind.block_len(), kind.block_bytes(), *half_head].map(|x| Arg::U32(x as u32));
+            vec![Arg::Buffer(bytes, 0), number, len, size, cols, half]
         }
         Encoding::Nf4(nf4) => {
             let (maxima, codes, table, groups, offset) = match &nf4.scales {
@@ -156,11 +200,16 @@ fn decode(gpu: &Gpu, w: &DeviceWeight, rows: Rows<'_>, to: &Buffer, element: Dty
                 }
             };
             let [packed, code] = [&nf4.packed, &nf4.code].map(|b| Arg::Buffer(b, 0));
-            let [first, count, cols] = [first, count, cols].map(|x| Arg::U32(x as u32));
-            launch(
-                "dequantize_nf4",
-                &[packed, code, maxima, codes, table, groups, Arg::F32(offset), index, to, first, count, cols],
-            );
+            vec![packed, code, maxima, codes, table, groups, Arg::F32(offset), cols]
         }
-    }
+    };
+    let args: Vec<Arg<'_>> = own.into_iter().chain(args.iter().copied()).collect();
+    gpu.launch(&Launch {
+        module: Module::new(Source::Dequantize, element),
+        kernel,
+        grid: [blocks(threads, THREADS), 1, 1],
+        block: THREADS,
+        shared: 0,
+        args: &args,
+    });
 }

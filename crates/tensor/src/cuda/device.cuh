@@ -95,6 +95,11 @@ __device__ __forceinline__ double warp_sum(double x) {
     for (int i = 16; i > 0; i >>= 1) x += __shfl_xor_sync(ALL_LANES, x, i);
     return x;
 }
+__device__ __forceinline__ u64 warp_sum(u64 x) {
+#pragma unroll
+    for (int i = 16; i > 0; i >>= 1) x += __shfl_xor_sync(ALL_LANES, x, i);
+    return x;
+}
 __device__ __forceinline__ float warp_max(float x) {
 #pragma unroll
     for (int i = 16; i > 0; i >>= 1) x = fmaxf(x, __shfl_xor_sync(ALL_LANES, x, i));

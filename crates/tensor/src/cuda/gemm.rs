@@ -34,7 +34,7 @@ impl<'a> Matrix<'a> {
     }
 
     /// Panics unless [rows, cols] as the product sees it lies within the buffer.
-    fn check(&self, rows: usize, cols: usize) {
+    pub(super) fn check(&self, rows: usize, cols: usize) {
         let (rows, cols) = if self.transposed { (cols, rows) } else { (rows, cols) };
         if rows > 0 && cols > 0 {
             let last = self.offset + (rows - 1) * self.stride + cols;

@@ -50,14 +50,15 @@ sources! {
     Attention "attention" [attention_forward, attention_delta, attention_backward_keys, attention_backward_queries];
     AttentionF32 "attention_f32" [attention_forward, attention_delta, attention_backward_keys, attention_backward_queries];
     CrossEntropy "cross_entropy" [cross_entropy];
-    Decode "decode" [attention_decode, attention_join, argmax];
-    Dequantize "dequantize" [dequantize_blocks, dequantize_nf4];
+    Decode "decode" [attention_decode, attention_join];
+    Dequantize "dequantize" [dequantize_blocks, dequantize_nf4, multiply_blocks, multiply_nf4];
     Elementwise "elementwise" [
         swiglu_forward, swiglu_backward, rows_gather, embedding_gradient, add_bias, column_sums, dropout,
     ];
     Optimizer "optimizer" [adamw, adamw_8bit, sum_of_squares];
     Rmsnorm "rmsnorm" [rmsnorm_forward, rmsnorm_apply, rmsnorm_backward, rmsnorm_weight_gradient];
     Rope "rope" [rope_angles, rope_rotate];
+    Sample "sample" [penalise, argmax, sample];
 }
 
 impl Source {
@@ -73,7 +74,7 @@ impl Source {
     pub fn elements(self) -> &'static [Dtype] {
         match self {
             Self::Attention => &[Dtype::BF16],
-            Self::AttentionF32 => &[Dtype::F32],
+            Self::AttentionF32 | Self::Sample => &[Dtype::F32],
             _ => &[Dtype::F32, Dtype::BF16],
         }
     }

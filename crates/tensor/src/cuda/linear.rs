@@ -1,5 +1,6 @@
 //! Matrix products of linear layers; contract in `ops/linear.rs`. An adapter's product is added to the layer's where that lies
-//! (`beta` = 1); a quantised weight is decoded a tile of rows at a time into memory that is used again.
+//! (`beta` = 1); a quantised weight is decoded a tile of rows at a time into memory that is used again, or multiplied as it is where
+//! few rows go through it.
 
 use super::{Buffer, Gemm, Gpu, Matrix, buffer, dequantize};
 use crate::ops::linear::{Adapter, Into};
@@ -49,10 +50,15 @@ pub(crate) fn forward(
     into: Into,
 ) {
     let (k, element) = (w.cols(), x.dtype);
-    tiles(gpu, w, element, |first, count, tile| {
-        let c = y.at(y.offset + first);
-        gpu.gemm(&Gemm { m: rows, n: count, k, alpha, a: x, b: tile.t(), beta: beta(into), c });
-    });
+    match w {
+        Weight::Device(w) if rows <= dequantize::MOST_ROWS => {
+            dequantize::multiply(gpu, w, x, rows, alpha, y, into == Into::Accumulate);
+        }
+        _ => tiles(gpu, w, element, |first, count, tile| {
+            let c = y.at(y.offset + first);
+            gpu.gemm(&Gemm { m: rows, n: count, k, alpha, a: x, b: tile.t(), beta: beta(into), c });
+        }),
+    }
     if let Some(Adapter { inner, outer, scale }) = adapter {
         let (n, k) = (w.rows(), inner.cols());
         gpu.gemm(&Gemm { m: rows, n, k, alpha: scale, a: matrix(inner), b: matrix(outer).t(), beta: 1.0, c: y });

@@ -32,6 +32,7 @@ pub(crate) mod linear;
 pub(crate) mod optimizer;
 pub(crate) mod rmsnorm;
 pub(crate) mod rope;
+pub(crate) mod sample;
 #[cfg(test)]
 mod tests;
 #[cfg(test)]

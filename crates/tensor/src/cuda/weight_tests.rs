@@ -4,7 +4,7 @@ use super::lab::labs;
 use crate::ops::adamw_8bit::{self, DeviceMoment, Moment, Sign};
 use crate::ops::linear::{self, Adapter, Into};
 use crate::ops::linear_cross_entropy::{self, Gradients, Scratch};
-use crate::ops::{adamw, argmax, dropout, embedding, grad_norm, rows};
+use crate::ops::{adamw, dropout, embedding, grad_norm, rows, sample};
 use crate::quant::BlockType;
 use crate::quant_encode::quantize;
 use crate::{Bytes, Dtype, Packed, Tensor, Weight};
@@ -107,21 +107,31 @@ fn quantised_weights() {
     }
 }
 
+/// Few rows are multiplied with the blocks as they are, more with decoded tiles.
 #[test]
 fn products_with_quantised_weights() {
     for mut lab in labs(23) {
-        let dense = lab.random(&[48, 64], 0.5);
-        let packed = Packed::nf4(&dense, true);
-        let decoded = Weight::from(packed.to_tensor());
-        let weight = Weight::Packed(packed).to_device(&lab.device, lab.dtype);
-        let (x, d_y) = (lab.random(&[3, 64], 1.0), lab.random(&[3, 48], 1.0));
-        let [mut y, mut d_x, mut gy, mut gd_x] = [(); 4].map(|()| Tensor::default());
-        linear::forward(&x, &decoded, 1.0, &mut y, Into::Overwrite);
-        linear::input_gradient(&d_y, &decoded, 1.0, &mut d_x, Into::Overwrite);
-        linear::forward(&lab.up(&x), &weight, 1.0, &mut gy, Into::Overwrite);
-        linear::input_gradient(&lab.up(&d_y), &weight, 1.0, &mut gd_x, Into::Overwrite);
-        lab.close("y", &gy, &y, 1e-6);
-        lab.close("d_x", &gd_x, &d_x, 1e-6);
+        let dense = lab.random(&[48, 512], 0.5);
+        let q4 = quantize(BlockType::Q4_0, dense.data());
+        let q4 = |heads| Packed::from_blocks([48, 512], BlockType::Q4_0, Bytes::Owned(q4.clone()), heads);
+        for packed in [Packed::nf4(&dense, true), Packed::nf4(&dense, false), q4(None), q4(Some(3))] {
+            let decoded = Weight::from(packed.to_tensor());
+            let weight = Weight::Packed(packed).to_device(&lab.device, lab.dtype);
+            for t in [1, 3, 8, 11] {
+                let (x, d_y) = (lab.random(&[t, 512], 1.0), lab.random(&[t, 48], 1.0));
+                let [mut y, mut d_x, mut gy, mut gd_x, mut logits] = [(); 5].map(|()| Tensor::default());
+                linear::forward(&x, &decoded, 1.0, &mut y, Into::Overwrite);
+                linear::logits(&lab.up(&x), &weight, &mut logits);
+                lab.close("logits", &logits, &y, 1e-6);
+                linear::forward(&x, &decoded, 0.5, &mut y, Into::Accumulate);
+                linear::input_gradient(&d_y, &decoded, 1.0, &mut d_x, Into::Overwrite);
+                linear::forward(&lab.up(&x), &weight, 1.0, &mut gy, Into::Overwrite);
+                linear::forward(&lab.up(&x), &weight, 0.5, &mut gy, Into::Accumulate);
+                linear::input_gradient(&lab.up(&d_y), &weight, 1.0, &mut gd_x, Into::Overwrite);
+                lab.close("y", &gy, &y, 1e-6);
+                lab.close("d_x", &gd_x, &d_x, 1e-6);
+            }
+        }
     }
 }
 
@@ -289,7 +299,7 @@ fn updates_with_moments_of_8_bits() {
 }
 
 #[test]
-fn norms_and_greedy_tokens() {
+fn norms_of_gradients() {
     let [mut lab, _] = labs(28);
     let tensors = [5, 70_000, 1].map(|n| lab.random(&[n], 1.0));
     let want = grad_norm::norm(&tensors.iter().collect::<Vec<_>>());
@@ -297,10 +307,53 @@ fn norms_and_greedy_tokens() {
     let got = grad_norm::norm(&up.iter().collect::<Vec<_>>());
     assert!((got / want - 1.0).abs() < 1e-12, "{got} {want}");
     assert!((grad_norm::sum_of_squares(&up[0]) / grad_norm::sum_of_squares(&tensors[0]) - 1.0).abs() < 1e-12);
+}
+
+/// The same token for the same logits and number, whatever cuts the list off.
+#[test]
+fn tokens_are_chosen_as_on_the_processor() {
+    use sample::{Choice, Draw, Scratch};
+    let [mut lab, _] = labs(29);
+    let (vocab, mut scratch) = (3000, Scratch::default());
+    for round in 0..12 {
+        let mut logits = lab.random(&[6, vocab], 2.0);
+        if round % 2 > 0 {
+            // Many equals, at the cuts too.
+            logits.data_mut().iter_mut().for_each(|x| *x = (*x * 2.0).round() / 2.0);
+        }
+        logits.row_mut(1)[2321] = 99.0;
+        logits.row_mut(2)[17] = 99.0;
+        logits.row_mut(2)[2000] = 99.0;
+        let history = [5, 2321, 17, 5, 2999, 0].map(|id| (id + round) % vocab as u32);
+        let choices: Vec<Choice<'_>> = (0..6)
+            .map(|row| {
+                let pick = |values: [f32; 3], at: u32| values[((round + row + at) % 3) as usize];
+                let draw = Draw {
+                    temperature: pick([0.7, 1.0, 1.3], 0),
+                    top_k: [0, 50, 1, 2000, 7, 3000][((round + row) % 6) as usize],
+                    top_p: pick([0.9, 1.0, 0.3], 1),
+                    min_p: pick([0.0, 0.05, 0.0], 2),
+                    uniform: lab.rng.uniform_f64(),
+                };
+                let repetition_penalty = if row % 2 == 0 { 1.3 } else { 1.0 };
+                Choice { repetition_penalty, history: &history, draw: (row < 5).then_some(draw) }
+            })
+            .collect();
+        let mut up = lab.up(&logits);
+        let want = sample::rows(&mut logits, &choices, &mut scratch);
+        assert_eq!(sample::rows(&mut up, &choices, &mut scratch), want, "round {round}: {choices:?}");
+    }
     let mut logits = lab.random(&[3, 5000], 1.0);
     logits.row_mut(1)[4321] = 99.0;
     logits.row_mut(2)[17] = 99.0;
     logits.row_mut(2)[4000] = 99.0;
-    assert_eq!(argmax::rows(&lab.up(&logits)), argmax::rows(&logits));
-    assert_eq!(argmax::rows(&logits)[1..], [4321, 17]);
+    let greedy = Choice { repetition_penalty: 1.0, history: &[], draw: None };
+    let got = sample::rows(&mut lab.up(&logits), &[greedy; 3], &mut scratch);
+    assert_eq!(got[1..], [4321, 17]);
+    // What no softmax can be made of still gives a token.
+    let mut broken = Tensor::from_slice(&[1, 40], &[f32::NAN; 40]).to_device(&lab.device, Dtype::F32);
+    let draw = Draw { temperature: 1.0, top_k: 0, top_p: 0.5, min_p: 0.1, uniform: 0.5 };
+    let got = sample::rows(&mut broken, &[Choice { draw: Some(draw), ..greedy }], &mut scratch);
+    lab.device.synchronize().unwrap();
+    assert!(got[0] < 40);
 }

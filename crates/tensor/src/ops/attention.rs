@@ -104,13 +104,13 @@ pub fn forward(
     cpu::attention::forward(q.data(), k.data(), v.data(), segments, heads, o.data_mut(), lse.data_mut());
 }
 
-/// `o` [T, H·D] of the last T tokens `q` of one sequence over the first `num_keys` rows of `k` and `v`, theirs included.
-pub fn forward_last(q: &Tensor, k: &Tensor, v: &Tensor, num_keys: usize, heads: Heads, o: &mut Tensor) {
-    if let Some(gpu) = q.gpu().filter(|_| cuda::decode::takes(q.rows(), heads)) {
-        return cuda::decode::attention(gpu, q, k, v, num_keys, heads, o);
+/// As [`forward`] without what a backward pass needs: for new tokens of one or several sequences over cached keys and values.
+pub fn forward_cached(q: &Tensor, k: &Tensor, v: &Tensor, segments: &[Segment], heads: Heads, o: &mut Tensor) {
+    if let Some(gpu) = q.gpu().filter(|_| cuda::decode::takes(segments, heads)) {
+        check(q, k, v, segments, heads);
+        return cuda::decode::attention(gpu, q, k, v, segments, heads, o);
     }
-    let segments = [Segment { queries: 0..q.rows(), keys: 0..num_keys }];
-    forward(q, k, v, &segments, heads, o, &mut Tensor::default());
+    forward(q, k, v, segments, heads, o, &mut Tensor::default());
 }
 
 /// `d_q` [T, H·D], `d_k`, `d_v` [T, K·D] = gradients for `d_o` [T, H·D]. Segments must have as many queries as keys and

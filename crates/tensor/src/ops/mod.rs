@@ -5,7 +5,6 @@
 
 pub mod adamw;
 pub mod adamw_8bit;
-pub mod argmax;
 pub mod attention;
 pub mod attention_decode;
 pub mod dropout;
@@ -17,6 +16,7 @@ pub mod products;
 pub mod rmsnorm;
 pub mod rope;
 pub mod rows;
+pub mod sample;
 pub mod swiglu;
 
 #[cfg(test)]
