@@ -1,6 +1,5 @@
 //! A micro-batch: documents one behind the other, without padding.
 
-use crate::llama::PASS_TOKENS;
 use tunesmith_tensor::ops::attention::Segment;
 
 /// Token ids of several documents with what the model must know of them. Attention stays inside each document and
@@ -91,11 +90,12 @@ fn begins_part(filled: usize, length: usize, max_tokens: usize) -> bool {
     filled + length > max_tokens
 }
 
-/// Tokens of the largest part that a training pass over documents of these `lengths` takes at once: what sizes its buffers.
-pub fn largest_part(lengths: impl IntoIterator<Item = usize>) -> usize {
+/// Tokens of the largest part that a training pass of at most `max_tokens` tokens over documents of these `lengths` takes at once:
+/// what sizes its buffers.
+pub fn largest_part(lengths: impl IntoIterator<Item = usize>, max_tokens: usize) -> usize {
     let (mut filled, mut largest) = (0, 0);
     for length in lengths {
-        filled = if begins_part(filled, length, PASS_TOKENS) { length } else { filled + length };
+        filled = if begins_part(filled, length, max_tokens) { length } else { filled + length };
         largest = largest.max(filled);
     }
     largest
@@ -138,8 +138,8 @@ mod tests {
         for lengths in [&[500usize, 500, 500][..], &[1024, 1], &[3000, 10], &[700, 400, 600], &[1, 1, 1], &[]] {
             let mut batch = Batch::default();
             lengths.iter().for_each(|n| batch.push(&vec![1; *n], &vec![true; *n]));
-            let want = batch.parts(PASS_TOKENS).iter().map(Batch::len).max().unwrap_or(0);
-            assert_eq!(largest_part(lengths.iter().copied()), want);
+            let want = batch.parts(1024).iter().map(Batch::len).max().unwrap_or(0);
+            assert_eq!(largest_part(lengths.iter().copied(), 1024), want);
         }
     }
 }

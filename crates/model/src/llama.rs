@@ -6,7 +6,7 @@
 mod decode;
 mod layer;
 mod placement;
-mod together;
+pub(crate) mod together;
 
 use crate::{Checkpoint, Config, Recompute, Result, Storage, batch::Batch};
 use layer::{ForwardBuffers, KeptActivations, Masks, Pass};
@@ -59,6 +59,8 @@ const DOWN: usize = 6;
 /// Tokens that go through the model at once while training, unless a single document is longer. What a pass keeps for its
 /// backward pass grows with every token; this many rows still make large matrix products.
 pub const PASS_TOKENS: usize = 1024;
+
+pub use placement::PASS_TOKENS_GPU;
 
 /// Names of the seven linear layers of a block, in the order of the constants above.
 pub const LINEAR_NAMES: [&str; 7] = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"];

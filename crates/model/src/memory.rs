@@ -1,6 +1,8 @@
 //! What a pass through the model needs, from its configuration alone: buffers are sized by shapes, so their bytes are known
 //! before any of them exists. `Workspace::num_bytes` counts what is really there, and a test holds the two together.
 
+pub mod gpu;
+
 use crate::{AdapterConfig, Config};
 use serde::{Deserialize, Deserializer, Serialize, de};
 use std::fmt;
@@ -141,8 +143,9 @@ struct Buffers {
     vocab: usize,
     threads: usize,
     int8: bool,
-    /// Sum and largest of the ranks of a layer's adapters, and the widest input of one with dropout.
+    /// Sum of the ranks of a layer's adapters, each of them, the largest, and the widest input of one with dropout.
     ranks: usize,
+    layer_ranks: Vec<usize>,
     largest_rank: usize,
     dropped: usize,
 }
@@ -162,14 +165,17 @@ impl Buffers {
             threads: shape.threads,
             int8: shape.int8,
             ranks: 0,
+            layer_ranks: Vec::new(),
             largest_rank: 0,
             dropped: 0,
         };
         let Some(adapter) = adapter else { return buffers };
         let ranks = adapter_ranks(config, adapter);
-        let per_layer = |l: usize| ranks.iter().filter(move |r| r.layer == l).map(|r| r.rank).sum::<usize>();
+        let of_layer = |l: usize| ranks.iter().filter(move |r| r.layer == l).map(|r| r.rank).collect::<Vec<_>>();
         // Layers seldom differ; where they do, the widest counts for all.
-        buffers.ranks = (0..config.num_hidden_layers).map(per_layer).max().unwrap_or(0);
+        let layers = (0..config.num_hidden_layers).map(of_layer);
+        buffers.layer_ranks = layers.max_by_key(|ranks| ranks.iter().sum::<usize>()).unwrap_or_default();
+        buffers.ranks = buffers.layer_ranks.iter().sum();
         buffers.largest_rank = ranks.iter().map(|r| r.rank).max().unwrap_or(0);
         if adapter.lora_dropout > 0.0 {
             buffers.dropped = ranks.iter().map(|r| r.shape[1]).max().unwrap_or(0);

@@ -9,7 +9,7 @@ use std::sync::OnceLock;
 /// Elements that share a scale.
 pub const BLOCK: usize = 64;
 /// Scales that share a scale of their own under double quantisation.
-const GROUP: usize = 256;
+pub(crate) const GROUP: usize = 256;
 
 /// The sixteen values: quantiles of the normal distribution, scaled to [-1, 1], with an exact zero.
 pub const CODE: [f32; 16] = [

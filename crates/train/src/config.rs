@@ -35,7 +35,8 @@ pub struct Config {
     /// Seed of adapter initialisation, data order and dropout.
     pub seed: u64,
     /// Most memory that training may take, such as `4GB`: how many blocks go through the model at once and what the backward
-    /// pass makes again are then chosen to fit, and nothing begins that would not. Results do not depend on it.
+    /// pass makes again are then chosen to fit, and nothing begins that would not. Results do not depend on it. With a GPU as
+    /// `device` it is the GPU's memory, without what its driver takes.
     pub memory_limit: Option<String>,
     /// The model to start from.
     pub model: ModelConfig,
@@ -51,7 +52,7 @@ pub struct Config {
 
 impl Config {
     /// Type of weights and activations on a GPU.
-    pub(crate) fn element(&self) -> Dtype {
+    pub fn element(&self) -> Dtype {
         match self.dtype {
             Some(ElementType::F32) => Dtype::F32,
             Some(ElementType::Bf16) | None => Dtype::BF16,
@@ -440,13 +441,6 @@ impl Config {
                 "these products are the processor's; use device = \"cpu\" or compute = \"f32\"",
             );
         }
-        if self.device != "cpu" && self.memory_limit.is_some() {
-            return fail(
-                "memory_limit",
-                "set".into(),
-                "the planner knows the processor's memory only; remove it, or use device = \"cpu\"",
-            );
-        }
         if t.load_best_model_at_end
             && (t.eval_steps == 0 || t.save_steps == 0 || !t.save_steps.is_multiple_of(t.eval_steps))
         {
@@ -527,7 +521,6 @@ mod tests {
             (&["device=cuda:"], "device"),
             (&["dtype=bf16"], "the processor computes in f32"),
             (&["device=cuda:0", "compute=int8"], "compute"),
-            (&["device=cuda:0", "memory_limit=4GB"], "memory_limit"),
             (&["device=cuda:0", "dtype=f16"], "dtype"),
         ] {
             let message = parse(sets).unwrap_err().to_string();

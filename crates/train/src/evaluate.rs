@@ -69,7 +69,7 @@ pub fn mean_loss(documents: &[DocumentLoss]) -> (f64, u64) {
 }
 
 /// Prompts that are continued at once on a GPU. On the processor one after the other: samples shall not need more memory than one.
-const PLACES: usize = 16;
+pub(crate) const PLACES: usize = 16;
 
 /// Most sequences that [`continuations`] of `prompts` prompts holds at once.
 pub fn places(device: &Device, prompts: usize) -> usize {

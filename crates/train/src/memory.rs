@@ -4,13 +4,16 @@
 //! and the tokenizer take is measured by whoever asks ([`Inputs::baseline`]). A run's peak is that of its largest phase.
 
 use crate::config::{Compute, Config, Method};
+use crate::evaluate::PLACES;
 use crate::optimizer::Optim;
 use crate::train::Order;
 use crate::{Error, Result};
 use serde::Serialize;
-use tunesmith_model::llama::PASS_TOKENS;
-use tunesmith_model::memory::{PassShape, Recompute, adapter_ranks, cache_bytes, training_bytes};
+use tunesmith_model::llama::{PASS_TOKENS, PASS_TOKENS_GPU};
+use tunesmith_model::memory::gpu::{self, OnGpu};
+use tunesmith_model::memory::{PassBytes, PassShape, Recompute, adapter_ranks, cache_bytes, training_bytes};
 use tunesmith_model::{AdapterConfig, Config as Model, Storage, largest_part};
+use tunesmith_tensor::Dtype;
 use tunesmith_text::PreparedSplit;
 
 /// Steps whose documents are looked at to find the largest pass. All blocks of a longer run are much alike.
@@ -64,15 +67,15 @@ impl DataShape {
         }
     }
 
-    /// Tokens of the largest pass when `batch` blocks make a micro-batch.
-    pub fn pass_tokens(&self, batch: usize) -> usize {
+    /// Tokens of the largest pass when `batch` blocks make a micro-batch, which goes through the model in parts of `most` tokens.
+    pub fn pass_tokens(&self, batch: usize, most: usize) -> usize {
         let micro_batches = self.steps.iter().flat_map(|blocks| blocks.chunks(batch));
-        micro_batches.map(|blocks| largest_part(blocks.iter().flatten().copied())).max().unwrap_or(0)
+        micro_batches.map(|blocks| largest_part(blocks.iter().flatten().copied(), most)).max().unwrap_or(0)
     }
 
     /// Tokens of the largest pass of an evaluation.
-    fn evaluation_tokens(&self) -> usize {
-        self.validation.iter().map(|block| largest_part(block.iter().copied())).max().unwrap_or(0)
+    fn evaluation_tokens(&self, most: usize) -> usize {
+        self.validation.iter().map(|block| largest_part(block.iter().copied(), most)).max().unwrap_or(0)
     }
 }
 
@@ -85,7 +88,9 @@ pub struct Inputs<'a> {
     pub model: &'a Model,
     /// The adapter that trains, if one does.
     pub adapter: Option<&'a AdapterConfig>,
-    /// Bytes of the base model's weights as they are kept.
+    /// Where the model is.
+    pub place: Place,
+    /// Bytes of the base model's weights as they are kept there.
     pub weights: u64,
     /// The same for other values of `model.storage`, for suggestions.
     pub other_weights: &'a [(Storage, u64)],
@@ -95,10 +100,49 @@ pub struct Inputs<'a> {
     pub baseline: u64,
     /// Lengths of the documents.
     pub data: &'a DataShape,
-    /// Tokens of the longest prompt that is continued while training, and of what may follow; `None` = no samples.
-    pub sample: Option<(usize, usize)>,
+    /// Prompts that are continued while training: how many, tokens of the longest, and of what may follow; `None` = no samples.
+    pub sample: Option<(usize, usize, usize)>,
     /// Threads that compute.
     pub threads: usize,
+}
+
+/// Whose memory is planned.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// The processor's, with everything else that the process has.
+    Cpu,
+    /// That of a GPU's allocator; what the driver itself takes is not in it.
+    Gpu {
+        /// Type of activations and dense weights.
+        dtype: Dtype,
+        /// Elements of the largest weight that is quantised there.
+        largest_quantised: usize,
+    },
+}
+
+impl Place {
+    /// Tokens that go through the model at once.
+    fn pass_tokens(self) -> usize {
+        if self == Self::Cpu { PASS_TOKENS } else { PASS_TOKENS_GPU }
+    }
+
+    /// Bytes of a gradient of `len` elements.
+    fn gradient(self, len: usize) -> u64 {
+        if self == Self::Cpu { 4 * len as u64 } else { gpu::float_bytes(len) }
+    }
+
+    /// Bytes of a trained weight of `len` elements.
+    fn trained_weight(self, len: usize) -> u64 {
+        match self {
+            Self::Cpu => 4 * len as u64,
+            Self::Gpu { dtype, .. } => gpu::dense_bytes(len, dtype, true),
+        }
+    }
+
+    /// Bytes of both moments of a tensor of `len` elements.
+    fn moments(self, optim: Optim, len: usize) -> u64 {
+        if self == Self::Cpu { optim.state_bytes(len) as u64 } else { optim.gpu_state_bytes(len) as u64 }
+    }
 }
 
 /// What may be chosen without changing what a run computes.
@@ -162,7 +206,7 @@ impl Inputs<'_> {
             per_device_train_batch_size: batch,
             gradient_accumulation_steps: blocks / batch,
             recompute,
-            pass_tokens: self.data.pass_tokens(batch),
+            pass_tokens: self.data.pass_tokens(batch, self.place.pass_tokens()),
         }
     }
 
@@ -175,33 +219,34 @@ impl Inputs<'_> {
             for a in adapter_ranks(model, adapter) {
                 trained.extend(a.shape.map(|extent| a.rank * extent));
             }
-            adapters = 4 * trained.iter().sum::<usize>() as u64;
+            adapters = trained.iter().map(|len| self.place.trained_weight(*len)).sum();
         }
         if self.config.method == Method::Full {
             trained.extend(model.expected_tensors().iter().map(|(_, shape)| shape.iter().product::<usize>()));
         }
-        let gradients = 4 * trained.iter().sum::<usize>() as u64;
-        let optimizer = trained.iter().map(|n| self.config.training.optim.state_bytes(*n) as u64).sum();
-        let shape = |tokens| PassShape {
-            tokens,
-            loss_rows: tokens,
-            threads: self.threads,
-            int8: self.config.compute == Compute::Int8,
-        };
-        let pass = training_bytes(model, self.adapter, shape(choice.pass_tokens), choice.recompute);
+        let gradients: u64 = trained.iter().map(|len| self.place.gradient(*len)).sum();
+        let optim = self.config.training.optim;
+        let optimizer: u64 = trained.iter().map(|len| self.place.moments(optim, *len)).sum();
+        let pass = self.pass_bytes(model, choice.pass_tokens, choice.recompute, trained.len());
         // Evaluation and samples keep nothing for a backward pass, like a pass that keeps only blocks, of one block.
         let forward = |tokens| {
             let one = Model { num_hidden_layers: 1, ..model.clone() };
-            let pass = training_bytes(&one, self.adapter, shape(tokens), Recompute::Block);
+            let pass = self.pass_bytes(&one, tokens, Recompute::Block, trained.len());
             pass.activations + pass.workspace + pass.kernels
         };
         let resident = self.baseline + self.weights + adapters + gradients + optimizer;
         let training = pass.activations + pass.workspace + pass.kernels;
         // They share the buffers of training, which are not given back.
-        let evaluation = training.max(forward(self.data.evaluation_tokens()));
-        let sampling = self.sample.map_or(0, |(prompt, new)| {
-            let tokens = (prompt + new).min(model.max_position_embeddings);
-            training.max(forward(prompt.min(PASS_TOKENS))) + cache_bytes(model, tokens)
+        let evaluation = training.max(forward(self.data.evaluation_tokens(self.place.pass_tokens())));
+        let sampling = self.sample.map_or(0, |(prompts, prompt, new)| match self.place {
+            Place::Cpu => {
+                let tokens = (prompt + new).min(model.max_position_embeddings);
+                training.max(forward(prompt.min(PASS_TOKENS))) + cache_bytes(model, tokens)
+            }
+            Place::Gpu { dtype, largest_quantised } => {
+                let on = OnGpu { dtype, largest_quantised, num_trained: trained.len() };
+                evaluation + gpu::generation_bytes(model, self.adapter, prompts.clamp(1, PLACES), (prompt, new), on)
+            }
         });
         let loading_peak = self.baseline + self.weights + self.loading;
         let training_peak = resident + training;
@@ -219,6 +264,19 @@ impl Inputs<'_> {
             training_peak,
             evaluation_peak,
             total: loading_peak.max(training_peak).max(evaluation_peak),
+        }
+    }
+
+    /// Bytes of a training pass of `tokens` tokens, `num_trained` tensors train.
+    fn pass_bytes(&self, model: &Model, tokens: usize, recompute: Recompute, num_trained: usize) -> PassBytes {
+        let int8 = self.config.compute == Compute::Int8;
+        let shape = PassShape { tokens, loss_rows: tokens, threads: self.threads, int8 };
+        match self.place {
+            Place::Cpu => training_bytes(model, self.adapter, shape, recompute),
+            Place::Gpu { dtype, largest_quantised } => {
+                let on = OnGpu { dtype, largest_quantised, num_trained };
+                gpu::training_bytes(model, self.adapter, shape, recompute, on)
+            }
         }
     }
 
@@ -360,8 +418,8 @@ mod tests {
     #[test]
     fn passes_are_cut_as_training_cuts_them() {
         let data = DataShape::uniform(8, 512);
-        assert_eq!([1, 2, 4, 8].map(|b| data.pass_tokens(b)), [512, 1024, 1024, 1024]);
+        assert_eq!([1, 2, 4, 8].map(|b| data.pass_tokens(b, 1024)), [512, 1024, 1024, 1024]);
         let long = DataShape::uniform(2, 3000);
-        assert_eq!([1, 2].map(|b| long.pass_tokens(b)), [3000, 3000]);
+        assert_eq!([1, 2].map(|b| long.pass_tokens(b, 1024)), [3000, 3000]);
     }
 }

@@ -4,6 +4,7 @@ use safetensors::Dtype;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use tunesmith_model::{Gradients, Llama};
+use tunesmith_tensor::cuda::sizes;
 use tunesmith_tensor::ops::{adamw, adamw_8bit, grad_norm};
 use tunesmith_tensor::{Device, Tensor, pool};
 
@@ -37,6 +38,11 @@ impl Optim {
     /// Bytes of both moments of a tensor of `len` elements.
     pub fn state_bytes(self, len: usize) -> usize {
         if self.compresses(len) { 2 * adamw_8bit::Moment::bytes(len) } else { 8 * len }
+    }
+
+    /// As [`Optim::state_bytes`], as a GPU's allocator counts them.
+    pub fn gpu_state_bytes(self, len: usize) -> usize {
+        2 * if self.compresses(len) { sizes::moment_8bit(len) } else { sizes::allocated(4 * len) }
     }
 }
 

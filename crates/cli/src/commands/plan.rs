@@ -1,6 +1,7 @@
 //! `tunesmith plan`, and the plan that training makes before its first step.
 
 use crate::args::PlanArgs;
+use crate::device;
 use crate::error::{Error, Result};
 use crate::load::{self, Opened};
 use crate::source::Settings;
@@ -8,12 +9,13 @@ use crate::terminal;
 use serde::Serialize;
 use std::path::Path;
 use std::time::Instant;
+use tunesmith_model::memory::{AdapterRank, adapter_ranks};
 use tunesmith_model::{AdapterConfig, Batch, Config as Model, Gradients, Llama, LossOptions, Storage, Workspace};
-use tunesmith_tensor::{num_threads, rng::Rng};
+use tunesmith_tensor::{Device, num_threads, rng::Rng};
 use tunesmith_text::{Message, PreparedSplit, Report, Split};
 use tunesmith_train::checkpoint::{self, free_bytes};
-use tunesmith_train::config::{Compute, Config};
-use tunesmith_train::memory::{DataShape, Inputs, Plan, format_bytes};
+use tunesmith_train::config::{Compute, Config, Method};
+use tunesmith_train::memory::{DataShape, Inputs, Place, Plan, format_bytes};
 use tunesmith_train::optimizer::{AdamW, AdamWOptions};
 use tunesmith_train::train::adapter_config;
 
@@ -26,9 +28,22 @@ pub(crate) fn run(args: &PlanArgs, settings: &Settings) -> Result<()> {
     let opened = load::open(&config.model.source, config.model.chat_template.as_deref(), settings)?;
     let folder = config.output_dir.join("data");
     let data = super::prepare::prepare(&config.data, &opened, &folder, settings)?;
-    let facts = Facts::gather(&config, &opened, &data, &folder)?;
+    // A plan needs no GPU, only the time of a step does.
+    let device = match config.device.as_str() {
+        "cpu" => Ok(Device::Cpu),
+        "auto" => device::choose("auto", settings),
+        name => device::open(name, settings),
+    };
+    let on_gpu = !matches!(device, Ok(Device::Cpu));
+    let facts = Facts::gather(&config, &opened, &data, &folder, on_gpu)?;
     let settled = facts.settle(&config, &opened, false)?;
-    let time = facts.measure(&settled, opened.checkpoint.config())?;
+    let time = match device {
+        Ok(device) => Some(facts.measure(&settled, opened.checkpoint.config(), &device)?),
+        Err(reason) => {
+            eprintln!("the time of a step is not known, since {} cannot be used: {reason}", config.device);
+            None
+        }
+    };
     let output = Output::new(&facts, &settled, &opened, time);
     match &args.json {
         None => print!("{}", output.describe(&settled, &opened)),
@@ -50,24 +65,27 @@ pub(crate) struct Facts {
     data: DataShape,
     /// Part of the tokens that carry loss.
     trained_share: f64,
+    place: Place,
     weights: u64,
     other_weights: Vec<(Storage, u64)>,
     loading: u64,
     baseline: u64,
-    sample: Option<(usize, usize)>,
+    sample: Option<(usize, usize, usize)>,
 }
 
 /// A configuration whose micro-batch and recompute level are decided, and its plan.
 pub(crate) struct Settled {
     pub(crate) config: Config,
     pub(crate) plan: Plan,
+    /// Whose memory it is about.
+    pub(crate) place: Place,
     /// What was chosen and why, where something was chosen.
     pub(crate) chosen: Option<String>,
 }
 
 impl Facts {
-    /// Looks at the prepared data in `folder` and at the headers of the model's files.
-    pub(crate) fn gather(config: &Config, opened: &Opened, data: &Report, folder: &Path) -> Result<Self> {
+    /// Looks at the prepared data in `folder` and at the headers of the model's files; whether the model will be on a GPU.
+    pub(crate) fn gather(config: &Config, opened: &Opened, data: &Report, folder: &Path, on_gpu: bool) -> Result<Self> {
         let splits = [Split::Train, Split::Validation].map(|split| PreparedSplit::open(folder, split));
         let [train, validation] = splits;
         let mut longest = None;
@@ -82,22 +100,31 @@ impl Facts {
         let storage = config.model.storage;
         let checkpoint = &opened.checkpoint;
         let mut weights = checkpoint.weight_bytes(storage);
+        let mut other_weights = [Storage::Stored, Storage::Nf4].map(|other| (other, checkpoint.weight_bytes(other)));
         let mut loading = checkpoint.loading_bytes(storage);
         if config.compute == Compute::Int8 {
             let [after, most] = checkpoint.int8_bytes(storage);
             (weights, loading) = (after, most - after);
         }
+        let (mut place, mut baseline) = (Place::Cpu, resident() + GROWTH);
+        if on_gpu {
+            let dtype = config.element();
+            let on = |storage| checkpoint.gpu_weights(storage, dtype, config.method == Method::Full);
+            let (bytes, largest_quantised) = on(storage);
+            place = Place::Gpu { dtype, largest_quantised };
+            (weights, loading, baseline) = (bytes, 0, 0);
+            other_weights = other_weights.map(|(other, _)| (other, on(other).0));
+        }
         Ok(Self {
             adapter: adapter_config(config, &opened.base_name())?,
             data: DataShape::of(config, &train?, &validation?)?,
             trained_share: data.train.trained_tokens as f64 / data.train.tokens.max(1) as f64,
+            place,
             weights,
-            other_weights: [Storage::Stored, Storage::Nf4]
-                .map(|other| (other, checkpoint.weight_bytes(other)))
-                .to_vec(),
+            other_weights: other_weights.to_vec(),
             loading,
-            baseline: resident() + GROWTH,
-            sample: longest.map(|prompt| (prompt, samples.max_new_tokens)),
+            baseline,
+            sample: longest.map(|prompt| (samples.prompts.len(), prompt, samples.max_new_tokens)),
         })
     }
 
@@ -106,6 +133,7 @@ impl Facts {
             config,
             model,
             adapter: self.adapter.as_ref(),
+            place: self.place,
             weights: self.weights,
             other_weights: &self.other_weights,
             loading: self.loading,
@@ -125,11 +153,11 @@ impl Facts {
         let inputs = self.inputs(config, opened.checkpoint.config());
         let asked = inputs.plan();
         let Some(limit) = config.memory_limit() else {
-            return Ok(Settled { config: config.clone(), plan: asked, chosen: None });
+            return Ok(Settled { config: config.clone(), plan: asked, place: self.place, chosen: None });
         };
         if let Some(config) = resume.then(|| as_begun(config)).flatten() {
             let plan = self.inputs(&config, opened.checkpoint.config()).plan();
-            return Ok(Settled { config, plan, chosen: None });
+            return Ok(Settled { config, plan, place: self.place, chosen: None });
         }
         let plan = inputs.fit(limit)?;
         let (a, b) = (asked.choice, plan.choice);
@@ -154,14 +182,14 @@ impl Facts {
                 format_bytes(asked.total)
             ));
         }
-        Ok(Settled { config, plan, chosen: Some(chosen) })
+        Ok(Settled { config, plan, place: self.place, chosen: Some(chosen) })
     }
 
     /// Seconds of a step, of the whole training and of all evaluations, from passes through one and two blocks of the
-    /// model's shape with random weights on this machine.
-    fn measure(&self, settled: &Settled, model: &Model) -> Result<Time> {
+    /// model's shape with random weights on `device`.
+    fn measure(&self, settled: &Settled, model: &Model, device: &Device) -> Result<Time> {
         let config = &settled.config;
-        let [one, two] = [1, 2].map(|layers| self.probe(settled, model, layers));
+        let [one, two] = [1, 2].map(|layers| self.probe(settled, model, layers, device));
         let (one, two) = (one?, two?);
         let vocab_scale = model.vocab_size as f64 / one.vocab as f64;
         let layers = model.num_hidden_layers as f64;
@@ -172,8 +200,11 @@ impl Facts {
             (layers * layer + head) / probe_tokens(&settled.plan) as f64
         };
         let tokens = self.data.tokens_per_step;
-        let trained: usize =
-            if self.adapter.is_some() { settled.plan.adapters as usize / 4 } else { model.num_params() };
+        let rank_weights = |r: &AdapterRank| r.rank * (r.shape[0] + r.shape[1]);
+        let trained: usize = match &self.adapter {
+            Some(adapter) => adapter_ranks(model, adapter).iter().map(rank_weights).sum(),
+            None => model.num_params(),
+        };
         let update = one.update / one.trained.max(1) as f64 * trained as f64;
         let step = tokens * per_token(one.pass, two.pass) + update;
         let t = &config.training;
@@ -190,7 +221,7 @@ impl Facts {
     }
 
     /// Times passes through a model of `layers` blocks that is like `model` otherwise, with a smaller vocabulary.
-    fn probe(&self, settled: &Settled, model: &Model, layers: usize) -> Result<Probe> {
+    fn probe(&self, settled: &Settled, model: &Model, layers: usize, device: &Device) -> Result<Probe> {
         let config = &settled.config;
         let vocab = model.vocab_size.min(8192);
         let small = Model { num_hidden_layers: layers, vocab_size: vocab, ..model.clone() };
@@ -201,6 +232,10 @@ impl Facts {
         }
         if config.compute == Compute::Int8 {
             llama.compute_int8(true)?;
+        }
+        if device.gpu().is_some() {
+            llama.check_device(config.element())?;
+            llama.move_to(device, config.element());
         }
         let tokens = probe_tokens(&settled.plan);
         let mut rng = Rng::new(0, 0);
@@ -224,6 +259,7 @@ impl Facts {
             seconds[0] = start.elapsed().as_secs_f64();
             let start = Instant::now();
             optimizer.update(&mut llama, &gradients, 0.0, 1.0);
+            device.synchronize().map_err(tunesmith_train::Error::from)?;
             seconds[1] = start.elapsed().as_secs_f64();
             let start = Instant::now();
             llama.loss(&batch, 0.0, &mut ws);
@@ -280,22 +316,28 @@ struct Output {
     memory: Plan,
     memory_limit: Option<u64>,
     chosen: Option<String>,
-    time: Time,
+    /// Not known where the GPU cannot be used.
+    time: Option<Time>,
     checkpoint: u64,
     disk_free: Option<u64>,
 }
 
 impl Output {
-    fn new(facts: &Facts, settled: &Settled, opened: &Opened, time: Time) -> Self {
+    fn new(facts: &Facts, settled: &Settled, opened: &Opened, time: Option<Time>) -> Self {
         let (config, plan) = (&settled.config, settled.plan);
-        let weights =
-            if facts.adapter.is_some() { plan.adapters } else { 4 * opened.checkpoint.config().num_params() as u64 };
+        let model = opened.checkpoint.config();
+        let trained: Vec<usize> = match &facts.adapter {
+            Some(adapter) => adapter_ranks(model, adapter).iter().flat_map(|r| r.shape.map(|n| n * r.rank)).collect(),
+            None => model.expected_tensors().iter().map(|(_, shape)| shape.iter().product()).collect(),
+        };
+        let optim = config.training.optim;
+        let saved: usize = trained.iter().map(|len| 4 * len + optim.state_bytes(*len)).sum();
         Self {
             memory: plan,
             memory_limit: config.memory_limit(),
             chosen: settled.chosen.clone(),
             time,
-            checkpoint: weights + plan.optimizer + checkpoint::SIDE_FILES,
+            checkpoint: saved as u64 + checkpoint::SIDE_FILES,
             disk_free: free_bytes(&config.output_dir),
         }
     }
@@ -322,8 +364,14 @@ impl Output {
                 m.activations,
                 format!("recompute = \"{}\", passes of {} tokens", choice.recompute, choice.pass_tokens),
             ),
-            row("workspace", m.workspace, format!("{} threads", num_threads())),
-            row("program", m.baseline, "with tokenizer and data".to_owned()),
+            match settled.place {
+                Place::Cpu => row("workspace", m.workspace, format!("{} threads", num_threads())),
+                Place::Gpu { .. } => row("workspace", m.workspace, "with that of cuBLASLt".to_owned()),
+            },
+            match settled.place {
+                Place::Cpu => row("program", m.baseline, "with tokenizer and data".to_owned()),
+                Place::Gpu { .. } => row("program", 0, "what the driver takes is not known".to_owned()),
+            },
             row("total", m.total, self.phases()),
         ];
         let lines: Vec<String> =
@@ -332,18 +380,21 @@ impl Output {
         if let Some(chosen) = &self.chosen {
             text.push_str(&format!("{chosen}\n\n"));
         }
-        let t = &self.time;
+        if let Some(t) = &self.time {
+            text.push_str(&format!(
+                "step         {:>10}  {:.0} tokens/s, measured on 2 of {} blocks\n\
+                 training     {:>10}  {} steps\n\
+                 evaluations  {:>10}\n",
+                duration(t.step_s),
+                t.tokens_per_s,
+                opened.checkpoint.config().num_hidden_layers,
+                duration(t.training_s),
+                terminal::count(t.max_steps),
+                duration(t.evaluations_s),
+            ));
+        }
         text.push_str(&format!(
-            "step         {:>10}  {:.0} tokens/s, measured on 2 of {} blocks\n\
-             training     {:>10}  {} steps\n\
-             evaluations  {:>10}\n\
-             checkpoint   {:>10}  {} are kept{}\n",
-            duration(t.step_s),
-            t.tokens_per_s,
-            opened.checkpoint.config().num_hidden_layers,
-            duration(t.training_s),
-            terminal::count(t.max_steps),
-            duration(t.evaluations_s),
+            "checkpoint   {:>10}  {} are kept{}\n",
             format_bytes(self.checkpoint),
             settled.config.training.save_total_limit + 1,
             self.disk_free.map_or(String::new(), |free| format!("; {} are free", format_bytes(free)))

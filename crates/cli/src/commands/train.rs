@@ -65,13 +65,15 @@ pub(crate) fn train_and_report(config: &Config, opened: &Opened, resume: bool, s
     let data_folder = dir.join("data");
     let data = super::prepare::prepare(&config.data, opened, &data_folder, settings)?;
     print!("{}", super::prepare::describe(&data));
-    let settled = Facts::gather(config, opened, &data, &data_folder)?.settle(config, opened, resume)?;
+    let settled =
+        Facts::gather(config, opened, &data, &data_folder, device.gpu().is_some())?.settle(config, opened, resume)?;
     let (config, plan) = (&settled.config, settled.plan);
     match &settled.chosen {
         Some(chosen) => println!("{chosen}"),
-        // The plan is one of the processor's memory.
-        None if device.gpu().is_some() => {}
-        None => println!("memory: {} at the peak", format_bytes(plan.total)),
+        None => {
+            let of = device.gpu().map_or(String::new(), |gpu| format!(" of {}", gpu.name()));
+            println!("memory{of}: {} at the peak", format_bytes(plan.total));
+        }
     }
     write_run_files(config, opened, &data, resume)?;
 
@@ -104,7 +106,8 @@ pub(crate) fn train_and_report(config: &Config, opened: &Opened, resume: bool, s
     report::write(&file, &html(config, opened, &data, num_trained, evaluation)?)?;
     println!("\nweights: {}\nreport:  {}", outcome.weights.display(), file.display());
     if let Some(gpu) = device.gpu() {
-        println!("peak memory of {}: {}", gpu.name(), format_bytes(gpu.memory().1 as u64));
+        let (peak, planned) = (format_bytes(gpu.memory().1 as u64), format_bytes(plan.total));
+        println!("peak memory of {}: {peak} ({planned} were planned)", gpu.name());
     } else if let Some(peak) = peak_resident() {
         println!("peak memory: {} ({} were planned)", format_bytes(peak), format_bytes(plan.total));
     }

@@ -9,6 +9,7 @@ mod gguf;
 pub(crate) use folder::{read_text, safetensors_header};
 pub use gguf::GgufMetadata;
 
+use crate::memory::gpu::dense_bytes;
 use crate::{Config, Error, Result};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
@@ -21,7 +22,8 @@ use std::{
     sync::Arc,
 };
 use tunesmith_tensor::{
-    Bytes, MappedFile, Packed, Tensor, Weight,
+    Bytes, Dtype, MappedFile, Packed, Tensor, Weight,
+    cuda::sizes,
     nf4::Nf4,
     quant::{BlockType, dequantize},
 };
@@ -161,6 +163,24 @@ impl Checkpoint {
     /// Bytes of all weights as [`Checkpoint::load`] keeps them.
     pub fn weight_bytes(&self, storage: Storage) -> u64 {
         self.names.iter().map(|name| kept_bytes(&self.source.tensors[name], storage) as u64).sum()
+    }
+
+    /// Bytes of all weights on a GPU in `dtype`, kept as `storage` says or, when they train, dense with the rest of their f32; and the
+    /// elements of the largest one that is quantised there.
+    pub fn gpu_weights(&self, storage: Storage, dtype: Dtype, trained: bool) -> (u64, usize) {
+        let (mut bytes, mut largest) = (0, 0);
+        for stored in self.names.iter().map(|name| &self.source.tensors[name]) {
+            let len = stored.len();
+            let kept = match storage {
+                _ if trained || stored.shape.len() != 2 => None,
+                Storage::F32 => None,
+                Storage::Stored => (stored.kind.block_len() > 1).then(|| sizes::allocated(stored.range.len())),
+                Storage::Nf4 => Some(sizes::nf4(len)),
+            };
+            largest = largest.max(kept.map_or(0, |_| len));
+            bytes += kept.map_or_else(|| dense_bytes(len, dtype, trained), |bytes| bytes as u64);
+        }
+        (bytes, largest)
     }
 
     /// Bytes of all weights after [`crate::Llama::compute_int8`], and the most that there are while it works.

@@ -62,7 +62,7 @@ impl Llama {
 }
 
 /// As [`PASS_TOKENS`], on a GPU.
-const PASS_TOKENS_GPU: usize = 16_384;
+pub const PASS_TOKENS_GPU: usize = 16_384;
 
 impl Parameter {
     /// The f32 value on the processor, all of its bits: borrowed where it is there and dense.

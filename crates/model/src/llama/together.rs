@@ -10,7 +10,7 @@ use tunesmith_tensor::ops::{linear, rmsnorm, rope, rows};
 use tunesmith_tensor::{Device, Dtype, Tensor, pool, team};
 
 /// Tokens that go through a model on a GPU at once: enough for large products.
-const PIECE: usize = 8192;
+pub(crate) const PIECE: usize = 8192;
 
 impl Llama {
     /// An empty cache for `places` sequences of up to `capacity` tokens each, where the model is.

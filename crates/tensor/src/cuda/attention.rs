@@ -119,6 +119,11 @@ pub(crate) fn forward(
     call.launch("attention_forward", tiles.len(), heads.num_heads, shared, &args);
 }
 
+/// Bytes of what each row of the backward pass has in common: one f32 a head.
+pub(super) fn delta_bytes(rows: usize, heads: Heads) -> usize {
+    4 * rows * heads.num_heads
+}
+
 pub(crate) fn backward(
     gpu: &Arc<Gpu>,
     q: &Tensor,
@@ -137,8 +142,9 @@ pub(crate) fn backward(
     d_q.resize_like(q, q.shape());
     d_k.resize_like(k, k.shape());
     d_v.resize_like(v, v.shape());
-    let rows = q.rows() * heads.num_heads;
-    let delta = gpu.allocate(4 * rows);
+    let q_rows = q.rows();
+    let rows = q_rows * heads.num_heads;
+    let delta = gpu.allocate(delta_bytes(q_rows, heads));
     let [q, k, v, o, d_o, d_q, d_k, d_v] = [q, k, v, o, d_o, d_q, d_k, d_v].map(|t| argument(t, element));
     let (lse, delta) = (argument(lse, Dtype::F32), Arg::Buffer(&delta, 0));
     gpu.launch(&Launch {

@@ -26,6 +26,11 @@ impl Scratch {
     }
 }
 
+/// Rows of logits that exist at a time, of `n` in all.
+pub(super) fn chunk_rows(n: usize, vocab: usize) -> usize {
+    (LOGITS / vocab.max(1)).clamp(1, n.max(1))
+}
+
 pub(crate) fn run(
     gpu: &Arc<Gpu>,
     h: &Tensor,
@@ -41,7 +46,7 @@ pub(crate) fn run(
         g.d_h.resize_like(h, &[n, d]);
     }
     let device = Device::Cuda(gpu.clone());
-    let step = (LOGITS / vocab.max(1)).clamp(1, n.max(1));
+    let step = chunk_rows(n, vocab);
     let targets = gpu.table(targets);
     scratch.loss.resize_on(&device, Dtype::F32, &[n]);
     for start in (0..n).step_by(step) {

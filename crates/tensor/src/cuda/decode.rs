@@ -30,6 +30,11 @@ fn query_rows(segments: &[Segment]) -> Vec<[u32; 2]> {
     rows.collect()
 }
 
+/// Bytes of the partial results of `rows` queries that see up to `num_keys` keys.
+pub(super) fn parts_bytes(rows: usize, num_keys: usize, heads: Heads) -> usize {
+    4 * rows * heads.num_heads * num_keys.div_ceil(CHUNK) * (heads.head_dim + 2)
+}
+
 /// `o` [T, H·D] of the queries of `segments` over their rows of `k` and `v`; contract in `ops/attention.rs`.
 pub(crate) fn attention(
     gpu: &Arc<Gpu>,
@@ -44,9 +49,9 @@ pub(crate) fn attention(
     let (rows, element, d) = (q.rows(), q.dtype(), heads.head_dim);
     o.resize_like(q, q.shape());
     let table = query_rows(segments);
-    let chunks = table.iter().map(|[_, seen]| (*seen as usize).div_ceil(CHUNK)).max().unwrap_or(0);
+    let most = table.iter().map(|[_, seen]| *seen as usize).max().unwrap_or(0);
+    let (chunks, parts) = (most.div_ceil(CHUNK), gpu.allocate(parts_bytes(rows, most, heads)));
     let table = gpu.table(bytemuck::cast_slice(&table));
-    let parts = gpu.allocate(4 * rows * heads.num_heads * chunks * (d + 2));
     let module = Module::new(Source::Decode, element);
     let [q, k, v, o] = [q, k, v, o].map(|t| argument(t, element));
     let [chunk, all, kv, head] = [CHUNK, heads.num_heads, heads.num_kv_heads, d].map(|x| Arg::U32(x as u32));

@@ -4,6 +4,7 @@ use super::compiler::Compiler;
 use super::cublaslt::CublasLt;
 use super::kernels::Module;
 use super::library::functions;
+use super::sizes::allocated;
 use super::{Error, Gemm, Launch, Library, Options, locked};
 use cudarc::driver::sys::{CUdevice_attribute, CUfunction_attribute};
 use std::collections::{BTreeMap, HashMap};
@@ -86,12 +87,6 @@ struct Memory {
     held: usize,
     used: usize,
     peak: usize,
-}
-
-/// Bytes that a buffer really takes: few distinct sizes, so that freed ones fit again.
-fn size_class(bytes: usize) -> usize {
-    const LARGE: usize = 1 << 20;
-    if bytes < LARGE { bytes.next_power_of_two().max(512) } else { bytes.next_multiple_of(LARGE) }
 }
 
 impl Driver {
@@ -193,7 +188,7 @@ impl Driver {
     #[allow(unsafe_code)]
     pub(super) fn allocate(&self, bytes: usize) -> Result<u64, Error> {
         self.enter()?;
-        let size = size_class(bytes);
+        let size = allocated(bytes);
         let mut memory = locked(&self.memory);
         let reused = memory.free.get_mut(&size).and_then(Vec::pop);
         let address = match reused {

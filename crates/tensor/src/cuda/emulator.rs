@@ -1,9 +1,10 @@
 //! The back end of tests: kernels are compiled as C++ behind `emulator.h` and run on the processor.
 //!
-//! New memory holds NaN, every buffer lies between guard zones that each launch checks, and shared memory has exactly the
+//! Memory is counted as a GPU's allocator counts it. New memory holds NaN, every buffer lies between guard zones that each launch checks, and shared memory has exactly the
 //! size that the launcher asks for.
 
 use super::kernels::Module;
+use super::sizes::allocated;
 use super::{Error, Gemm, Launch, Matrix, locked};
 use crate::Dtype;
 use half::bf16;
@@ -82,7 +83,7 @@ impl Emulator {
         unsafe { start.write_bytes(POISON, bytes + 2 * ZONE) };
         let mut memory = locked(&self.memory);
         memory.buffers.insert(address, bytes);
-        memory.used += bytes;
+        memory.used += allocated(bytes);
         memory.peak = memory.peak.max(memory.used);
         Ok(address)
     }
@@ -91,7 +92,7 @@ impl Emulator {
     pub(super) fn free(&self, address: u64) {
         let mut memory = locked(&self.memory);
         if let Some(bytes) = memory.buffers.remove(&address) {
-            memory.used -= bytes;
+            memory.used -= allocated(bytes);
             // SAFETY: the block was allocated with this layout and nothing refers to it any more.
             unsafe { dealloc((address - ZONE as u64) as *mut u8, layout(bytes)) };
         }

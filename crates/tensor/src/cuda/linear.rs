@@ -8,7 +8,7 @@ use crate::{Dtype, Tensor, Weight};
 use std::sync::Arc;
 
 /// Elements of a quantised weight that are decoded at a time: large enough for whole products, small beside the weights.
-const TILE: usize = 1 << 25;
+pub(super) const TILE: usize = 1 << 25;
 
 /// The rows of a matrix tensor.
 pub(crate) fn matrix(tensor: &Tensor) -> Matrix<'_> {

@@ -33,6 +33,7 @@ pub(crate) mod optimizer;
 pub(crate) mod rmsnorm;
 pub(crate) mod rope;
 pub(crate) mod sample;
+pub mod sizes;
 #[cfg(test)]
 mod tests;
 #[cfg(test)]
@@ -65,6 +66,9 @@ pub struct Gpu {
     tables: Mutex<Vec<(Vec<u32>, Arc<Buffer>)>>,
     poisons: AtomicBool,
 }
+
+/// Tables that are kept for further launches.
+const TABLES_KEPT: usize = 16;
 
 /// What carries out the work.
 enum Backend {
@@ -199,7 +203,6 @@ impl Gpu {
 
     /// Memory that holds `table`: the one of an earlier call with the same values, if it is among the last few.
     pub(crate) fn table(self: &Arc<Self>, table: &[u32]) -> Arc<Buffer> {
-        const KEPT: usize = 16;
         let mut tables = locked(&self.tables);
         if let Some(i) = tables.iter().position(|(values, _)| values == table) {
             let found = tables.remove(i);
@@ -208,7 +211,7 @@ impl Gpu {
             return buffer;
         }
         let buffer = Arc::new(self.upload(table));
-        if tables.len() == KEPT {
+        if tables.len() == TABLES_KEPT {
             tables.remove(0);
         }
         tables.push((table.to_vec(), buffer.clone()));

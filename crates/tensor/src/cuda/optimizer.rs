@@ -78,9 +78,14 @@ pub(crate) fn update_8bit(
     });
 }
 
+/// Bytes of the partial sums of `tensors` tensors.
+pub(super) fn norm_bytes(tensors: usize) -> usize {
+    8 * PARTS * tensors
+}
+
 /// Σ x² of each tensor, in an order that depends on sizes only; waits for the device once.
 pub(crate) fn sums_of_squares(gpu: &Arc<Gpu>, tensors: &[&Tensor]) -> Vec<f64> {
-    let parts = gpu.allocate(8 * PARTS * tensors.len());
+    let parts = gpu.allocate(norm_bytes(tensors.len()));
     parts.fill(0, parts.bytes());
     for (i, x) in tensors.iter().enumerate() {
         gpu.launch(&Launch {

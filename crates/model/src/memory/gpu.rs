@@ -1,0 +1,118 @@
+//! What a pass takes of a GPU's memory: the same buffers as on the processor in the type of the activations, what launches
+//! ask for besides, each with the size that the allocator gives it.
+
+use super::{Buffers, PassBytes, PassShape, Recompute};
+use crate::llama::together::PIECE;
+use crate::{AdapterConfig, Config};
+use tunesmith_tensor::Dtype;
+use tunesmith_tensor::cuda::sizes::{self, allocated};
+use tunesmith_tensor::ops::attention::Heads;
+
+/// What a model on a GPU has besides activations.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct OnGpu {
+    /// Type of activations and dense weights.
+    pub dtype: Dtype,
+    /// Elements of the largest matrix that is quantised and therefore decoded for products; 0 where none is.
+    pub largest_quantised: usize,
+    /// Number of tensors that train.
+    pub num_trained: usize,
+}
+
+impl OnGpu {
+    /// Bytes of an activation of `len` elements.
+    fn element(&self, len: usize) -> u64 {
+        allocated(len * self.dtype.bytes()) as u64
+    }
+
+    /// Bytes of the decoded part of a quantised matrix.
+    fn decoded(&self) -> u64 {
+        sizes::decoded(self.largest_quantised, self.dtype) as u64
+    }
+}
+
+/// Bytes of an f32 tensor of `len` elements: a gradient, a moment.
+pub fn float_bytes(len: usize) -> u64 {
+    allocated(4 * len) as u64
+}
+
+/// Bytes of a dense weight of `len` elements; a trained one in bf16 keeps the rest of its f32 beside it.
+pub fn dense_bytes(len: usize, dtype: Dtype, trained: bool) -> u64 {
+    let halves = if trained && dtype == Dtype::BF16 { 2 } else { 1 };
+    halves * allocated(len * dtype.bytes()) as u64
+}
+
+fn heads(b: &Buffers) -> Heads {
+    Heads { num_heads: b.num_heads, num_kv_heads: b.k / b.head_dim, head_dim: b.head_dim }
+}
+
+/// As [`super::training_bytes`], on a GPU.
+pub fn training_bytes(
+    config: &Config,
+    adapter: Option<&AdapterConfig>,
+    shape: PassShape,
+    recompute: Recompute,
+    on: OnGpu,
+) -> PassBytes {
+    let b = Buffers::new(config, adapter, shape);
+    let (e, float) = (|len| on.element(len), float_bytes);
+    let layers = config.num_hidden_layers as u64;
+    let input = e(b.t * b.d);
+    let adapters = b.layer_ranks.iter().map(|rank| e(b.t * rank)).sum::<u64>();
+    let layer = e(b.t * b.d)
+        + 2 * e(b.t * b.h)
+        + 2 * e(b.t * b.k)
+        + 2 * e(b.t * b.f)
+        + 2 * float(b.t)
+        + float(b.t * b.num_heads)
+        + adapters;
+    let made = 2 * e(b.t * b.d) + e(b.t * b.f);
+    let (activations, shared) = match recompute {
+        Recompute::None => (layers * (input + layer + made), 0),
+        Recompute::Norms => (layers * (input + layer), made),
+        Recompute::Block => (layers * input, layer + made),
+    };
+    let stream = e(b.t * b.d) + e(b.t * b.dropped) + 2 * float(b.t * b.head_dim / 2);
+    let head = 2 * e(b.n * b.d) + float(b.n) + sizes::loss(b.n, b.vocab, on.dtype) as u64;
+    let backward = 2 * e(b.t * b.d)
+        + 3 * e(b.t * b.f)
+        + 2 * e(b.t * b.h)
+        + 2 * e(b.t * b.k)
+        + e(b.t * b.largest_rank)
+        + e(b.t * b.dropped)
+        + 2 * e(b.n * b.d);
+    // Of what launches ask for and give back, the largest.
+    let sums = sizes::attention_sums(b.t, heads(&b)).max(sizes::norm(on.num_trained)) as u64;
+    PassBytes {
+        activations,
+        workspace: shared + stream + head + backward,
+        kernels: sums.max(on.decoded()) + (sizes::tables(b.t) + sizes::PRODUCTS) as u64,
+    }
+}
+
+/// Bytes that [`crate::generate_together`] takes on a GPU: keys and values of `places` sequences of up to `prompt` + `new` tokens,
+/// buffers of the pass through all prompts, logits, and what choosing tokens needs.
+pub fn generation_bytes(
+    config: &Config,
+    adapter: Option<&AdapterConfig>,
+    places: usize,
+    (prompt, new): (usize, usize),
+    on: OnGpu,
+) -> u64 {
+    let capacity = (prompt + new).min(config.max_position_embeddings);
+    let tokens = (places * prompt).min(PIECE);
+    let b = Buffers::new(config, adapter, PassShape { tokens, loss_rows: 0, threads: 0, int8: false });
+    let (e, float) = (|len| on.element(len), float_bytes);
+    let cache = 2 * config.num_hidden_layers as u64 * e(places * capacity * b.k);
+    let buffers = 2 * e(b.t * b.d)
+        + 2 * e(b.t * b.h)
+        + 2 * e(b.t * b.k)
+        + 3 * e(b.t * b.f)
+        + 3 * e(b.t * b.largest_rank)
+        + float(b.t)
+        + 2 * float(b.t * b.head_dim / 2);
+    let logits = float(places * b.vocab);
+    let parts = sizes::decoding(places, capacity, heads(&b)) as u64;
+    let transient = logits.max(parts).max(float(b.t * b.num_heads)).max(on.decoded());
+    cache + buffers + logits + transient + sizes::tables(b.t) as u64
+}

@@ -1,0 +1,75 @@
+//! What the launchers of a GPU ask for besides the tensors they are given, for those who plan its memory.
+
+use super::{TABLES_KEPT, attention, cross_entropy, cublaslt, decode, linear, optimizer};
+use crate::ops::adamw_8bit;
+use crate::ops::attention::Heads;
+use crate::{Dtype, nf4};
+
+/// Bytes that a buffer of `bytes` bytes takes: few distinct sizes, so that freed ones fit again.
+pub fn allocated(bytes: usize) -> usize {
+    const LARGE: usize = 1 << 20;
+    match bytes {
+        0 => 0,
+        1..LARGE => bytes.next_power_of_two().max(512),
+        _ => bytes.next_multiple_of(LARGE),
+    }
+}
+
+/// Bytes that cuBLASLt's products work in, from the first one on.
+pub const PRODUCTS: usize = cublaslt::WORKSPACE;
+
+/// Bytes of the tables that launches have sent and that are kept, when they are of up to `tokens` numbers each.
+pub fn tables(tokens: usize) -> usize {
+    TABLES_KEPT * allocated(4 * tokens)
+}
+
+/// Bytes of the decoded part of a quantised matrix of `elements` elements while it is multiplied.
+pub fn decoded(elements: usize, dtype: Dtype) -> usize {
+    allocated(elements.min(linear::TILE) * dtype.bytes())
+}
+
+/// Bytes of one sum for each row and head in the backward pass of attention over `tokens` tokens.
+pub fn attention_sums(tokens: usize, heads: Heads) -> usize {
+    allocated(attention::delta_bytes(tokens, heads))
+}
+
+/// Bytes of the partial results of attention of `rows` tokens over up to `num_keys` cached ones each.
+pub fn decoding(rows: usize, num_keys: usize, heads: Heads) -> usize {
+    allocated(decode::parts_bytes(rows, num_keys, heads))
+}
+
+/// Bytes of the partial sums of the norm of `tensors` gradients.
+pub fn norm(tensors: usize) -> usize {
+    allocated(optimizer::norm_bytes(tensors))
+}
+
+/// Bytes of head and loss for `n` tokens over a vocabulary of `vocab`: losses, logits of a chunk and, where it does not take
+/// their place, their gradient.
+pub fn loss(n: usize, vocab: usize, dtype: Dtype) -> usize {
+    let chunk = cross_entropy::chunk_rows(n, vocab) * vocab;
+    let apart = if dtype == Dtype::F32 { 0 } else { allocated(chunk * dtype.bytes()) };
+    allocated(4 * n) + allocated(4 * chunk) + apart
+}
+
+/// Bytes of a matrix of `len` elements in NF4 with doubly quantised scales.
+pub fn nf4(len: usize) -> usize {
+    let blocks = len.div_ceil(nf4::BLOCK);
+    let parts = [len.div_ceil(2), 4 * nf4::CODE.len(), blocks, 4 * 256, 4 * blocks.div_ceil(nf4::GROUP)];
+    parts.map(allocated).iter().sum()
+}
+
+/// Bytes of a moment of `len` elements in 8 bits.
+pub fn moment_8bit(len: usize) -> usize {
+    allocated(len) + allocated(4 * len.div_ceil(adamw_8bit::BLOCK))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn few_sizes() {
+        let sizes = [0, 1, 512, 513, 100_000, 1 << 20, (1 << 20) + 1].map(allocated);
+        assert_eq!(sizes, [0, 512, 512, 1024, 131_072, 1 << 20, 2 << 20]);
+    }
+}
