@@ -528,6 +528,13 @@ pub struct GpuBenchArgs {
     /// What the backward pass makes again (the quantised model always makes whole blocks again).
     #[arg(long, value_enum, default_value = "norms")]
     pub recompute: RecomputeName,
+    /// Measure the same steps in transformers + PEFT too, as they are and with torch.compile, and print the ratios: a Python that
+    /// has torch, transformers and peft (and bitsandbytes for the quantised model).
+    #[arg(long, value_name = "PYTHON")]
+    pub peer: Option<PathBuf>,
+    /// Leave generation out.
+    #[arg(long)]
+    pub no_decode: bool,
     /// Write the result as one line of JSON to this file, or to standard output for `-` (then without the table).
     #[arg(long, value_name = "FILE")]
     pub json: Option<PathBuf>,

@@ -6,6 +6,7 @@ use serde::Serialize;
 use std::time::Instant;
 use tunesmith_model::{AdapterConfig, Batch, Config, Gradients, Llama, LossOptions, Modules, Recompute, Workspace};
 use tunesmith_tensor::ops::linear::{self, Into};
+use tunesmith_tensor::ops::sample::{self, Choice, Scratch};
 use tunesmith_tensor::{Device, Dtype, Tensor, rng::Rng};
 
 /// What is measured.
@@ -23,6 +24,17 @@ pub struct Case {
     pub tokens: usize,
     /// What the backward pass makes again.
     pub recompute: Recompute,
+}
+
+impl Case {
+    /// `full`, `lora` or `qlora`.
+    pub fn method(&self) -> &'static str {
+        match (self.full, self.nf4) {
+            (true, _) => "full",
+            (false, true) => "qlora",
+            (false, false) => "lora",
+        }
+    }
 }
 
 /// What the GPU reaches on its own.
@@ -53,6 +65,131 @@ pub struct Measured {
     pub peak_bytes: usize,
     /// Loss of the first step: about ln(vocabulary) for random weights.
     pub first_loss: f64,
+}
+
+/// Generation of several sequences at once.
+#[derive(Clone, Debug, Serialize)]
+pub struct Decoded {
+    /// Shape of the model.
+    pub model: &'static str,
+    /// Sequences.
+    pub sequences: usize,
+    /// Tokens that each sequence has before.
+    pub context: usize,
+    /// New tokens a second, of all sequences together.
+    pub tokens_per_s: f64,
+    /// The same if nothing but reading weights, keys and values took time, at the speed of [`Peaks::copy`].
+    pub limit: f64,
+    /// Part of the limit that was reached.
+    pub share: f64,
+    /// Most bytes held on the device since it was opened.
+    pub peak_bytes: usize,
+}
+
+/// Generates `new` tokens, the most likely ones, behind `context` tokens in each of `sequences` sequences.
+///
+/// # Errors
+/// When the model's sizes have no kernels, or the device fails.
+///
+/// # Panics
+/// When a number is 0.
+pub fn measure_decode(
+    device: &Device,
+    dtype: Dtype,
+    case: &Case,
+    (sequences, context, new): (usize, usize, usize),
+    peaks: &Peaks,
+) -> Result<Decoded> {
+    let config = &case.config;
+    let model = Llama::random_on(config.clone(), 1, case.nf4, false, device, dtype);
+    model.check_device(dtype)?;
+    let mut rng = Rng::new(3, 0);
+    let prompts: Vec<Vec<u32>> =
+        (0..sequences).map(|_| (0..context).map(|_| rng.below(config.vocab_size as u32)).collect()).collect();
+    let (mut cache, mut ws) = (model.new_sequences(sequences, context + new), Workspace::default());
+    let (greedy, mut scratch) =
+        (vec![Choice { repetition_penalty: 1.0, history: &[], draw: None }; sequences], Scratch::default());
+    let parts: Vec<(usize, &[u32])> = prompts.iter().enumerate().map(|(i, p)| (i, p.as_slice())).collect();
+    let mut tokens = sample::rows(model.feed(&parts, &mut cache, &mut ws), &greedy, &mut scratch);
+    device.synchronize()?;
+    let mut start = Instant::now();
+    // The first of the new tokens warms up.
+    for i in 0..new {
+        if i == 1 {
+            device.synchronize()?;
+            start = Instant::now();
+        }
+        let parts: Vec<(usize, &[u32])> = tokens.chunks(1).enumerate().collect();
+        tokens = sample::rows(model.feed(&parts, &mut cache, &mut ws), &greedy, &mut scratch);
+    }
+    device.synchronize()?;
+    let seconds = start.elapsed().as_secs_f64() / (new - 1).max(1) as f64;
+    let tokens_per_s = sequences as f64 / seconds;
+    // Of the embedding a few rows are read, unless it is the head too.
+    let weights: usize = model.parameters.iter().map(|p| p.value.num_bytes()).sum();
+    let embedding = if config.tie_word_embeddings { 0 } else { config.vocab_size * config.hidden_size * dtype.bytes() };
+    let row = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * dtype.bytes();
+    let read = (weights - embedding) as f64 + (sequences * row) as f64 * (context as f64 + new as f64 / 2.0);
+    let limit = sequences as f64 * peaks.copy / read;
+    Ok(Decoded {
+        model: case.model,
+        sequences,
+        context,
+        tokens_per_s,
+        limit,
+        share: tokens_per_s / limit,
+        peak_bytes: device.gpu().map_or(0, |gpu| gpu.memory().1),
+    })
+}
+
+/// A number that was aimed at, for one H100 and 4,096 tokens.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Bar {
+    /// What was measured.
+    pub what: String,
+    /// What it came to.
+    pub found: f64,
+    /// What was wanted: at least that, or at most.
+    pub wanted: f64,
+    /// Whether less is better.
+    pub at_most: bool,
+}
+
+impl Bar {
+    /// Whether what was wanted was reached.
+    pub fn reached(&self) -> bool {
+        if self.at_most { self.found <= self.wanted } else { self.found >= self.wanted }
+    }
+}
+
+/// The bars that these measurements are about.
+pub fn bars(measured: &[Measured], decoded: &[Decoded]) -> Vec<Bar> {
+    let mut bars = Vec::new();
+    for m in measured {
+        let wanted = match (m.model, m.method) {
+            ("8B", "lora") => 15_000.0,
+            ("8B", "qlora") => 14_000.0,
+            ("3B", "lora") => 34_000.0,
+            ("1B", "lora") => 75_000.0,
+            ("1B", "full") => 65_000.0,
+            _ => continue,
+        };
+        let what = format!("{} {}, tokens/s", m.model, m.method);
+        bars.push(Bar { what, found: m.tokens_per_s, wanted, at_most: false });
+        if m.method == "qlora" {
+            let what = format!("{} {}, GB at the peak", m.model, m.method);
+            bars.push(Bar { what, found: m.peak_bytes as f64 / 1e9, wanted: 5.5, at_most: true });
+        }
+    }
+    for d in decoded.iter().filter(|d| d.model == "8B") {
+        let (what, found, wanted) = match d.sequences {
+            1 => ("8B, 1 sequence, % of the bandwidth limit", 100.0 * d.share, 70.0),
+            64 => ("8B, 64 sequences, tokens/s", d.tokens_per_s, 3000.0),
+            _ => continue,
+        };
+        bars.push(Bar { what: what.into(), found, wanted, at_most: false });
+    }
+    bars
 }
 
 /// Measures the peaks with matrices of `size` rows and columns.
@@ -124,13 +261,7 @@ pub fn measure(device: &Device, dtype: Dtype, case: &Case, steps: u64, peaks: &P
     let flops = tokens_per_s * flops_per_token(case);
     Ok(Measured {
         model: case.model,
-        method: if case.full {
-            "full"
-        } else if case.nf4 {
-            "qlora"
-        } else {
-            "lora"
-        },
+        method: case.method(),
         tokens: case.tokens,
         tokens_per_s,
         flops,
@@ -185,6 +316,32 @@ pub fn cases(recompute: Recompute) -> Result<Vec<Case>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn bars_are_reached_or_missed() {
+        let measured = |model, method, tokens_per_s, peak_bytes| Measured {
+            model,
+            method,
+            tokens: 4096,
+            tokens_per_s,
+            flops: 0.0,
+            share: 0.0,
+            peak_bytes,
+            first_loss: 11.8,
+        };
+        let decoded = |sequences, tokens_per_s, share| Decoded {
+            model: "8B",
+            sequences,
+            context: 512,
+            tokens_per_s,
+            limit: 1.0,
+            share,
+            peak_bytes: 0,
+        };
+        let lines = [measured("8B", "qlora", 14_000.0, 6_000_000_000), measured("1B", "full", 64_999.0, 1)];
+        let bars = bars(&lines, &[decoded(1, 100.0, 0.71), decoded(64, 2999.0, 0.5)]);
+        assert_eq!(bars.iter().map(Bar::reached).collect::<Vec<_>>(), [true, false, false, true, false]);
+    }
 
     #[test]
     fn shapes_are_those_of_llama() {

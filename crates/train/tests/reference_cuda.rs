@@ -318,5 +318,10 @@ fn gpu_bench_measures_every_method() {
         let measured = gpu_bench::measure(&device, Dtype::BF16, &case, 1, &peaks).unwrap();
         assert!((measured.first_loss - f64::ln(512.0)).abs() < 0.5, "{measured:?}");
         assert!(measured.tokens_per_s > 0.0 && measured.share > 0.0 && measured.peak_bytes > 0, "{measured:?}");
+        let decoded = gpu_bench::measure_decode(&device, Dtype::BF16, &case, (3, 20, 3), &peaks).unwrap();
+        assert!(decoded.tokens_per_s > 0.0 && decoded.share > 0.0 && decoded.sequences == 3, "{decoded:?}");
+        // Three sequences read the weights once: the limit is above that of one, below three times that.
+        let one = gpu_bench::measure_decode(&device, Dtype::BF16, &case, (1, 20, 3), &peaks).unwrap();
+        assert!(decoded.limit > one.limit && decoded.limit < 3.0 * one.limit, "{decoded:?} {one:?}");
     }
 }

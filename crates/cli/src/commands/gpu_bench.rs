@@ -1,4 +1,7 @@
-//! `tunesmith gpu-bench`: training steps of known shapes on a GPU, and the share of its peaks that they reach.
+//! `tunesmith gpu-bench`: training steps and generation of known shapes on a GPU, the share of its peaks that they reach, and the
+//! same steps in transformers + PEFT.
+
+mod peer;
 
 use super::write_json_line;
 use crate::args::GpuBenchArgs;
@@ -6,12 +9,30 @@ use crate::device;
 use crate::error::{Error, Result};
 use crate::source::Settings;
 use crate::terminal;
+use peer::Peer;
+use serde::Serialize;
 use serde_json::json;
 use tunesmith_tensor::Dtype;
-use tunesmith_train::gpu_bench::{self, Measured};
+use tunesmith_train::gpu_bench::{self, Bar, Case, Decoded, Measured, Peaks};
 
 /// Rows and columns of the matrices that the peaks are measured with.
 const LARGE: usize = 8192;
+
+/// Sequences, tokens of each, and new tokens that are timed.
+const DECODED: [(usize, usize, usize); 2] = [(1, 512, 65), (64, 512, 65)];
+
+/// A case in transformers + PEFT.
+#[derive(Serialize)]
+struct Compared {
+    model: &'static str,
+    method: &'static str,
+    compiled: bool,
+    /// Our tokens/s divided by theirs.
+    ratio: Option<f64>,
+    peer: Option<Peer>,
+    /// Why there is no measurement.
+    failed: Option<String>,
+}
 
 pub(crate) fn run(args: &GpuBenchArgs, settings: &Settings) -> Result<()> {
     let to_terminal = args.json.as_ref().is_none_or(|file| file.as_os_str() != "-");
@@ -20,40 +41,81 @@ pub(crate) fn run(args: &GpuBenchArgs, settings: &Settings) -> Result<()> {
         return Err(Error::Input(format!("--models {unknown}: it must be among 1B, 3B and 8B")));
     }
     let cases = cases.into_iter().filter(|c| args.models.is_empty() || args.models.iter().any(|m| m == c.model));
-    let mut measured: Vec<Measured> = Vec::new();
-    let (mut name, mut peaks) = (String::new(), None);
-    for case in cases {
-        // Opened anew for each model, so that a peak of memory is its own.
-        let gpu = device::open(&args.device, settings)?;
-        name = gpu.gpu().map_or_else(String::new, |gpu| gpu.name().to_owned());
-        let peaks = match peaks {
-            Some(peaks) => peaks,
-            None => *peaks.insert(gpu_bench::peaks(&gpu, Dtype::BF16, LARGE)?),
-        };
-        drop(gpu);
-        let gpu = device::open(&args.device, settings)?;
-        let bar = terminal::count_bar(&format!("measuring {}", case.model), 0);
-        let line = gpu_bench::measure(&gpu, Dtype::BF16, &case, args.steps, &peaks);
+    let cases: Vec<Case> = cases.collect();
+    let gpu = device::open(&args.device, settings)?;
+    let name = gpu.gpu().map_or_else(String::new, |gpu| gpu.name().to_owned());
+    let peaks = gpu_bench::peaks(&gpu, Dtype::BF16, LARGE)?;
+    drop(gpu);
+    let (mut measured, mut decoded, mut compared) = (Vec::new(), Vec::new(), Vec::new());
+    for case in &cases {
+        let bar = terminal::count_bar(&format!("measuring {} {}", case.model, case.method()), 0);
+        let line = measure(args, case, &peaks, settings);
         bar.finish_and_clear();
-        measured.push(line?);
-    }
-    if to_terminal {
-        print!("{}", table(&measured));
-        if let Some(peaks) = &peaks {
-            println!(
-                "{name}: a copy moves {:.0} GB/s, a bf16 product of {LARGE} rows {:.0} TFLOP/s",
-                peaks.copy / 1e9,
-                peaks.product / 1e12
-            );
+        let line = line?;
+        if let Some(python) = &args.peer {
+            for compiled in [false, true] {
+                let bar = terminal::count_bar(&format!("measuring {} {} of the peer", case.model, case.method()), 0);
+                let result = peer::measure(python, &peer::request(case, args.steps, &args.device, compiled));
+                bar.finish_and_clear();
+                if let Err(error @ Error::Input(_)) = result {
+                    return Err(error);
+                }
+                compared.push(Compared {
+                    model: case.model,
+                    method: case.method(),
+                    compiled,
+                    ratio: result.as_ref().ok().map(|peer| line.tokens_per_s / peer.tokens_per_s),
+                    failed: result.as_ref().err().map(Error::to_string),
+                    peer: result.ok(),
+                });
+            }
+        }
+        measured.push(line);
+        if !args.no_decode && case.method() == "lora" {
+            for sizes in DECODED {
+                let bar = terminal::count_bar(&format!("generating with {}", case.model), 0);
+                let gpu = device::open(&args.device, settings)?;
+                let line = gpu_bench::measure_decode(&gpu, Dtype::BF16, case, sizes, &peaks);
+                bar.finish_and_clear();
+                decoded.push(line?);
+            }
         }
     }
-    match &args.json {
-        Some(file) => write_json_line(file, &json!({"device": name, "peaks": peaks, "measured": measured})),
-        None => Ok(()),
+    let mut bars = gpu_bench::bars(&measured, &decoded);
+    bars.extend(measured.iter().filter_map(|m| peer_bar(m, &compared)));
+    if to_terminal {
+        print!("{}", training_table(&measured));
+        if !decoded.is_empty() {
+            print!("\n{}", decode_table(&decoded));
+        }
+        if !compared.is_empty() {
+            print!("\n{}", peer_table(&compared));
+        }
+        let (copy, product) = (peaks.copy / 1e9, peaks.product / 1e12);
+        println!("\n{name}: a copy moves {copy:.0} GB/s, a bf16 product of {LARGE} rows {product:.0} TFLOP/s");
+        print!("\n{}", bar_table(&bars));
     }
+    let Some(file) = &args.json else { return Ok(()) };
+    let reached: Vec<_> = bars.iter().map(|bar| json!({"bar": bar, "reached": bar.reached()})).collect();
+    let all = json!({"device": name, "peaks": peaks, "measured": measured, "decoded": decoded, "peer": compared, "bars": reached});
+    write_json_line(file, &all)
 }
 
-fn table(measured: &[Measured]) -> String {
+/// Opened anew for each model, so that a peak of memory is its own.
+fn measure(args: &GpuBenchArgs, case: &Case, peaks: &Peaks, settings: &Settings) -> Result<Measured> {
+    let gpu = device::open(&args.device, settings)?;
+    Ok(gpu_bench::measure(&gpu, Dtype::BF16, case, args.steps, peaks)?)
+}
+
+/// One and a half times the faster of what the peer reached.
+fn peer_bar(measured: &Measured, compared: &[Compared]) -> Option<Bar> {
+    let same = compared.iter().filter(|c| (c.model, c.method) == (measured.model, measured.method));
+    let found = same.filter_map(|c| c.ratio).min_by(f64::total_cmp)?;
+    let what = format!("{} {}, ratio to transformers + PEFT", measured.model, measured.method);
+    Some(Bar { what, found, wanted: 1.5, at_most: false })
+}
+
+fn training_table(measured: &[Measured]) -> String {
     let row = |m: &Measured| {
         vec![
             format!("{} {}", m.model, m.method),
@@ -67,4 +129,92 @@ fn table(measured: &[Measured]) -> String {
     };
     let header = ["model", "tokens", "tokens/s", "TFLOP/s", "of the peak", "GB", "first loss"];
     terminal::table(&header, &measured.iter().map(row).collect::<Vec<_>>())
+}
+
+fn decode_table(decoded: &[Decoded]) -> String {
+    let row = |d: &Decoded| {
+        vec![
+            d.model.to_owned(),
+            d.sequences.to_string(),
+            d.context.to_string(),
+            format!("{:.0}", d.tokens_per_s),
+            format!("{:.0} %", 100.0 * d.share),
+            format!("{:.1}", d.peak_bytes as f64 / 1e9),
+        ]
+    };
+    let header = ["generation", "sequences", "behind", "tokens/s", "of the bandwidth", "GB"];
+    terminal::table(&header, &decoded.iter().map(row).collect::<Vec<_>>())
+}
+
+fn peer_table(compared: &[Compared]) -> String {
+    let row = |c: &Compared| {
+        let name = format!("{} {}{}", c.model, c.method, if c.compiled { ", compiled" } else { "" });
+        let Some(peer) = &c.peer else {
+            let failed = c.failed.clone().unwrap_or_default();
+            return vec![name, "-".into(), "-".into(), "-".into(), "-".into(), failed];
+        };
+        vec![
+            name,
+            format!("{:.0}", peer.tokens_per_s),
+            c.ratio.map_or_else(String::new, |ratio| format!("{ratio:.2}")),
+            peer.peak_bytes.map_or_else(|| "-".into(), |bytes| format!("{:.1}", bytes as f64 / 1e9)),
+            format!("{:.3}", peer.first_loss),
+            if peer.checkpointing { "blocks run twice".into() } else { String::new() },
+        ]
+    };
+    let header = ["transformers + PEFT", "tokens/s", "ratio", "GB", "first loss", ""];
+    terminal::table(&header, &compared.iter().map(row).collect::<Vec<_>>())
+}
+
+fn bar_table(bars: &[Bar]) -> String {
+    let row = |bar: &Bar| {
+        let number = |x: f64| if x < 1000.0 { format!("{x:.1}") } else { format!("{x:.0}") };
+        let sign = if bar.at_most { "<=" } else { ">=" };
+        let verdict = if bar.reached() { "reached" } else { "MISSED" };
+        vec![bar.what.clone(), number(bar.found), format!("{sign} {}", number(bar.wanted)), verdict.into()]
+    };
+    let header = ["aimed at on one H100", "found", "wanted", ""];
+    terminal::table(&header, &bars.iter().map(row).collect::<Vec<_>>())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn measured() -> Measured {
+        Measured {
+            model: "8B",
+            method: "lora",
+            tokens: 4096,
+            tokens_per_s: 3000.0,
+            flops: 1e12,
+            share: 0.25,
+            peak_bytes: 20_000_000_000,
+            first_loss: 11.8,
+        }
+    }
+
+    fn compared(compiled: bool, ratio: Option<f64>) -> Compared {
+        let failed = ratio.is_none().then(|| "out of memory".to_owned());
+        Compared { model: "8B", method: "lora", compiled, ratio, peer: None, failed }
+    }
+
+    #[test]
+    fn the_faster_peer_counts() {
+        let line = measured();
+        let bar = peer_bar(&line, &[compared(false, Some(1.7)), compared(true, Some(1.4))]).unwrap();
+        assert!(bar.found == 1.4 && !bar.reached(), "{bar:?}");
+        let bar = peer_bar(&line, &[compared(false, Some(1.7)), compared(true, None)]).unwrap();
+        assert!(bar.found == 1.7 && bar.reached(), "{bar:?}");
+        assert!(peer_bar(&line, &[compared(true, None)]).is_none());
+    }
+
+    #[test]
+    fn tables_say_what_was_reached() {
+        let bars = gpu_bench::bars(&[measured()], &[]);
+        let text = bar_table(&bars);
+        assert!(text.contains(">= 15000") && text.contains("MISSED"), "{text}");
+        assert!(peer_table(&[compared(true, None)]).contains("out of memory"));
+        assert!(training_table(&[measured()]).contains("25 %"));
+    }
 }
