@@ -1,5 +1,10 @@
 //! Checks of a GPU against the processor, whose own numbers are those of other implementations (`verify`): every operation in
-//! f32 and bf16 on fresh random inputs, then whole models: gradients, training, resuming, generation.
+//! f32 and bf16 on fresh random inputs, then whole models: gradients, training, resuming, generation, a model whose numbers
+//! transformers computed, and the plan of memory against the allocator's peak.
+
+mod plan;
+mod reference;
+mod weights;
 
 use crate::optimizer::{AdamW, AdamWOptions, Optim, clip_coefficient, gradient_norm};
 use crate::selftest::{Check, small, worst};
@@ -47,7 +52,12 @@ pub fn run(device: &Device, seed: u64, size: Size, observe: &mut dyn FnMut(Check
         lab.products()?;
         lab.attention()?;
         lab.loss()?;
+        lab.quantised()?;
+        lab.choices()?;
+        lab.updates()?;
         models(device, dtype, size, lab.observe)?;
+        reference::check(device, dtype, size, lab.observe)?;
+        lab.plan()?;
     }
     gpu.poison(false);
     Ok(())

@@ -284,8 +284,9 @@ fn quantised_bases_generate_as_they_are() {
         let mut llama = Llama::load(&checkpoint, Storage::Stored, |_, _| ()).unwrap();
         llama.move_to(&device, Dtype::F32);
         let held = device.gpu().unwrap().memory().0;
+        assert_eq!(held as u64, checkpoint.gpu_weights(Storage::Stored, Dtype::F32, false).0);
         let stored: usize = llama.parameters.iter().map(|p| p.value.num_bytes()).sum();
-        assert!(held <= stored + stored / 50 && held * 3 < 4 * dense.num_params(), "{held} bytes of {stored}");
+        assert!(3 * stored < 4 * dense.num_params(), "{stored} bytes");
         assert_eq!(together(&llama, &prompts, &Sampling::default(), 8, 3), want, "{}", kind.name());
         // One place: products with a single row, and prompts one after the other.
         assert_eq!(together(&llama, &prompts, &Sampling::default(), 8, 1), want, "{}", kind.name());
@@ -302,7 +303,7 @@ fn gpu_check_passes() {
         checks += 1;
     })
     .unwrap();
-    assert!(checks > 30, "{checks}");
+    assert!(checks > 80, "{checks}");
 }
 
 #[test]

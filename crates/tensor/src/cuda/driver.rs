@@ -165,6 +165,11 @@ impl Driver {
         (memory.used, memory.peak)
     }
 
+    pub(super) fn reset_peak(&self) {
+        let mut memory = locked(&self.memory);
+        memory.peak = memory.used;
+    }
+
     /// Makes the context current on this thread and returns the stream.
     #[allow(unsafe_code)]
     fn enter(&self) -> Result<*mut c_void, Error> {

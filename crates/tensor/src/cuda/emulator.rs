@@ -67,6 +67,11 @@ impl Emulator {
         (memory.used, memory.peak)
     }
 
+    pub(super) fn reset_peak(&self) {
+        let mut memory = locked(&self.memory);
+        memory.peak = memory.used;
+    }
+
     pub(super) fn synchronize(&self) -> Result<(), Error> {
         self.check_guards("synchronize")
     }

@@ -161,6 +161,11 @@ impl Gpu {
         backend!(self, memory())
     }
 
+    /// Makes the most that were held at once what is held now.
+    pub fn reset_peak(&self) {
+        backend!(self, reset_peak());
+    }
+
     /// Whether new memory holds NaN from now on, so that an operation that does not write all of its output is seen.
     pub fn poison(&self, poisons: bool) {
         self.poisons.store(poisons, Ordering::Relaxed);

@@ -1,0 +1,56 @@
+//! What was planned of a GPU's memory against the peak of its allocator.
+
+use super::Check;
+use crate::Result;
+use crate::optimizer::{AdamW, AdamWOptions, Optim, gradient_norm};
+use tunesmith_model::memory::PassShape;
+use tunesmith_model::memory::gpu::{OnGpu, dense_bytes, float_bytes, training_bytes};
+use tunesmith_model::{Batch, Config, Gradients, Llama, LossOptions, Recompute, Workspace};
+use tunesmith_tensor::cuda::sizes;
+use tunesmith_tensor::{Device, Dtype};
+
+/// Trains a model fully for two steps, small where every thread is emulated.
+pub(super) fn check(device: &Device, dtype: Dtype, small: bool, observe: &mut dyn FnMut(Check)) -> Result<()> {
+    let Some(gpu) = device.gpu() else { return Ok(()) };
+    let (hidden, layers, vocab, tokens) = if small { (64, 2, 300, 90) } else { (1024, 4, 8192, 2048) };
+    let config = serde_json::json!({
+        "model_type": "llama", "vocab_size": vocab, "hidden_size": hidden, "intermediate_size": 2 * hidden,
+        "num_hidden_layers": layers, "num_attention_heads": hidden / 64 * 2, "num_key_value_heads": hidden / 64, "head_dim": 32,
+        "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "rope_theta": 10_000.0, "tie_word_embeddings": true,
+    });
+    let config = Config::from_json(&config.to_string(), "a shape of gpu-check")?;
+    for recompute in Recompute::ALL {
+        let (before, _) = gpu.memory();
+        gpu.reset_peak();
+        let mut model = Llama::random_on(config.clone(), 1, false, true, device, dtype);
+        let mut optimizer = AdamW::new(&model, AdamWOptions::default());
+        let (mut gradients, mut ws) = (Gradients::new(&model), Workspace::new(recompute));
+        let mut batch = Batch::default();
+        let ids: Vec<u32> = (0..tokens).map(|i| i * 7 % vocab).collect();
+        batch.push(&ids, &vec![true; ids.len()]);
+        for step in 0..2 {
+            gradients.clear();
+            let options = LossOptions { scale: 1e-3, label_smoothing: 0.0, dropout_seed: None, step, first_token: 0 };
+            model.loss_and_gradients(&batch, options, &mut ws, &mut gradients);
+            gradient_norm(&gradients);
+            optimizer.update(&mut model, &gradients, 1e-3, 1.0);
+        }
+        device.synchronize()?;
+        let peak = (gpu.memory().1 - before) as f64;
+        let lens: Vec<usize> = model.parameters.iter().map(|p| p.value.len()).collect();
+        let state = |len: &usize| {
+            dense_bytes(*len, dtype, true) + float_bytes(*len) + Optim::AdamW.gpu_state_bytes(*len) as u64
+        };
+        let on = OnGpu { dtype, largest_quantised: 0, num_trained: lens.len() };
+        let tokens = tokens as usize;
+        let shape = PassShape { tokens, loss_rows: tokens, threads: 0, int8: false };
+        let pass = training_bytes(&config, None, shape, recompute, on);
+        // The workspace of products was there before.
+        let kernels = pass.kernels - sizes::PRODUCTS as u64;
+        let planned = lens.iter().map(state).sum::<u64>() + pass.activations + pass.workspace + kernels;
+        let (planned, error) = (planned as f64 / 1e6, (planned as f64 / peak - 1.0).abs());
+        let compared = format!("recompute {recompute}: {planned:.1} MB, and the allocator's peak");
+        observe(Check { model: dtype.name().into(), check: "memory plan", compared, error, bound: 0.1 });
+    }
+    Ok(())
+}
