@@ -78,7 +78,8 @@ pub(super) fn measure(python: &Path, request: &Value) -> Result<Peer> {
     serde_json::from_str(&last(&output.stdout)).map_err(|e| failed(format!("its result cannot be read: {e}")))
 }
 
-#[cfg(all(test, unix))]
+#[cfg(test)]
+#[cfg(unix)]
 mod tests {
     use super::*;
     use std::os::unix::fs::PermissionsExt;
