@@ -5,6 +5,8 @@ mod llama;
 mod short_rows;
 mod train;
 
+pub(crate) use short_rows::member;
+
 use crate::{Result, size::target_directory};
 use serde_json::Value;
 use std::path::{Path, PathBuf};
@@ -163,7 +165,7 @@ impl Case {
 }
 
 /// The release binary of what is in the tree now: an old one would be measured by mistake sooner or later.
-fn build(root: &Path) -> Result<PathBuf> {
+pub(crate) fn build(root: &Path) -> Result<PathBuf> {
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let status = Command::new(cargo).args(["build", "--release", "--package", "tunesmith"]).current_dir(root).status();
     if !status.map_err(|e| format!("cannot run cargo: {e}"))?.success() {
@@ -173,7 +175,7 @@ fn build(root: &Path) -> Result<PathBuf> {
 }
 
 /// What `command` prints.
-fn output(command: &mut Command) -> Result<String> {
+pub(crate) fn output(command: &mut Command) -> Result<String> {
     let program = command.get_program().to_string_lossy().into_owned();
     let done = command.stdin(Stdio::null()).stderr(Stdio::piped()).output();
     let done = done.map_err(|e| format!("cannot run {program}: {e}"))?;
@@ -263,12 +265,12 @@ fn median(mut values: Vec<f64>) -> f64 {
 }
 
 /// The load of the last minute, where the system tells: a benchmark beside other work is worth nothing.
-fn load_average() -> String {
+pub(crate) fn load_average() -> String {
     let text = std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
     text.split_whitespace().next().unwrap_or("unknown").to_owned()
 }
 
-fn today() -> String {
+pub(crate) fn today() -> String {
     date(SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs()) / 86_400)
 }
 

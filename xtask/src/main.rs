@@ -2,6 +2,7 @@
 #![allow(clippy::print_stdout, clippy::print_stderr)]
 
 mod bench_peer;
+mod bench_prepare;
 mod cli_docs;
 mod config_docs;
 mod configs;
@@ -42,6 +43,8 @@ enum Task {
     Size,
     /// Run this program and its peers (transformers + PEFT, llama.cpp) in turn, and compare speed and memory.
     BenchPeer(Box<bench_peer::Args>),
+    /// Prepare a large file of real text, and compare speed and memory with `datasets.map`.
+    BenchPrepare(bench_prepare::Args),
     /// Write the random model that configs/tiny.toml trains.
     TinyModel,
     /// Run the tests of kernels and models under valgrind.
@@ -56,6 +59,7 @@ fn main() -> ExitCode {
         Task::Kernels => kernels::check(&root()),
         Task::Size => size::report(&root()),
         Task::BenchPeer(args) => bench_peer::run(&root(), &args),
+        Task::BenchPrepare(args) => bench_prepare::run(&root(), &args),
         Task::TinyModel => tiny_model::write(&root()),
         Task::Valgrind => valgrind::run(&root()),
     };

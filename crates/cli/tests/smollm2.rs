@@ -106,11 +106,20 @@ fn tokens_and_chat_renderings() {
     let tokenizer = &real.opened.tokenizer;
     let cases = json("tokenizer_cases.json");
     assert!(list(&cases).len() > 100);
+    let mut places = Vec::new();
     for case in list(&cases) {
         let text = case["text"].as_str().unwrap();
         let got = tokenizer.encode(text, false).unwrap();
         assert_eq!(got, ids(&case["ids"]), "{text:?}");
         assert_eq!(tokenizer.decode(&got, false).unwrap(), case["decoded"].as_str().unwrap(), "{text:?}");
+        places.push(tokenizer.encode_with_offsets(text, false).unwrap());
+    }
+    // The encoder for whole data sets gives the same.
+    assert_eq!(tokenizer.for_bulk(), Ok(()));
+    for (case, places) in list(&cases).iter().zip(places) {
+        let text = case["text"].as_str().unwrap();
+        assert_eq!(tokenizer.encode(text, false).unwrap(), places.ids, "{text:?}");
+        assert_eq!(tokenizer.encode_with_offsets(text, false).unwrap(), places, "{text:?}");
     }
     let template = real.opened.template.as_ref().unwrap();
     let facts = facts();

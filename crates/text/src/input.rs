@@ -1,13 +1,13 @@
 //! A data file as bytes: unpacked, in lines of bounded length, decoded.
 use crate::{
     Error, Result,
-    source::{self, Compression},
+    source::{self, Compression, DataFile},
 };
 use encoding_rs::{DecoderResult, UTF_8, UTF_16BE, UTF_16LE, WINDOWS_1252};
 use std::{
     borrow::Cow,
     fs::File,
-    io::{self, BufRead, BufReader, Read},
+    io::{self, BufRead, BufReader, Read, Seek, SeekFrom},
     path::Path,
     sync::{
         Arc,
@@ -18,7 +18,7 @@ use std::{
 /// A packed file may grow to [`EXPANSION_FREE`] bytes, and beyond that by this factor: real text stays far below it, and
 /// what is made to fill a disk does not.
 pub(crate) const EXPANSION: u64 = 500;
-const EXPANSION_FREE: u64 = 256 << 20;
+pub(crate) const EXPANSION_FREE: u64 = 256 << 20;
 
 /// What the bytes of a text mean.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -85,12 +85,17 @@ pub(crate) struct Input {
     pub(crate) encoding: Encoding,
 }
 
-/// Opens `path`. `read` counts the bytes of the file itself as they are read.
-pub(crate) fn open(path: &Path, encoding: Encoding, read: &Arc<AtomicU64>) -> Result<Input> {
+/// Opens a file. `read` counts the bytes of the file itself as they are read.
+pub(crate) fn open(data: &DataFile, encoding: Encoding, read: &Arc<AtomicU64>) -> Result<Input> {
+    let path = data.shown();
     let cannot = |error| Error::io("cannot read", path, error);
-    let file = File::open(path).map_err(cannot)?;
+    let file = File::open(data.path()).map_err(cannot)?;
     let before = read.load(Ordering::Relaxed);
     let counted = BufReader::with_capacity(256 << 10, Counted { inner: file, read: Arc::clone(read) });
+    let counted: Box<dyn BufRead + Send> = match data.member() {
+        None => Box::new(counted),
+        Some(member) => Box::new(BufReader::with_capacity(256 << 10, member.open(counted).map_err(cannot)?)),
+    };
     let unpacked: Box<dyn Read + Send> = match source::kind(path)?.1 {
         Compression::None => return decoded(counted, encoding).map_err(|e| read_error(path, None, e)),
         Compression::Gzip => Box::new(flate2::bufread::MultiGzDecoder::new(counted)),
@@ -200,6 +205,12 @@ pub(crate) fn too_long(bytes: usize, limit: usize) -> String {
     format!("the row has {bytes} bytes, more than max_row_bytes = {limit}; split it, or raise max_row_bytes")
 }
 
+impl Seek for Counted {
+    fn seek(&mut self, position: SeekFrom) -> io::Result<u64> {
+        self.inner.seek(position)
+    }
+}
+
 /// Counts what is read of the file.
 struct Counted {
     inner: File,
@@ -282,7 +293,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join(name);
         std::fs::write(&path, bytes).unwrap();
-        open(&path, encoding, &Arc::default())
+        open(&path.into(), encoding, &Arc::default())
     }
 
     fn all(name: &str, bytes: &[u8]) -> String {

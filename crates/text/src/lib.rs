@@ -4,6 +4,7 @@
 //! test, [`template`] renders conversations, [`tokenizer`] makes token ids, [`sample`] decides which of them are
 //! trained, [`pack`] lays documents into blocks, [`shard`] stores them, and [`prepare`](mod@prepare) drives it all.
 mod atomic;
+mod bpe;
 pub mod clean;
 mod error;
 pub mod gguf;

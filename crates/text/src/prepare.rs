@@ -83,6 +83,9 @@ pub struct Report {
     pub key: String,
     /// [`Tokenizer::fingerprint`] of the tokenizer it was prepared with.
     pub tokenizer: String,
+    /// What made the tokens: [`Self::BULK`], or why it was the `tokenizers` crate.
+    #[serde(default)]
+    pub encoder: String,
     /// The options it was prepared with.
     pub options: PrepareOptions,
     /// Trained on.
@@ -109,6 +112,9 @@ pub const REPORT: &str = "prepared.json";
 pub const REJECTS: &str = "rejects.jsonl";
 
 impl Report {
+    /// [`Self::encoder`] when this program's own encoder made the tokens (see [`Tokenizer::for_bulk`]).
+    pub const BULK: &str = "tunesmith";
+
     /// Reads the report of a prepared folder.
     ///
     /// # Errors
@@ -167,11 +173,13 @@ pub fn prepare(
         return Ok(report);
     }
     let row_options = RowOptions::of(options)?;
+    let encoder = tokenizer.for_bulk().map_or_else(str::to_owned, |()| Report::BULK.to_owned());
     let scan = scan::scan(options, &row_options, &inputs, progress)?;
     let mut report = Report {
         format_version: shard::FORMAT_VERSION,
         key: hex(&key),
         tokenizer: tokenizer.fingerprint()?,
+        encoder,
         options: options.clone(),
         train: SplitReport::default(),
         validation: SplitReport::default(),
@@ -200,8 +208,7 @@ fn key(
     template: Option<&ChatTemplate>,
     inputs: &[Input],
 ) -> Result<[u8; 32]> {
-    let inputs: Vec<_> =
-        inputs.iter().map(|input| (input.path.display().to_string(), input.split, hex(&input.digest))).collect();
+    let inputs: Vec<_> = inputs.iter().map(|input| (input.name.to_string(), input.split, hex(&input.digest))).collect();
     // A template that tells the date renders the same row differently tomorrow, so the date belongs to the key.
     let template = template.map(|template| (template.source(), template.date()));
     let parts =

@@ -8,12 +8,11 @@ mod value;
 
 use crate::{
     Result, RowOptions, input,
-    source::{self, Kind},
+    source::{self, DataFile, Kind},
 };
 use serde_json::{Map, Value};
 use std::{
     fmt,
-    path::Path,
     sync::{Arc, atomic::AtomicU64},
 };
 
@@ -71,14 +70,14 @@ fn size(value: &Value) -> usize {
 /// The rows of a file, in order. After an error there are no more.
 pub(crate) type RawRows = Box<dyn Iterator<Item = Result<RawRow>> + Send>;
 
-/// Opens `path`. `read` counts bytes of the file as they are read, for a progress bar.
+/// Opens a file. `read` counts bytes of the file as they are read, for a progress bar.
 ///
 /// # Errors
 /// A file that cannot be read, of an unknown kind, or without a usable header.
-pub(crate) fn open(path: &Path, options: &RowOptions, read: &Arc<AtomicU64>) -> Result<RawRows> {
-    let (path, limit) = (path.to_owned(), options.max_row_bytes);
+pub(crate) fn open(data: &DataFile, options: &RowOptions, read: &Arc<AtomicU64>) -> Result<RawRows> {
+    let (path, limit) = (data.shown().to_owned(), options.max_row_bytes);
     let kind = source::kind(&path)?.0;
-    let input = || input::open(&path, options.encoding, read);
+    let input = || input::open(data, options.encoding, read);
     match kind {
         Kind::Parquet | Kind::Arrow => columnar::open(&path, kind, options, read),
         Kind::Text => Ok(text::open(path.clone(), input()?, options.text_rows, limit)),

@@ -268,7 +268,7 @@ fn map_columns(fields: &mut Map<String, Value>, options: &RowOptions) -> Result<
 /// An unreadable file; while reading, the first bad row with its place.
 pub fn read_file(path: &Path, options: &RowOptions) -> Result<impl Iterator<Item = Result<Row>>> {
     let file: Arc<str> = path.display().to_string().into();
-    let rows = crate::read::open(path, options, &Arc::default())?;
+    let rows = crate::read::open(&path.to_owned().into(), options, &Arc::default())?;
     Ok(rows.map(move |raw| {
         let understood = understand(&raw?, &file, options, &mut |_| ());
         understood.map(|understood| understood.row).map_err(|bad| bad.error(&file))

@@ -1,10 +1,14 @@
 //! Which files a list of paths, folders and patterns means, and what kind of data each is.
+mod zipped;
+
 use crate::{Error, Result};
 use std::{
     collections::HashSet,
     fs,
     path::{Path, PathBuf},
+    sync::Arc,
 };
+pub(crate) use zipped::Member;
 
 /// What a file of rows is written in, told by its ending.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -49,6 +53,42 @@ const ENDINGS: [(&str, Kind); 9] = [
     ("feather", Kind::Arrow),
 ];
 
+/// The endings, as messages list them.
+fn known_endings() -> String {
+    ENDINGS.map(|(ending, _)| format!(".{ending}")).join(", ")
+}
+
+/// A file of rows: one on the disk, or one inside an archive.
+#[derive(Clone, Debug)]
+pub struct DataFile {
+    path: PathBuf,
+    member: Option<Arc<Member>>,
+    shown: PathBuf,
+}
+
+impl From<PathBuf> for DataFile {
+    fn from(path: PathBuf) -> Self {
+        Self { shown: path.clone(), path, member: None }
+    }
+}
+
+impl DataFile {
+    /// The file on the disk: an archive that holds it, or itself.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Its name for messages; its ending says what it holds.
+    pub fn shown(&self) -> &Path {
+        &self.shown
+    }
+
+    /// The part of the archive that it is.
+    pub(crate) fn member(&self) -> Option<&Arc<Member>> {
+        self.member.as_ref()
+    }
+}
+
 /// Kind and compression of a file by its name: `data.jsonl.gz` is gzipped JSON lines. Columnar files compress inside, so
 /// packed ones are not read.
 ///
@@ -69,12 +109,11 @@ pub fn kind(path: &Path) -> Result<(Kind, Compression)> {
         }
         (Some(kind), compression) => Ok((kind, compression)),
         (None, _) => {
-            let known: Vec<_> = ENDINGS.iter().map(|(ending, _)| format!(".{ending}")).collect();
+            let known = known_endings();
             Err(Error::Input(format!(
-                "{}: unknown kind of data; known are {} (see docs/data.md), and all but .parquet, .arrow and .feather \
-                 also with .gz or .zst",
+                "{}: unknown kind of data; known are {known} (see docs/data.md), and all but .parquet, .arrow and .feather \
+                 also with .gz or .zst, or in a .zip archive",
                 path.display(),
-                known.join(", ")
             )))
         }
     }
@@ -87,11 +126,12 @@ pub(crate) fn is_columnar(file: &str) -> bool {
 
 /// The files that `places` name, each once, in the order given: a file stands for itself, a folder for every file of data
 /// below it (sorted; names that begin with a dot are left out, and `.json` files too where there are others, since they
-/// then describe the rest), anything with `*`, `?` or `[` for the files that match (sorted).
+/// then describe the rest), a `.zip` archive for those inside it, anything with `*`, `?` or `[` for the files that match
+/// (sorted). Archives in a folder are left out: often they hold the same again.
 ///
 /// # Errors
 /// A place that does not exist, holds no data, holds several splits, or is a file of another kind.
-pub fn files(places: &[String]) -> Result<Vec<PathBuf>> {
+pub fn files(places: &[String]) -> Result<Vec<DataFile>> {
     let mut seen = HashSet::new();
     let mut found = Vec::new();
     for place in places {
@@ -105,10 +145,17 @@ pub fn files(places: &[String]) -> Result<Vec<PathBuf>> {
             Err(error) => return Err(Error::io("cannot read", path, error)),
         };
         for file in group {
-            kind(&file)?;
+            let is_archive = zipped::is_archive(&file);
+            if !is_archive {
+                kind(&file)?;
+            }
             let identity = fs::canonicalize(&file).map_err(|e| Error::io("cannot read", &file, e))?;
-            if seen.insert(identity) {
-                found.push(file);
+            if !seen.insert(identity) {
+                continue;
+            }
+            match is_archive {
+                true => found.extend(zipped::members(&file)?),
+                false => found.push(file.into()),
             }
         }
     }
@@ -130,12 +177,8 @@ fn in_folder(folder: &Path) -> Result<Vec<PathBuf>> {
         group = described;
     }
     if group.is_empty() {
-        let known: Vec<_> = ENDINGS.iter().map(|(ending, _)| format!(".{ending}")).collect();
-        return Err(Error::Input(format!(
-            "{}: no file of data in this folder ({})",
-            folder.display(),
-            known.join(", ")
-        )));
+        let known = known_endings();
+        return Err(Error::Input(format!("{}: no file of data in this folder ({known})", folder.display())));
     }
     Ok(group)
 }
@@ -192,7 +235,7 @@ mod tests {
 
     fn names(folder: &Path, places: &[&str]) -> Result<Vec<String>> {
         let places: Vec<String> = places.iter().map(|p| folder.join(p).display().to_string()).collect();
-        let strip = |path: PathBuf| path.strip_prefix(folder).unwrap().display().to_string();
+        let strip = |file: DataFile| file.shown().strip_prefix(folder).unwrap().display().to_string();
         Ok(files(&places)?.into_iter().map(strip).collect())
     }
 

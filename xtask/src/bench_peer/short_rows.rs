@@ -65,7 +65,7 @@ pub(super) fn run(root: &Path, binary: &Path, model: &Resolved, settings: &Setti
 }
 
 /// The text file `name` of a .tar.gz file.
-fn member(archive: &Path, name: &str) -> Result<String> {
+pub(crate) fn member(archive: &Path, name: &str) -> Result<String> {
     let cannot = |e: std::io::Error| format!("cannot read {name} in {}: {e}", archive.display());
     let file = std::fs::File::open(archive).map_err(cannot)?;
     for entry in tar::Archive::new(flate2::read::GzDecoder::new(file)).entries().map_err(cannot)? {

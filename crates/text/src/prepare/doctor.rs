@@ -98,6 +98,8 @@ pub fn examine(
 ) -> Result<Diagnosis> {
     options.check()?;
     let row_options = RowOptions::of(options)?;
+    // Another kind of tokenizer takes longer, and that is all.
+    let _ = tokenizer.for_bulk();
     let inputs = files::inputs(options, progress)?;
     let bytes = inputs.iter().map(|input| input.bytes).sum();
     let doctor = Doctor {
@@ -109,9 +111,11 @@ pub fn examine(
         options: options.into(),
     };
     let mut diagnosis = Diagnosis::default();
-    files::for_each_group(&inputs, &row_options, &mut |group, bytes_done| {
-        diagnosis.rows += group.len();
-        let found: Vec<_> = group.par_iter().map(|row| doctor.look(row, &inputs[row.input].name)).collect();
+    let look = |group: Vec<Numbered>| -> Vec<_> {
+        group.par_iter().map(|row| doctor.look(row, &inputs[row.input].name)).collect()
+    };
+    let mut note = |found: Vec<Vec<(Check, String)>>| {
+        diagnosis.rows += found.len();
         for (check, what) in found.into_iter().flatten() {
             let finding = diagnosis.failed.entry(check).or_default();
             finding.rows += 1;
@@ -119,8 +123,10 @@ pub fn examine(
                 finding.examples.push(what);
             }
         }
-        progress(PrepareProgress::Scanning { bytes_done, bytes });
         Ok(())
+    };
+    files::for_each_group(&inputs, &row_options, &look, &mut note, &mut |bytes_done| {
+        progress(PrepareProgress::Scanning { bytes_done, bytes });
     })?;
     Ok(diagnosis)
 }

@@ -16,7 +16,12 @@ use crate::{
     tokenizer::hex,
 };
 use rayon::prelude::*;
-use std::{fs, io::Write, path::Path};
+use std::{
+    fs,
+    io::Write,
+    path::Path,
+    sync::atomic::{AtomicU64, Ordering},
+};
 
 /// Tokens of a split that wait to be packed: enough to fill blocks well, little to hold.
 const WINDOW: usize = 4 << 20;
@@ -60,9 +65,9 @@ pub(super) fn emit(
         packers.push(Packer::new(writer, options.max_length, options.packing, WINDOW));
     }
     let mut rejects = Rejects { pending: None, rows: 0 };
-    let mut tokens = 0;
-    let work = |row: Numbered| -> Result<Done> {
-        let Some(fate) = fates.get(row.index) else { return Err(changed(job, &row)) };
+    let tokens = AtomicU64::new(0);
+    let work = |row: &Numbered| -> Result<Done> {
+        let Some(fate) = fates.get(row.index) else { return Err(changed(job, row)) };
         let file = &job.inputs[row.input].name;
         let line = row.raw.line;
         if matches!(fate, Fate::Removed(_)) {
@@ -78,7 +83,7 @@ pub(super) fn emit(
                 return Ok(Done::Rejected(BadRow { line, what, content: row.raw.content.to_string() }));
             }
         };
-        let Ok(mut understood) = understood else { return Err(changed(job, &row)) };
+        let Ok(mut understood) = understood else { return Err(changed(job, row)) };
         job.cleaner.clean(&mut understood.row);
         match sample::samples(&understood.row, job.tokenizer, job.template, &sample_options) {
             Ok((samples, counts)) => Ok(Done::Samples(split, samples, counts)),
@@ -89,11 +94,10 @@ pub(super) fn emit(
             Err(error) => Err(error),
         }
     };
-    files::for_each_group(job.inputs, job.row_options, &mut |group, bytes_done| {
-        let places: Vec<usize> = group.iter().map(|row| row.input).collect();
-        let done: Vec<_> = group.into_par_iter().map(work).collect();
+    let work = |group: Vec<Numbered>| -> Vec<_> { group.par_iter().map(|row| (row.input, work(row))).collect() };
+    let mut pack = |done: Vec<(usize, Result<Done>)>| {
         // In order, so that of several wrong rows the first is the one reported.
-        for (input, done) in places.into_iter().zip(done) {
+        for (input, done) in done {
             match done? {
                 Done::Removed => {}
                 Done::Rejected(bad) => rejects.write(job.folder, &job.inputs[input].name, &bad)?,
@@ -105,14 +109,16 @@ pub(super) fn emit(
                         part.tokens += sample.ids.len();
                         part.trained_tokens += sample.num_trained();
                         part.bytes += sample.bytes;
-                        tokens += sample.ids.len() as u64;
+                        tokens.fetch_add(sample.ids.len() as u64, Ordering::Relaxed);
                         packers[split as usize].push(sample)?;
                     }
                 }
             }
         }
-        progress(PrepareProgress::Tokenizing { bytes_done, bytes, tokens });
         Ok(())
+    };
+    files::for_each_group(job.inputs, job.row_options, &work, &mut pack, &mut |bytes_done| {
+        progress(PrepareProgress::Tokenizing { bytes_done, bytes, tokens: tokens.load(Ordering::Relaxed) });
     })?;
     job.inputs.iter().try_for_each(Input::check_unchanged)?;
     report.rejected_rows = rejects.rows;

@@ -3,18 +3,20 @@ use super::PrepareProgress;
 use crate::{
     Error, PrepareOptions, Result, RowOptions, Split,
     read::{self, RawRow},
-    source,
+    source::{self, DataFile},
 };
 use sha2::{Digest, Sha256};
 use std::{
     collections::HashMap,
     fs::{self, File, Metadata},
-    io::{self, Write},
+    io::{self, Read},
     path::{Path, PathBuf},
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
+        mpsc,
     },
+    thread,
     time::SystemTime,
 };
 
@@ -26,25 +28,28 @@ const ROW_BYTES: usize = 64;
 
 /// One data file: where it goes, and what it held when the key was made.
 pub(super) struct Input {
-    pub(super) path: PathBuf,
+    pub(super) file: DataFile,
     pub(super) name: Arc<str>,
     /// The split that all its rows go to, or none when each row is decided upon.
     pub(super) split: Option<Split>,
+    /// Bytes to read, of the file or of its part of an archive.
     pub(super) bytes: u64,
+    /// Of the file or of the archive that holds it.
     pub(super) digest: [u8; 32],
+    size: u64,
     modified: Option<SystemTime>,
 }
 
 impl Input {
     /// Whether the file is still as it was when the key was made, as far as its size and time tell.
     pub(super) fn check_unchanged(&self) -> Result<()> {
-        let metadata = metadata(&self.path)?;
-        if (metadata.len(), metadata.modified().ok()) == (self.bytes, self.modified) {
+        let metadata = metadata(self.file.path())?;
+        if (metadata.len(), metadata.modified().ok()) == (self.size, self.modified) {
             return Ok(());
         }
         Err(Error::Input(format!(
             "{}: the file changed while it was read; try again when nothing writes to it",
-            self.path.display()
+            self.file.path().display()
         )))
     }
 }
@@ -56,36 +61,44 @@ fn metadata(path: &Path) -> Result<Metadata> {
 pub(super) fn inputs(options: &PrepareOptions, progress: &mut dyn FnMut(PrepareProgress)) -> Result<Vec<Input>> {
     let (validation, test) = options.fractions();
     let whole = if validation + test > 0.0 { None } else { Some(Split::Train) };
-    let mut paths: Vec<(PathBuf, Option<Split>)> = Vec::new();
-    let mut seen: HashMap<PathBuf, Option<Split>> = HashMap::new();
+    let mut found: Vec<(DataFile, Option<Split>)> = Vec::new();
+    let mut seen: HashMap<(PathBuf, Option<String>), Option<Split>> = HashMap::new();
     for (places, split) in
         [(&options.train, whole), (&options.validation, Some(Split::Validation)), (&options.test, Some(Split::Test))]
     {
-        for path in source::files(places)? {
-            let identity = fs::canonicalize(&path).map_err(|e| Error::io("cannot read", &path, e))?;
+        for file in source::files(places)? {
+            let path = file.path();
+            let path = fs::canonicalize(path).map_err(|e| Error::io("cannot read", path, e))?;
+            let identity = (path, file.member().map(|member| member.name.clone()));
             if let Some(earlier) = seen.insert(identity, split) {
                 return Err(Error::Input(format!(
                     "{} is given for {} and for {}; held-out data must not be trained on",
-                    path.display(),
+                    file.shown().display(),
                     earlier.unwrap_or(Split::Train),
                     split.unwrap_or(Split::Train)
                 )));
             }
-            paths.push((path, split));
+            found.push((file, split));
         }
     }
-    let files = paths.len();
-    let mut inputs = Vec::with_capacity(files);
-    for (files_done, (path, split)) in paths.into_iter().enumerate() {
+    let files = found.len();
+    let mut inputs: Vec<Input> = Vec::with_capacity(files);
+    for (files_done, (file, split)) in found.into_iter().enumerate() {
         progress(PrepareProgress::Reading { files_done, files });
-        let metadata = metadata(&path)?;
+        let metadata = metadata(file.path())?;
+        // The members of an archive follow one another.
+        let digest = match inputs.last() {
+            Some(before) if before.file.path() == file.path() => before.digest,
+            _ => digest(file.path())?,
+        };
         inputs.push(Input {
-            name: path.display().to_string().into(),
+            name: file.shown().display().to_string().into(),
             split,
-            bytes: metadata.len(),
-            digest: digest(&path)?,
+            bytes: file.member().map_or(metadata.len(), |member| member.packed),
+            digest,
+            size: metadata.len(),
             modified: metadata.modified().ok(),
-            path,
+            file,
         });
     }
     progress(PrepareProgress::Reading { files_done: files, files });
@@ -95,21 +108,15 @@ pub(super) fn inputs(options: &PrepareOptions, progress: &mut dyn FnMut(PrepareP
 /// SHA-256 of a file.
 pub(super) fn digest(path: &Path) -> Result<[u8; 32]> {
     let cannot = |error| Error::io("cannot read", path, error);
-    let mut hasher = HashWriter(Sha256::new());
-    io::copy(&mut File::open(path).map_err(cannot)?, &mut hasher).map_err(cannot)?;
-    Ok(hasher.0.finalize().into())
-}
-
-struct HashWriter(Sha256);
-
-impl Write for HashWriter {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.0.update(bytes);
-        Ok(bytes.len())
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
+    let mut file = File::open(path).map_err(cannot)?;
+    let (mut hasher, mut buffer) = (Sha256::new(), vec![0; 256 << 10]);
+    loop {
+        match file.read(&mut buffer) {
+            Ok(0) => return Ok(hasher.finalize().into()),
+            Ok(count) => hasher.update(&buffer[..count]),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(cannot(error)),
+        }
     }
 }
 
@@ -122,22 +129,67 @@ pub(super) struct Numbered {
     pub(super) raw: RawRow,
 }
 
-/// Hands all rows of all files to `work`, in order and in groups, with the number of bytes read so far. Small files share
-/// a group.
-pub(super) fn for_each_group(
+/// Reads all rows of all files, in order and in groups; small files share a group. `work` makes something of each group, on all
+/// cores, while `take` takes what was made of the group before it, in order, and the next one is read. After each, `progress`
+/// hears how many bytes have been read.
+///
+/// # Errors
+/// Those of reading and of `take`, whichever comes first in the order of the rows.
+pub(super) fn for_each_group<T: Send>(
     inputs: &[Input],
     options: &RowOptions,
-    work: &mut dyn FnMut(Vec<Numbered>, u64) -> Result<()>,
+    work: &(dyn Fn(Vec<Numbered>) -> T + Sync),
+    take: &mut (dyn FnMut(T) -> Result<()> + Send),
+    progress: &mut dyn FnMut(u64),
 ) -> Result<()> {
-    let read = Arc::new(AtomicU64::new(0));
+    thread::scope(|scope| {
+        let (sender, groups) = mpsc::sync_channel(1);
+        scope.spawn(move || {
+            let read = Arc::new(AtomicU64::new(0));
+            let send = |group| sender.send(Ok((group, read.load(Ordering::Relaxed)))).is_ok();
+            if let Err(error) = read_groups(inputs, options, &read, send) {
+                // A receiver that is gone has an error of its own.
+                let _ = sender.send(Err(error));
+            }
+        });
+        let mut made: Option<(T, u64)> = None;
+        for group in groups {
+            let before = made.take();
+            let bytes_before = before.as_ref().map(|(_, bytes)| *bytes);
+            let taken = || before.map_or(Ok(()), |(made, _)| take(made));
+            match group {
+                Ok((group, bytes)) => {
+                    let (new, taken) = rayon::join(|| work(group), taken);
+                    taken?;
+                    made = Some((new, bytes));
+                }
+                // What stands before an error comes first: of several wrong rows the first is the one reported.
+                Err(error) => return taken().and(Err(error)),
+            }
+            bytes_before.into_iter().for_each(&mut *progress);
+        }
+        if let Some((made, bytes)) = made {
+            take(made)?;
+            progress(bytes);
+        }
+        Ok(())
+    })
+}
+
+/// Reads groups and hands them to `send` until that says no.
+fn read_groups(
+    inputs: &[Input],
+    options: &RowOptions,
+    read: &Arc<AtomicU64>,
+    send: impl Fn(Vec<Numbered>) -> bool,
+) -> Result<()> {
     let (mut group, mut waiting, mut index) = (Vec::new(), 0, 0);
     for (input, file) in inputs.iter().enumerate() {
-        for raw in read::open(&file.path, options, &read)? {
-            // What stands before an error is worked on first: of several wrong rows the first is the one reported.
+        for raw in read::open(&file.file, options, read)? {
             let raw = match raw {
                 Ok(raw) => raw,
                 Err(error) => {
-                    work(std::mem::take(&mut group), read.load(Ordering::Relaxed))?;
+                    send(group);
                     return Err(error);
                 }
             };
@@ -146,9 +198,12 @@ pub(super) fn for_each_group(
             index += 1;
             if waiting >= GROUP_BYTES {
                 waiting = 0;
-                work(std::mem::take(&mut group), read.load(Ordering::Relaxed))?;
+                if !send(std::mem::take(&mut group)) {
+                    return Ok(());
+                }
             }
         }
     }
-    work(group, read.load(Ordering::Relaxed))
+    send(group);
+    Ok(())
 }

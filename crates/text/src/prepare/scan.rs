@@ -185,18 +185,20 @@ pub(super) fn scan(
     let mut facts: Vec<Facts> = Vec::new();
     let mut ends = vec![0; inputs.len()];
     let mut all: Vec<Seen> = inputs.iter().map(|_| Seen::default()).collect();
-    files::for_each_group(inputs, row_options, &mut |group, bytes_done| {
+    let look = |group: Vec<Numbered>| -> Vec<_> {
         // A task looks at rows of one file only, so that what it has seen belongs to that.
         let tasks: Vec<&[Numbered]> =
             group.chunk_by(|a, b| a.input == b.input).flat_map(|rows| rows.chunks(TASK)).collect();
-        let done: Vec<_> = tasks
+        tasks
             .par_iter()
             .map(|rows| {
                 let mut seen = Seen::default();
                 let found: Vec<_> = rows.iter().map(|row| examiner.look(row, &mut seen)).collect();
                 (rows[0].input, found, seen)
             })
-            .collect();
+            .collect()
+    };
+    let mut note = |done: Vec<(usize, Vec<Result<Facts>>, Seen)>| {
         for (input, found, seen) in done {
             all[input].add(seen);
             for found in found {
@@ -204,8 +206,10 @@ pub(super) fn scan(
             }
             ends[input] = facts.len();
         }
-        progress(PrepareProgress::Scanning { bytes_done, bytes });
         Ok(())
+    };
+    files::for_each_group(inputs, row_options, &look, &mut note, &mut |bytes_done| {
+        progress(PrepareProgress::Scanning { bytes_done, bytes });
     })?;
     let mut clean = CleanReport::default();
     let mut start = 0;

@@ -366,3 +366,33 @@ fn groups_stay_together_and_values_are_shared_out() {
     let text = bench.refusal();
     assert!(text.contains("line 1: there is no \"lable\", which stratify_by names; the keys are \"text\""), "{text}");
 }
+
+#[test]
+fn archives_are_read_like_folders_and_packed_rows_are_named() {
+    let mut bench = Bench::new(&[("a.jsonl", &lines(3)), ("b.csv", "text\nthe he\n")]);
+    let zip = bench.path("data.zip");
+    let pack = |second: &str| {
+        let mut writer = zip::ZipWriter::new(fs::File::create(&zip).unwrap());
+        for (name, content) in [("sub/a.jsonl", &lines(3)[..]), ("b.csv", second), ("notes.md", "no data")] {
+            writer.start_file(name, zip::write::SimpleFileOptions::default()).unwrap();
+            writer.write_all(content.as_bytes()).unwrap();
+        }
+        writer.finish().unwrap();
+    };
+    pack("text\nthe he\n");
+    bench.options.validation_fraction = 0.0;
+    bench.options.train = vec![bench.place("b.csv"), bench.place("a.jsonl")];
+    let loose = bench.run().unwrap();
+    let texts = bench.texts(Split::Train);
+    bench.options.train = vec![bench.place("data.zip")];
+    let packed = bench.run().unwrap();
+    assert_ne!(packed.key, loose.key);
+    assert_eq!(bench.texts(Split::Train), texts);
+    assert_eq!(packed.files.iter().map(|file| file.rows).collect::<Vec<_>>(), [1, 3]);
+    assert!(packed.files[1].file.ends_with("data.zip/sub/a.jsonl"));
+    assert_eq!(packed.encoder, Report::BULK);
+    pack("text\nthe,he\n");
+    assert!(bench.refusal().contains("data.zip/b.csv, line 2: 2 fields"));
+    bench.options.validation = vec![bench.place("data.zip")];
+    assert!(bench.refusal().contains("data.zip/b.csv is given for train and for validation"));
+}
