@@ -412,3 +412,73 @@ fn packed_bases_train() {
     let bad = setup.args("bad", &["method=full", "model.storage=nf4"]);
     refused(&bad.iter().map(String::as_str).collect::<Vec<_>>(), 2, "model.storage = nf4 is not allowed");
 }
+
+/// Data that is read as training goes on: killed and resumed, the run is the one that was never interrupted, to the bit.
+#[test]
+fn a_stream_goes_on_at_the_exact_row() {
+    let setup = Setup::new();
+    let row = |i: usize| {
+        let question = format!("What comes after {i}?");
+        serde_json::json!({"messages": [
+            {"role": "user", "content": question}, {"role": "assistant", "content": (i + 1).to_string()}
+        ]})
+    };
+    // More rows than are read before the first step; the second file is short and packed.
+    let first: String = (0..3000).map(|i| format!("{}\n", row(i))).collect();
+    std::fs::write(setup.dir("a.jsonl"), first).unwrap();
+    std::fs::write(setup.dir("b.jsonl"), format!("{}\n", row(3000))).unwrap();
+    let train = format!("data.train=[\"{0}/a.jsonl\", \"{0}/b.jsonl\"]", setup.folder.path().display());
+    let validation = format!("data.validation=[\"{}\"]", setup.dir("b.jsonl").display());
+    let set = [
+        &train[..],
+        &validation,
+        "data.streaming=true",
+        "data.shuffle_buffer=100",
+        "training.max_steps=60",
+        "training.save_steps=5",
+        "training.save_total_limit=100",
+    ];
+    let whole = setup.train("whole", &set);
+    assert_eq!(whole.code, 0, "{whole:?}");
+    assert!(whole.stdout.contains("on data that is read as it goes on for 60 steps"), "{whole:?}");
+    let mut child = binary().args(setup.args("killed", &set)).spawn().unwrap();
+    let start = Instant::now();
+    while !setup.dir("killed").join("checkpoints/step-10/complete.json").exists() {
+        assert!(start.elapsed() < Duration::from_secs(120), "no checkpoint appeared");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    child.kill().unwrap();
+    child.wait().unwrap();
+    let resumed = setup.resume("killed", &set);
+    assert_eq!(resumed.code, 0, "{resumed:?}");
+    assert_eq!(curve(&setup.dir("killed")), curve(&setup.dir("whole")));
+    assert_eq!(weights(&setup.dir("killed/final")), weights(&setup.dir("whole/final")));
+    let note = records(&setup.dir("whole"), "note").pop().unwrap();
+    let text = note["message"].as_str().unwrap();
+    // The row of b.jsonl is held out too, and taken out of training each time it comes.
+    assert!(text.starts_with("the stream gave ") && text.ends_with(" are held out too"), "{text}");
+    // From any of the checkpoints, in whatever epoch it was made.
+    for step in [5, 35, 55] {
+        let from = setup.dir(&format!("killed/checkpoints/step-{step}"));
+        let to = setup.dir(&format!("from-{step}/checkpoints/step-{step}"));
+        std::fs::create_dir_all(&to).unwrap();
+        for file in std::fs::read_dir(&from).unwrap() {
+            let path = file.unwrap().path();
+            std::fs::copy(&path, to.join(path.file_name().unwrap())).unwrap();
+        }
+        std::fs::copy(setup.dir("killed/metrics.jsonl"), setup.dir(&format!("from-{step}/metrics.jsonl"))).unwrap();
+        let resumed = setup.resume(&format!("from-{step}"), &set);
+        assert_eq!(resumed.code, 0, "{resumed:?}");
+        assert_eq!(curve(&setup.dir(&format!("from-{step}"))), curve(&setup.dir("whole")));
+    }
+    std::fs::write(setup.dir("a.jsonl"), format!("{}\n", row(1))).unwrap();
+    let changed = setup.resume("killed", &set);
+    assert!(
+        changed.code == 2 && changed.stderr.contains("the training data is not what this run began with"),
+        "{changed:?}"
+    );
+    let args = setup.args("endless", &[&train, &validation, "data.streaming=true", "training.max_steps=-1"]);
+    refused(&args.iter().map(String::as_str).collect::<Vec<_>>(), 2, "say how many steps to make");
+    let plan = run(&["plan", &setup.config, "--set", &train, "--set", &validation, "--set", "data.streaming=true"]);
+    assert!(plan.code == 0 && plan.stdout.contains("activations"), "{plan:?}");
+}

@@ -16,6 +16,8 @@ pub struct Batch {
     pub loss_rows: Vec<u32>,
     /// The tokens to be predicted at `loss_rows` [N].
     pub targets: Vec<u32>,
+    /// Weights of the losses at `loss_rows` [N]; empty when all are 1.
+    pub weights: Vec<f32>,
 }
 
 impl Batch {
@@ -26,19 +28,69 @@ impl Batch {
     /// When the two slices differ in length.
     pub fn push(&mut self, ids: &[u32], trained: &[bool]) {
         assert_eq!(ids.len(), trained.len(), "one mask entry a token");
-        if ids.is_empty() {
-            return;
-        }
+        self.add(ids, |i| if trained[i] { 1.0 } else { 0.0 });
+    }
+
+    /// Adds a document in which predicting `ids[i]` counts `weights[i]` times, not at all where that is 0. `weights[0]` has no
+    /// effect.
+    ///
+    /// # Panics
+    /// When the two slices differ in length.
+    pub fn push_weighted(&mut self, ids: &[u32], weights: &[f32]) {
+        assert_eq!(ids.len(), weights.len(), "one weight a token");
+        self.add(ids, |i| weights[i]);
+    }
+
+    fn add(&mut self, ids: &[u32], weight: impl Fn(usize) -> f32) {
         let start = self.ids.len();
         self.ids.extend_from_slice(ids);
         self.positions.extend(0..ids.len() as u32);
         let rows = start..self.ids.len();
+        if rows.is_empty() {
+            return;
+        }
         self.segments.push(Segment { queries: rows.clone(), keys: rows });
         for i in 1..ids.len() {
-            if trained[i] {
-                self.loss_rows.push((start + i - 1) as u32);
-                self.targets.push(ids[i]);
+            let weight = weight(i);
+            if weight == 0.0 {
+                continue;
             }
+            self.loss_rows.push((start + i - 1) as u32);
+            self.targets.push(ids[i]);
+            self.push_weight(weight);
+        }
+    }
+
+    /// Notes the weight of the last of `targets`.
+    fn push_weight(&mut self, weight: f32) {
+        if self.weights.is_empty() && weight != 1.0 {
+            self.weights.resize(self.targets.len() - 1, 1.0);
+            self.weights.push(weight);
+        } else if !self.weights.is_empty() {
+            self.weights.push(weight);
+        }
+    }
+
+    /// Weights of the losses [N], `None` when all are 1.
+    pub fn weights(&self) -> Option<&[f32]> {
+        (!self.weights.is_empty()).then_some(&self.weights[..])
+    }
+
+    /// Sum of all weights: what the mean loss is divided by.
+    pub fn total_weight(&self) -> f64 {
+        match self.weights() {
+            Some(weights) => weights.iter().map(|weight| f64::from(*weight)).sum(),
+            None => self.targets.len() as f64,
+        }
+    }
+
+    /// Sum of `losses` [N], each times its weight.
+    pub(crate) fn weighted_sum(&self, losses: &[f32]) -> f64 {
+        match self.weights() {
+            Some(weights) => {
+                losses.iter().zip(weights).map(|(loss, weight)| f64::from(*loss) * f64::from(*weight)).sum()
+            }
+            None => losses.iter().map(|loss| f64::from(*loss)).sum(),
         }
     }
 
@@ -55,7 +107,7 @@ impl Batch {
     /// The documents in consecutive batches of at most `max_tokens` tokens; a longer document has one to itself.
     pub(crate) fn parts(&self, max_tokens: usize) -> Vec<Self> {
         let mut parts: Vec<Self> = Vec::new();
-        let mut losses = self.loss_rows.iter().zip(&self.targets).peekable();
+        let mut losses = self.loss_rows.iter().zip(&self.targets).enumerate().peekable();
         for segment in &self.segments {
             let rows = segment.queries.clone();
             if parts.last().is_none_or(|p| begins_part(p.len(), rows.len(), max_tokens)) {
@@ -66,9 +118,10 @@ impl Batch {
             part.ids.extend_from_slice(&self.ids[rows.clone()]);
             part.positions.extend_from_slice(&self.positions[rows.clone()]);
             part.segments.push(Segment { queries: start..start + rows.len(), keys: start..start + rows.len() });
-            while let Some((row, target)) = losses.next_if(|(row, _)| (**row as usize) < rows.end) {
+            while let Some((n, (row, target))) = losses.next_if(|(_, (row, _))| (**row as usize) < rows.end) {
                 part.loss_rows.push((*row as usize - rows.start + start) as u32);
                 part.targets.push(*target);
+                part.push_weight(self.weights.get(n).copied().unwrap_or(1.0));
             }
         }
         parts
@@ -131,6 +184,23 @@ mod tests {
         let want = [&documents[..2], &documents[2..3], &documents[3..5], &documents[5..]].map(batch);
         assert_eq!(parts, want);
         assert!(Batch::default().parts(6).is_empty());
+    }
+
+    #[test]
+    fn weights_are_kept_only_where_they_differ_and_follow_their_rows() {
+        let mut plain = Batch::default();
+        plain.push(&[5, 6, 7], &[false, true, true]);
+        let mut ones = Batch::default();
+        ones.push_weighted(&[5, 6, 7], &[9.0, 1.0, 1.0]);
+        assert_eq!(ones, plain);
+        assert_eq!((plain.weights(), plain.total_weight()), (None, 2.0));
+        plain.push_weighted(&[8, 9, 10, 11], &[1.0, 0.5, 0.0, 1.0]);
+        plain.push(&[12, 13], &[true, true]);
+        assert_eq!(plain.targets, [6, 7, 9, 11, 13]);
+        assert_eq!(plain.weights(), Some(&[1.0, 1.0, 0.5, 1.0, 1.0][..]));
+        assert_eq!((plain.total_weight(), plain.weighted_sum(&[1.0, 1.0, 4.0, 1.0, 1.0])), (4.5, 6.0));
+        let weights: Vec<_> = plain.parts(4).into_iter().map(|part| part.weights).collect();
+        assert_eq!(weights, [vec![], vec![0.5, 1.0], vec![]]);
     }
 
     #[test]

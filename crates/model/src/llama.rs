@@ -138,7 +138,7 @@ pub fn initial_rows(config: &Config, seed: u64, name: &str, rows: Range<usize>, 
 /// step into passes does not change it.
 #[derive(Clone, Copy, Debug)]
 pub struct LossOptions {
-    /// Factor on the summed loss before the backward pass: 1 / trained tokens of the whole optimizer step.
+    /// Factor on the summed weighted loss before the backward pass: 1 / sum of the weights of the whole optimizer step.
     pub scale: f32,
     /// Label smoothing ε.
     pub label_smoothing: f32,
@@ -382,7 +382,7 @@ impl Llama {
         self.parameters[index].value.tensor()
     }
 
-    /// Forward pass without gradients: fills [`Workspace::losses`] and returns their sum in nats. Goes through the batch in
+    /// Forward pass without gradients: fills [`Workspace::losses`] and returns their sum in nats, each times its weight. Goes through the batch in
     /// parts, as [`Llama::loss_and_gradients`] does.
     pub fn loss(&self, batch: &Batch, label_smoothing: f32, ws: &mut Workspace) -> f64 {
         pool::enter(|| self.pooled_loss(batch, label_smoothing, ws))
@@ -398,7 +398,7 @@ impl Llama {
             losses.extend_from_slice(&ws.losses);
         }
         ws.losses = losses;
-        ws.losses.iter().map(|l| *l as f64).sum()
+        batch.weighted_sum(&ws.losses)
     }
 
     /// Logits [T, V] at every position of `batch`.
@@ -410,8 +410,8 @@ impl Llama {
         &ws.logits
     }
 
-    /// One forward and backward pass: adds the gradients of `scale` · Σ loss to `gradients`, fills
-    /// [`Workspace::losses`] and returns their sum in nats (unscaled).
+    /// One forward and backward pass: adds the gradients of `scale` · Σ weight · loss to `gradients`, fills
+    /// [`Workspace::losses`] and returns their weighted sum in nats (unscaled).
     ///
     /// Documents do not see each other, so a batch of more than [`PASS_TOKENS`] tokens goes through the model in several
     /// parts, document by document: the same gradients for a part of the memory.
@@ -430,7 +430,7 @@ impl Llama {
             options.first_token += part.len() as u64;
         }
         ws.losses = losses;
-        ws.losses.iter().map(|l| *l as f64).sum()
+        batch.weighted_sum(&ws.losses)
     }
 
     /// One part of a pass.
@@ -445,6 +445,7 @@ impl Llama {
         let targets = &batch.targets;
         let sums = linear_cross_entropy::Gradients {
             scale: options.scale,
+            weights: batch.weights(),
             d_h: &mut back.d_normed_nd,
             d_w: gradients.tensors[self.head].as_mut(),
         };

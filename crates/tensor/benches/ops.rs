@@ -233,8 +233,12 @@ fn cross_entropy_forward_backward(bencher: Bencher<'_, '_>, head_trains: bool) {
     let (mut d_h, mut d_w) = (Tensor::default(), Tensor::zeros(&[V, D]));
     let products = if head_trains { 3 } else { 2 };
     bencher.counter(ItemsCount::new(products * 2 * T * D * V)).bench_local(|| {
-        let gradients =
-            linear_cross_entropy::Gradients { scale: 1e-3, d_h: &mut d_h, d_w: head_trains.then_some(&mut d_w) };
+        let gradients = linear_cross_entropy::Gradients {
+            scale: 1e-3,
+            weights: None,
+            d_h: &mut d_h,
+            d_w: head_trains.then_some(&mut d_w),
+        };
         linear_cross_entropy::forward_backward(black_box(&h), &w, &targets, 0.0, &mut scratch, &mut loss, gradients);
     });
 }

@@ -128,6 +128,8 @@ pub enum Reason {
     Leak,
     /// It nearly says what a held-out row says.
     NearLeak,
+    /// There are more rows of its value than `balance = "undersample"` draws.
+    Balance,
 }
 
 impl Step {
@@ -160,6 +162,7 @@ impl Reason {
             Self::NearDuplicate => "that nearly say what an earlier row says",
             Self::Leak => "to train on that are held out too",
             Self::NearLeak => "to train on that are nearly held out too",
+            Self::Balance => "of values that are more common than the rest",
         }
     }
 }

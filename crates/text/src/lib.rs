@@ -2,13 +2,14 @@
 //!
 //! In the order of the data's way: [`row`] reads files into rows, [`clean`] cleans them, [`split`] sends each row to train, validation or
 //! test, [`template`] renders conversations, [`tokenizer`] makes token ids, [`sample`] decides which of them are
-//! trained, [`pack`] lays documents into blocks, [`shard`] stores them, and [`prepare`](mod@prepare) drives it all.
+//! trained, [`pack`] lays documents into blocks, [`mix`] mixes several data sets, [`shard`] stores them, and [`prepare`](mod@prepare) drives it all.
 mod atomic;
 mod bpe;
 pub mod clean;
 mod error;
 pub mod gguf;
 mod input;
+pub mod mix;
 pub mod options;
 pub mod pack;
 pub mod prepare;
@@ -31,12 +32,16 @@ pub use clean::{CleanOptions, CleanReport, Reason, Same, Step};
 pub use error::{Error, Result};
 pub use gguf::GgufVocabulary;
 pub use input::Encoding;
-pub use options::{OnBadRow, Overlong, Preferences, PrepareOptions, TextRows, TrainOn};
+pub use mix::{DataSource, SourceReport};
+pub use options::{Balance, OnBadRow, Overlong, Preferences, PrepareOptions, TextRows, TrainOn};
 pub use pack::Block;
-pub use prepare::{Check, Diagnosis, Finding, PrepareProgress, Report, SplitReport, examine, prepare};
+pub use prepare::{
+    Balanced, BlockStream, Check, Diagnosis, Finding, PrepareProgress, Report, SplitReport, StreamCounts, examine,
+    prepare,
+};
 pub use preview::{PreviewDocument, PreviewToken, preview};
 pub use row::{Row, RowFormat, RowKind, RowOptions, Turns};
-pub use sample::{RowCounts, Sample, SampleOptions, Source, samples};
+pub use sample::{RowCounts, Sample, SampleOptions, Side, Source, samples};
 pub use shard::PreparedSplit;
 pub use split::Split;
 pub use stream::StreamDecoder;

@@ -2,38 +2,95 @@
 //!
 //! Best fit decreasing: the longest documents first, each into the fullest block that still has room. Any two blocks
 //! together hold more than one block's worth, so less than half of the room is wasted; on real data it is a few percent.
-use crate::{Result, Sample, Source, shard};
+use crate::{Result, Sample, Side, Source, shard};
 use std::collections::BTreeSet;
 
 /// What one micro-batch row is made of: documents one after the other.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct Block {
     /// Token ids of all documents.
     pub ids: Vec<u32>,
     /// For each id whether it is a label: whether the loss of predicting it counts. False for the first of a document.
     pub trained: Vec<bool>,
+    /// How much the loss of predicting each id counts in training; empty when that is 1 where `trained` and 0 elsewhere.
+    pub weights: Vec<f32>,
     /// Tokens of each document; their sum is `ids.len()`. Attention and positions start anew at each.
     pub lengths: Vec<usize>,
     /// For each document the UTF-8 bytes of its trained text.
     pub bytes: Vec<usize>,
     /// For each document the row it came from.
     pub sources: Vec<Source>,
+    /// For each document what it is to training on preferences. A chosen one is followed by the one rejected for it.
+    pub sides: Vec<Side>,
+    /// For each document the tokens of its prompt, which is that of both of a pair; 0 for plain ones.
+    pub shared: Vec<usize>,
 }
 
 impl Block {
+    /// The documents one by one.
+    pub(crate) fn into_samples(self) -> Vec<Sample> {
+        let mut start = 0;
+        let mut samples = Vec::with_capacity(self.lengths.len());
+        for (document, length) in self.lengths.iter().enumerate() {
+            let rows = start..start + length;
+            start = rows.end;
+            samples.push(Sample {
+                ids: self.ids[rows.clone()].to_vec(),
+                trained: self.trained[rows.clone()].to_vec(),
+                weights: self.weights.get(rows).unwrap_or_default().to_vec(),
+                bytes: self.bytes[document],
+                source: self.sources[document].clone(),
+                side: self.sides[document],
+                shared: self.shared[document],
+            });
+        }
+        samples
+    }
+
     /// Appends a document.
     pub fn push(&mut self, sample: &Sample) {
         self.ids.extend_from_slice(&sample.ids);
+        if self.weights.is_empty() && !sample.weights.is_empty() {
+            self.weights = plain_weights(&self.trained).collect();
+        }
         self.trained.extend_from_slice(&sample.trained);
+        if !sample.weights.is_empty() {
+            self.weights.extend_from_slice(&sample.weights);
+        } else if !self.weights.is_empty() {
+            self.weights.extend(plain_weights(&sample.trained));
+        }
         self.lengths.push(sample.ids.len());
         self.bytes.push(sample.bytes);
         self.sources.push(sample.source.clone());
+        self.sides.push(sample.side);
+        self.shared.push(sample.shared);
     }
 
     /// Number of trained tokens.
     pub fn num_trained(&self) -> usize {
         self.trained.iter().filter(|&&trained| trained).count()
     }
+
+    /// Number of tokens whose loss counts in training.
+    pub fn num_losses(&self) -> usize {
+        match self.weights.is_empty() {
+            true => self.num_trained(),
+            false => self.weights.iter().filter(|&&weight| weight > 0.0).count(),
+        }
+    }
+
+    /// Sum of the weights of all tokens in training: the number of trained tokens where there are no weights.
+    pub fn total_weight(&self) -> f64 {
+        match self.weights.is_empty() {
+            true => self.num_trained() as f64,
+            false => self.weights.iter().map(|&weight| f64::from(weight)).sum(),
+        }
+    }
+}
+
+/// The weights that tokens have of themselves.
+pub(crate) fn plain_weights(trained: &[bool]) -> impl Iterator<Item = f32> {
+    trained.iter().map(|&trained| if trained { 1.0 } else { 0.0 })
 }
 
 /// Which documents go into which block, given the `lengths` of all documents: indices, ascending inside a block, blocks
@@ -68,60 +125,98 @@ pub fn plan(lengths: &[usize], max_length: usize, packing: bool) -> Vec<Vec<usiz
     blocks
 }
 
-/// Packs documents as they come, in bounded memory: whenever `window` tokens wait, they are laid into blocks, the full ones
-/// are written, and the documents of the others wait for more.
-pub(crate) struct Packer {
-    writer: shard::Writer,
+/// Documents that wait to be laid into blocks, in bounded memory: whenever `window` tokens wait, the blocks that they fill are
+/// handed on, and the documents of the others wait for more.
+pub(crate) struct Waiting {
     max_length: usize,
     packing: bool,
     window: usize,
-    waiting: Vec<Sample>,
+    pub(crate) samples: Vec<Sample>,
     tokens: usize,
 }
 
-impl Packer {
-    pub(crate) fn new(writer: shard::Writer, max_length: usize, packing: bool, window: usize) -> Self {
-        Self { writer, max_length, packing, window, waiting: Vec::new(), tokens: 0 }
+impl Waiting {
+    pub(crate) fn new(max_length: usize, packing: bool, window: usize) -> Self {
+        Self { max_length, packing, window, samples: Vec::new(), tokens: 0 }
     }
 
-    pub(crate) fn push(&mut self, sample: Sample) -> Result<()> {
+    /// Puts back what waited when it was saved.
+    pub(crate) fn restore(&mut self, samples: Vec<Sample>) {
+        self.tokens = samples.iter().map(|sample| sample.ids.len()).sum();
+        self.samples = samples;
+    }
+
+    /// Adds a document and hands what is full to `write`.
+    pub(crate) fn push(&mut self, sample: Sample, write: &mut dyn FnMut(Vec<Sample>) -> Result<()>) -> Result<()> {
         self.tokens += sample.ids.len();
-        self.waiting.push(sample);
-        if self.tokens < self.window {
+        // A pair stays together.
+        let is_whole = sample.side != Side::Chosen;
+        self.samples.push(sample);
+        if self.tokens < self.window || !is_whole {
             return Ok(());
         }
-        self.write_blocks(self.max_length / 128)?;
+        self.lay(self.max_length / 128, write)?;
         // Documents that fit nowhere must not be laid out again and again.
-        if self.tokens > self.window / 2 { self.write_blocks(self.max_length) } else { Ok(()) }
+        if self.tokens > self.window / 2 { self.flush(write) } else { Ok(()) }
     }
 
-    /// Writes what still waits; the number of blocks.
-    pub(crate) fn finish(mut self) -> Result<usize> {
-        self.write_blocks(self.max_length)?;
-        let blocks = self.writer.num_blocks();
-        self.writer.finish()?;
-        Ok(blocks)
+    /// Hands on all that waits.
+    pub(crate) fn flush(&mut self, write: &mut dyn FnMut(Vec<Sample>) -> Result<()>) -> Result<()> {
+        self.lay(self.max_length, write)
     }
 
-    /// Writes the blocks in which at most `room` tokens are free.
-    fn write_blocks(&mut self, room: usize) -> Result<()> {
-        let lengths: Vec<usize> = self.waiting.iter().map(|sample| sample.ids.len()).collect();
-        let mut written = vec![false; lengths.len()];
+    /// Hands on the blocks in which at most `room` tokens are free.
+    fn lay(&mut self, room: usize, write: &mut dyn FnMut(Vec<Sample>) -> Result<()>) -> Result<()> {
+        // A pair is laid into a block as one.
+        let mut units: Vec<Vec<Sample>> = Vec::new();
+        for sample in std::mem::take(&mut self.samples) {
+            match units.last_mut().filter(|_| sample.side == Side::Rejected) {
+                Some(pair) => pair.push(sample),
+                None => units.push(vec![sample]),
+            }
+        }
+        let lengths: Vec<usize> = units.iter().map(|unit| unit.iter().map(|sample| sample.ids.len()).sum()).collect();
         for block in plan(&lengths, self.max_length, self.packing) {
             let used: usize = block.iter().map(|&index| lengths[index]).sum();
             if self.packing && used + room < self.max_length {
                 continue;
             }
-            self.writer.push(block.iter().map(|&index| &self.waiting[index]))?;
-            block.iter().for_each(|&index| written[index] = true);
             self.tokens -= used;
+            write(block.into_iter().flat_map(|index| std::mem::take(&mut units[index])).collect())?;
         }
-        let mut index = 0;
-        self.waiting.retain(|_| {
-            index += 1;
-            !written[index - 1]
-        });
+        self.samples = units.into_iter().flatten().collect();
         Ok(())
+    }
+}
+
+/// Packs documents as they come into a shard.
+pub(crate) struct Packer {
+    writer: shard::Writer,
+    waiting: Waiting,
+}
+
+impl Packer {
+    pub(crate) fn new(writer: shard::Writer, max_length: usize, packing: bool, window: usize) -> Self {
+        Self { writer, waiting: Waiting::new(max_length, packing, window) }
+    }
+
+    pub(crate) fn push(&mut self, sample: Sample) -> Result<()> {
+        let Self { writer, waiting } = self;
+        waiting.push(sample, &mut |block| writer.push(block.iter()))
+    }
+
+    /// Writes what still waits, so that what follows shares no block with it; the number of blocks so far.
+    pub(crate) fn flush(&mut self) -> Result<usize> {
+        let Self { writer, waiting } = self;
+        waiting.flush(&mut |block| writer.push(block.iter()))?;
+        Ok(writer.num_blocks())
+    }
+
+    /// Writes what still waits; the number of blocks.
+    pub(crate) fn finish(mut self) -> Result<usize> {
+        let blocks = self.flush()?;
+        self.writer.finish()?;
+        Ok(blocks)
     }
 }
 
@@ -169,13 +264,15 @@ mod tests {
         ) {
             let folder = tempfile::tempdir().unwrap();
             let path = folder.path().join("train.shard");
-            let writer = shard::Writer::create(&path, [0; 32], 128).unwrap();
+            let writer = shard::Writer::create(&path, [0; 32], 128, false).unwrap();
             let mut packer = Packer::new(writer, 128, packing, 400);
             for (index, &length) in lengths.iter().enumerate() {
                 let source = Source { file: "f".into(), line: index + 1 };
                 let trained = vec![false; length];
-                packer.push(Sample { ids: vec![index as u32; length], trained, bytes: 0, source }).unwrap();
-                prop_assert!(packer.tokens < 400 && packer.tokens == packer.waiting.iter().map(|s| s.ids.len()).sum::<usize>());
+                let ids = vec![index as u32; length];
+                packer.push(Sample { ids, trained, source, ..Sample::default() }).unwrap();
+                let Waiting { samples, tokens, .. } = &packer.waiting;
+                prop_assert!(*tokens < 400 && *tokens == samples.iter().map(|s| s.ids.len()).sum::<usize>());
             }
             let blocks = packer.finish().unwrap();
             let shard = PreparedSplit::open_file(&path).unwrap();

@@ -5,22 +5,26 @@
 //!
 //! A folder is keyed by a hash of everything that its content follows from: the bytes and names of the files, the
 //! tokenizer, the chat template, the options and the format version. With the same key and sound files nothing is done.
+mod balance;
 mod doctor;
 mod emit;
 mod files;
 mod scan;
+mod streaming;
 
 use crate::{
-    ChatTemplate, CleanReport, Error, PrepareOptions, Result, RowOptions, Split, Tokenizer, atomic, clean::Cleaner,
-    sample::RowCounts, shard, tokenizer::hex,
+    ChatTemplate, CleanReport, Error, PrepareOptions, Result, Side, SourceReport, Split, Tokenizer, atomic,
+    clean::Cleaner, sample::RowCounts, shard, tokenizer::hex,
 };
 use files::{Input, digest};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use std::{collections::BTreeMap, fs, io::Write, path::Path};
 
+pub use balance::Balanced;
 pub use doctor::{Check, Diagnosis, Finding, examine};
 pub use scan::{FileReport, KeyReport};
+pub use streaming::{BlockStream, StreamCounts};
 
 /// How far the preparation is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -62,14 +66,20 @@ pub struct SplitReport {
     pub tokens: usize,
     /// Tokens whose loss counts.
     pub trained_tokens: usize,
+    /// Further tokens whose loss counts in training, less than that of trained ones.
+    pub weighted_tokens: usize,
     /// UTF-8 bytes of the trained text.
     pub bytes: usize,
+    /// Documents by what they are to training on preferences; nothing where that was not asked for.
+    pub sides: BTreeMap<Side, usize>,
     /// Blocks.
     pub blocks: usize,
-    /// Rows by the value that they are stratified by.
+    /// Rows by the value that they are balanced or stratified by, else by their `label`; before balancing.
     pub values: BTreeMap<String, usize>,
     /// Different values that rows are grouped by.
     pub groups: usize,
+    /// Rows of the largest group.
+    pub largest_group: usize,
     /// SHA-256 (hex) of the split's file.
     pub sha256: String,
 }
@@ -100,6 +110,10 @@ pub struct Report {
     pub rejected_rows: usize,
     /// What cleaning did.
     pub clean: CleanReport,
+    /// The data sets that are mixed, in the order of their blocks; empty when there is only one.
+    pub sources: Vec<SourceReport>,
+    /// What balancing made of the training rows, by value.
+    pub balance: BTreeMap<String, Balanced>,
     /// Whether the folder was already there. Not stored.
     #[serde(skip)]
     pub reused: bool,
@@ -135,6 +149,41 @@ impl Report {
         Ok(report)
     }
 
+    /// What is uneven in the data, in sentences.
+    pub fn warnings(&self) -> Vec<String> {
+        let mut warnings = Vec::new();
+        let values = &self.train.values;
+        let most = values.iter().max_by_key(|(_, rows)| **rows);
+        if let (Some((most, many)), Some((least, few))) = (most, values.iter().min_by_key(|(_, rows)| **rows))
+            && *many > 10 * few
+            && self.balance.is_empty()
+        {
+            warnings.push(format!(
+                "{most} has {many} rows to train on and {least} only {few}; a model learns little of what is rare. \
+                 balance = \"oversample\" or \"loss_weight\" evens it out"
+            ));
+        }
+        for split in [Split::Validation, Split::Test] {
+            let unknown: Vec<&str> = self
+                .split(split)
+                .values
+                .keys()
+                .filter(|value| !values.contains_key(*value))
+                .map(String::as_str)
+                .collect();
+            if !unknown.is_empty() && !values.is_empty() {
+                warnings.push(format!("{split} has rows of {}, which no row to train on is of", unknown.join(", ")));
+            }
+        }
+        let (groups, largest, rows) = (self.train.groups, self.train.largest_group, self.train.counts.rows);
+        if groups > 1 && 2 * largest > rows {
+            warnings.push(format!(
+                "one of {groups} groups has {largest} of {rows} rows to train on; what is learned is mostly that group's"
+            ));
+        }
+        warnings
+    }
+
     /// The report of one split.
     pub fn split(&self, split: Split) -> &SplitReport {
         match split {
@@ -167,14 +216,16 @@ pub fn prepare(
     progress: &mut dyn FnMut(PrepareProgress),
 ) -> Result<Report> {
     options.check()?;
-    let inputs = files::inputs(options, progress)?;
+    let sets = files::data_sets(options)?;
+    let mut inputs = files::inputs(&sets, progress)?;
     let key = key(options, tokenizer, template, &inputs)?;
+    // What is read as training goes on is not looked at now.
+    inputs.retain(|input| input.digest.is_some());
     if let Some(report) = reusable(folder, &key)? {
         return Ok(report);
     }
-    let row_options = RowOptions::of(options)?;
     let encoder = tokenizer.for_bulk().map_or_else(str::to_owned, |()| Report::BULK.to_owned());
-    let scan = scan::scan(options, &row_options, &inputs, progress)?;
+    let scan = scan::scan(options, &sets, &inputs, progress)?;
     let mut report = Report {
         format_version: shard::FORMAT_VERSION,
         key: hex(&key),
@@ -187,14 +238,18 @@ pub fn prepare(
         files: scan.files,
         rejected_rows: 0,
         clean: scan.clean,
+        sources: Vec::new(),
+        balance: scan.balance.values,
         reused: false,
     };
     for (split, share) in Split::ALL.into_iter().zip(scan.shares) {
-        (report.split_mut(split).values, report.split_mut(split).groups) = (share.values, share.groups);
+        let part = report.split_mut(split);
+        (part.values, part.groups, part.largest_group) = (share.values, share.groups, share.largest_group);
     }
     let cleaner = Cleaner::new(&options.clean)?;
-    let row_options = &row_options;
-    let job = emit::Job { folder, options, row_options, tokenizer, template, cleaner, inputs: &inputs, key };
+    let (copies, weights) = (&scan.balance.copies, &scan.balance.weights);
+    let job =
+        emit::Job { folder, options, sets: &sets, tokenizer, template, cleaner, inputs: &inputs, key, copies, weights };
     emit::emit(&job, &scan.fates, &mut report, progress)?;
     let json = serde_json::to_string_pretty(&report)
         .map_err(|e| Error::Failure(format!("the report of prepared data does not serialise: {e}")))?;
@@ -208,7 +263,7 @@ fn key(
     template: Option<&ChatTemplate>,
     inputs: &[Input],
 ) -> Result<[u8; 32]> {
-    let inputs: Vec<_> = inputs.iter().map(|input| (input.name.to_string(), input.split, hex(&input.digest))).collect();
+    let inputs: Vec<_> = inputs.iter().map(|input| (input.name.to_string(), input.split, input.identity())).collect();
     // A template that tells the date renders the same row differently tomorrow, so the date belongs to the key.
     let template = template.map(|template| (template.source(), template.date()));
     let parts =

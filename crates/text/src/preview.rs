@@ -1,8 +1,8 @@
 //! What a model is trained on, token by token, for the eye.
-use crate::{PreparedSplit, Result, Source, StreamDecoder, Tokenizer};
+use crate::{PreparedSplit, Result, Side, Source, StreamDecoder, Tokenizer};
 
 /// One token as text.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct PreviewToken {
     /// The text that the token completes. A character made of several tokens appears at the last of them.
     pub text: String,
@@ -10,18 +10,25 @@ pub struct PreviewToken {
     pub id: u32,
     /// Whether it is a label.
     pub trained: bool,
+    /// How much its loss counts in training.
+    pub weight: f32,
 }
 
 /// One document as it is trained on.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct PreviewDocument {
     /// The row it came from.
     pub source: Source,
+    /// What it is to training on preferences.
+    pub side: Side,
+    /// Tokens of its prompt, which both answers of a pair share.
+    pub shared: usize,
     /// Its tokens.
     pub tokens: Vec<PreviewToken>,
 }
 
-/// The first `n` documents of a prepared split, in the order of their rows inside each block.
+/// The first `n` documents of a prepared split, in the order of their rows inside each block; one more where that completes a
+/// pair of answers.
 ///
 /// # Errors
 /// Damaged data, or an id outside the vocabulary.
@@ -30,24 +37,28 @@ pub fn preview(split: &PreparedSplit, n: usize, tokenizer: &Tokenizer) -> Result
     for index in 0..split.len() {
         let block = split.block(index)?;
         let mut start = 0;
-        for (&length, source) in block.lengths.iter().zip(&block.sources) {
-            if documents.len() == n {
+        for (document, (&length, source)) in block.lengths.iter().zip(&block.sources).enumerate() {
+            let (side, shared) = (block.sides[document], block.shared[document]);
+            // Both answers of a pair are shown.
+            if documents.len() >= n && side != Side::Rejected {
                 return Ok(documents);
             }
             let range = start..start + length;
-            let tokens = tokens(&block.ids[range.clone()], &block.trained[range], tokenizer)?;
-            documents.push(PreviewDocument { source: source.clone(), tokens });
+            let weights = block.weights.get(range.clone()).unwrap_or_default();
+            let tokens = tokens(&block.ids[range.clone()], &block.trained[range], weights, tokenizer)?;
+            documents.push(PreviewDocument { source: source.clone(), side, shared, tokens });
             start += length;
         }
     }
     Ok(documents)
 }
 
-fn tokens(ids: &[u32], trained: &[bool], tokenizer: &Tokenizer) -> Result<Vec<PreviewToken>> {
+fn tokens(ids: &[u32], trained: &[bool], weights: &[f32], tokenizer: &Tokenizer) -> Result<Vec<PreviewToken>> {
     let mut decoder = StreamDecoder::new(tokenizer, false);
     let mut tokens = Vec::with_capacity(ids.len());
-    for (&id, &trained) in ids.iter().zip(trained) {
-        tokens.push(PreviewToken { text: decoder.push(id)?, id, trained });
+    for (index, (&id, &trained)) in ids.iter().zip(trained).enumerate() {
+        let weight = weights.get(index).copied().unwrap_or(if trained { 1.0 } else { 0.0 });
+        tokens.push(PreviewToken { text: decoder.push(id)?, id, trained, weight });
     }
     if let Some(last) = tokens.last_mut() {
         last.text.push_str(&decoder.finish()?);

@@ -9,7 +9,7 @@ mod prompt;
 use crate::{
     Error, Message, Result,
     input::Encoding,
-    options::{PrepareOptions, TextRows},
+    options::{Balance, PrepareOptions, TextRows},
     read::{Raw, RawRow},
     source,
 };
@@ -130,6 +130,8 @@ pub struct RowOptions {
     pub max_row_bytes: usize,
     /// The key that rows are grouped or stratified by, and the option that names it.
     pub(crate) split_key: Option<(&'static str, String)>,
+    /// The key that rows are counted and balanced by, and the option that names it, if one does.
+    pub(crate) value_key: (Option<&'static str>, String),
     /// Makes prompts of the keys of a row.
     pub(crate) template: Option<PromptTemplate>,
 }
@@ -156,6 +158,14 @@ impl RowOptions {
                 (None, Some(key)) => Some(("stratify_by", key.clone())),
                 (None, None) => None,
             },
+            value_key: match (options.balance, &options.stratify_by) {
+                (Balance::None, Some(key)) => (Some("stratify_by"), key.clone()),
+                (Balance::None, None) => (None, "label".into()),
+                _ => {
+                    let (option, key) = options.balance_key();
+                    (Some(option), key.to_owned())
+                }
+            },
             template: PromptTemplate::of(options)?,
         })
     }
@@ -165,6 +175,7 @@ impl RowOptions {
         format::is_key(column)
             || self.columns.values().any(|found| found == column)
             || self.split_key.as_ref().is_some_and(|(_, key)| key == column)
+            || self.value_key.1 == column
             || self.template.as_ref().is_some_and(|template| template.names(column))
     }
 }
@@ -191,6 +202,8 @@ pub(crate) struct Understood {
     pub(crate) format: RowFormat,
     /// What the row is grouped or stratified by.
     pub(crate) split_value: Option<String>,
+    /// What the row is counted and balanced by.
+    pub(crate) value: Option<String>,
 }
 
 /// Makes a row of what stands in `file`. `seen` is told about the keys and values, before they are mapped.
@@ -205,8 +218,9 @@ pub(crate) fn understand(
     let mut fields = match &raw.content {
         Raw::Bad(what) => return Err(bad(format!(": {what}"))),
         Raw::Text(text) => {
-            let split_value = split_value(&Map::new(), options).map_err(|what| bad(format!(": {what}")))?;
-            return Ok(Understood { row: row(RowKind::Text(text.clone())), format: RowFormat::Text, split_value });
+            let (split_value, value) = values(&Map::new(), options).map_err(|what| bad(format!(": {what}")))?;
+            let kind = RowKind::Text(text.clone());
+            return Ok(Understood { row: row(kind), format: RowFormat::Text, split_value, value });
         }
         Raw::Fields(fields) => fields.clone(),
         Raw::Json(text) => match serde_json::from_str::<Value>(text) {
@@ -224,24 +238,36 @@ pub(crate) fn understand(
     };
     seen(&fields);
     let understood = map_columns(&mut fields, options).and_then(|()| {
-        let split_value = split_value(&fields, options)?;
+        let (split_value, value) = values(&fields, options)?;
         if let Some(template) = &options.template {
             let (prompt, completion) = template.fill(&fields)?;
             let kind = RowKind::PromptCompletion { prompt, completion };
-            return Ok(Understood { row: row(kind), format: RowFormat::PromptCompletion, split_value });
+            return Ok(Understood { row: row(kind), format: RowFormat::PromptCompletion, split_value, value });
         }
         let format = format::detect(&fields, options.format)?;
-        Ok(Understood { row: row(convert::convert(fields, format, options)?), format, split_value })
+        Ok(Understood { row: row(convert::convert(fields, format, options)?), format, split_value, value })
     });
     understood.map_err(|what| bad(format!(": {what}")))
 }
 
-/// The value that a row is grouped or stratified by, where that was asked for.
-fn split_value(fields: &Map<String, Value>, options: &RowOptions) -> Result<Option<String>, String> {
-    let Some((option, key)) = &options.split_key else { return Ok(None) };
+/// The value that a row is grouped or stratified by, where that was asked for, and the one that it is counted by.
+fn values(fields: &Map<String, Value>, options: &RowOptions) -> Result<(Option<String>, Option<String>), String> {
+    let split_value = match &options.split_key {
+        Some((option, key)) => Some(value_of(fields, option, key)?),
+        None => None,
+    };
+    let value = match &options.value_key {
+        (Some(option), key) => Some(value_of(fields, option, key)?),
+        // Nobody asked for it.
+        (None, key) => value_of(fields, "", key).ok(),
+    };
+    Ok((split_value, value))
+}
+
+fn value_of(fields: &Map<String, Value>, option: &str, key: &str) -> Result<String, String> {
     match fields.get(key) {
-        Some(Value::String(text)) => Ok(Some(text.clone())),
-        Some(value @ (Value::Number(_) | Value::Bool(_))) => Ok(Some(value.to_string())),
+        Some(Value::String(text)) => Ok(text.clone()),
+        Some(value @ (Value::Number(_) | Value::Bool(_))) => Ok(value.to_string()),
         Some(other) => Err(format!("{key:?}, which {option} names, is {}; text or a number is needed", kind_of(other))),
         None if fields.is_empty() => Err(format!("plain text has no {key:?}, which {option} names")),
         None => {

@@ -6,13 +6,13 @@
 //! it is not.
 use crate::{
     ChatTemplate, Conversation, Encoded, Error, Overlong, Preferences, Result, Row, RowKind, Tokenizer, TrainOn, Turns,
-    options::PrepareOptions, row::place,
+    options::PrepareOptions, pack, row::place,
 };
 use serde::{Deserialize, Serialize};
 use std::{borrow::Cow, ops::Range, sync::Arc};
 
 /// Where a document came from.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Source {
     /// The file, as it was named.
     pub file: Arc<str>,
@@ -26,18 +26,58 @@ impl std::fmt::Display for Source {
     }
 }
 
+/// What a document is to training on preferences.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Side {
+    /// Nothing.
+    #[default]
+    Plain,
+    /// The better answer to a prompt; the worse one is the document behind it.
+    Chosen,
+    /// The worse answer to the prompt of the document before it.
+    Rejected,
+    /// An answer that was liked.
+    Liked,
+    /// An answer that was not liked.
+    Disliked,
+}
+
+impl Side {
+    /// All of them, in the order of their numbers in files.
+    pub(crate) const ALL: [Self; 5] = [Self::Plain, Self::Chosen, Self::Rejected, Self::Liked, Self::Disliked];
+
+    /// "plain", "chosen", "rejected", "liked" or "disliked".
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Plain => "plain",
+            Self::Chosen => "chosen",
+            Self::Rejected => "rejected",
+            Self::Liked => "liked",
+            Self::Disliked => "disliked",
+        }
+    }
+}
+
 /// One document as tokens.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct Sample {
     /// Token ids.
     pub ids: Vec<u32>,
     /// For each id whether it is a label: whether the loss of predicting it counts. The first cannot be predicted, so
     /// it never is.
     pub trained: Vec<bool>,
+    /// How much the loss of predicting each id counts in training; empty when that is 1 where `trained` and 0 elsewhere.
+    pub weights: Vec<f32>,
     /// UTF-8 bytes of the text that the trained tokens stand for; special tokens count nothing. For bits per byte.
     pub bytes: usize,
     /// The row it came from.
     pub source: Source,
+    /// What it is to training on preferences.
+    pub side: Side,
+    /// Tokens of the prompt: those that both answers of a pair begin with, or that stand before a judged one; 0 for a plain
+    /// document.
+    pub shared: usize,
 }
 
 impl Sample {
@@ -45,13 +85,31 @@ impl Sample {
     pub fn num_trained(&self) -> usize {
         self.trained.iter().filter(|&&trained| trained).count()
     }
+
+    /// Makes the loss of every token count `factor` times what it did.
+    pub(crate) fn scale_weights(&mut self, factor: f32) {
+        if factor == 1.0 {
+            return;
+        }
+        if self.weights.is_empty() {
+            self.weights = pack::plain_weights(&self.trained).collect();
+        }
+        self.weights.iter_mut().for_each(|weight| *weight *= factor);
+    }
+
+    /// Number of tokens that are no labels, but whose loss counts in training.
+    pub fn num_only_weighted(&self) -> usize {
+        self.trained.iter().zip(&self.weights).filter(|(trained, weight)| !**trained && **weight > 0.0).count()
+    }
 }
 
 /// What becomes of a row.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct SampleOptions {
     /// Which tokens are trained.
     pub train_on: TrainOn,
+    /// Weight of the loss of tokens that are not trained, 0 to 1.
+    pub prompt_loss_weight: f32,
     /// Longest document, in tokens.
     pub max_length: usize,
     /// What becomes of longer rows.
@@ -64,6 +122,7 @@ impl From<&PrepareOptions> for SampleOptions {
     fn from(options: &PrepareOptions) -> Self {
         Self {
             train_on: options.train_on.clone(),
+            prompt_loss_weight: options.prompt_loss_weight as f32,
             max_length: options.max_length,
             overlong: options.overlong,
             preferences: options.preferences,
@@ -123,34 +182,90 @@ pub fn samples(
     options: &SampleOptions,
 ) -> Result<(Vec<Sample>, RowCounts)> {
     let mut counts = RowCounts { rows: 1, ..RowCounts::default() };
-    let marked = match mark(&row.kind, tokenizer, template, options, &mut counts) {
-        Ok(Some(marked)) => marked.checked(tokenizer),
-        Ok(None) => {
-            counts.disliked_rows = 1;
-            return Ok((Vec::new(), counts));
-        }
-        Err(error) => Err(error),
-    };
-    let marked = marked.map_err(|error| match error {
+    let marked = marks(&row.kind, tokenizer, template, options, &mut counts)
+        .and_then(|marked| marked.into_iter().map(|(side, marked)| Ok((side, marked.checked(tokenizer)?))).collect());
+    let marked: Vec<(Side, Marked)> = marked.map_err(|error| match error {
         Error::Input(what) => Error::Input(format!("{}: {what}", place(&row.file, row.line))),
         other => other,
     })?;
-    let is_text = matches!(row.kind, RowKind::Text(_));
-    let windows = shorten(&marked, is_text, options, &mut counts);
     let source = Source { file: Arc::clone(&row.file), line: row.line };
-    Ok((windows.into_iter().map(|window| marked.sample(window, &source)).collect(), counts))
+    match &marked[..] {
+        [] => {
+            counts.disliked_rows = 1;
+            Ok((Vec::new(), counts))
+        }
+        [(Side::Plain, marked)] => {
+            let is_text = matches!(row.kind, RowKind::Text(_));
+            let windows = shorten(marked, is_text, options, &mut counts);
+            let weight = options.prompt_loss_weight;
+            Ok((windows.into_iter().map(|window| marked.sample(window, weight, &source)).collect(), counts))
+        }
+        sides => Ok((answers_of(sides, options, &source, &mut counts), counts)),
+    }
 }
 
-/// The tokens of a row and which of them are trained, unchecked. `None` for a row with an answer that was not liked.
-pub(crate) fn mark(
+/// The answers of a pair, or the one that was judged, each with its prompt; none when there is no room for one of them.
+fn answers_of(
+    sides: &[(Side, Marked)],
+    options: &SampleOptions,
+    source: &Source,
+    counts: &mut RowCounts,
+) -> Vec<Sample> {
+    let max = options.max_length;
+    let all = |marked: &Marked| marked.ids.len();
+    counts.longest_row = sides.iter().map(|(_, marked)| all(marked)).max().unwrap_or(0);
+    let is_long = counts.longest_row > max;
+    let length = |marked: &Marked| if options.overlong == Overlong::Drop && is_long { 0 } else { all(marked).min(max) };
+    let kept = sides.iter().all(|(_, marked)| marked.num_trained(0..length(marked)) > 0);
+    if is_long {
+        counts.overlong_rows = 1;
+        for (_, marked) in sides {
+            let left = if kept { length(marked) } else { 0 };
+            counts.tokens_lost += all(marked) - left;
+            counts.trained_tokens_lost += marked.num_trained(left..all(marked));
+        }
+        *(if kept { &mut counts.truncated_rows } else { &mut counts.dropped_rows }) = 1;
+    }
+    if !kept {
+        return Vec::new();
+    }
+    // What both begin with, up to the first token of an answer: answers may begin alike too.
+    let prompt = |marked: &Marked| marked.trained.iter().position(|&trained| trained).unwrap_or(0);
+    let mut shared = sides.iter().map(|(_, marked)| prompt(marked)).min().unwrap_or(0);
+    if let [(_, a), (_, b)] = sides {
+        shared = a.ids.iter().zip(&b.ids).take(shared).take_while(|(a, b)| a == b).count();
+    }
+    let sample = |(side, marked): &(Side, Marked)| {
+        let sample = marked.sample(0..length(marked), 0.0, source);
+        Sample { side: *side, shared, ..sample }
+    };
+    sides.iter().map(sample).collect()
+}
+
+/// The tokens of a row and which of them are trained, unchecked: one list, two for the answers of a pair, none for a row with
+/// an answer that was not liked where only the others are trained on.
+pub(crate) fn marks(
     kind: &RowKind,
     tokenizer: &Tokenizer,
     template: Option<&ChatTemplate>,
     options: &SampleOptions,
     counts: &mut RowCounts,
-) -> Result<Option<Marked>> {
-    let Some(kind) = trained_kind(kind, options.preferences)? else { return Ok(None) };
-    match &*kind {
+) -> Result<Vec<(Side, Marked)>> {
+    let mut marked = Vec::new();
+    for (side, kind) in answers_to_train(kind, options.preferences)? {
+        marked.push((side, mark(&kind, tokenizer, template, options, counts)?));
+    }
+    Ok(marked)
+}
+
+fn mark(
+    kind: &RowKind,
+    tokenizer: &Tokenizer,
+    template: Option<&ChatTemplate>,
+    options: &SampleOptions,
+    counts: &mut RowCounts,
+) -> Result<Marked> {
+    match kind {
         RowKind::Text(text) => Marked::of_text(text, 0..text.len(), tokenizer),
         RowKind::PromptCompletion { prompt, completion } => {
             let text = format!("{prompt}{completion}");
@@ -167,40 +282,52 @@ pub(crate) fn mark(
                 .into(),
         )),
     }
-    .map(Some)
 }
 
-/// What is trained of a row with answers of which one is better: the better one, if that is what `preferences` says. `None`
-/// for one that was not liked.
-fn trained_kind(kind: &RowKind, preferences: Preferences) -> Result<Option<Cow<'_, RowKind>>> {
-    let (prompt, answer, tools) = match kind {
-        RowKind::Preference { prompt, chosen, tools, .. } => (prompt, chosen, tools),
-        RowKind::Judged { prompt, completion, label, tools } => {
-            if !label && preferences == Preferences::Chosen {
-                return Ok(None);
-            }
-            (prompt, completion, tools)
+/// What is trained of a row: of answers of which one is better, or that were judged, what `preferences` says.
+fn answers_to_train(kind: &RowKind, preferences: Preferences) -> Result<Vec<(Side, Cow<'_, RowKind>)>> {
+    let (prompt, tools, answers) = match kind {
+        RowKind::Preference { prompt, chosen, rejected, tools } => {
+            (prompt, tools, vec![(Side::Chosen, chosen), (Side::Rejected, rejected)])
         }
-        other => return Ok(Some(Cow::Borrowed(other))),
+        RowKind::Judged { prompt, completion, label, tools } => {
+            (prompt, tools, vec![(if *label { Side::Liked } else { Side::Disliked }, completion)])
+        }
+        other if preferences == Preferences::Keep => {
+            let what = match other {
+                RowKind::Text(_) | RowKind::Labelled { .. } => "a text",
+                _ => "a single answer",
+            };
+            return Err(Error::Input(format!(
+                "preferences = \"keep\" prepares answers that are compared or judged, and this row holds {what}; put it into a \
+                 data set of its own"
+            )));
+        }
+        other => return Ok(vec![(Side::Plain, Cow::Borrowed(other))]),
     };
-    if preferences == Preferences::Refuse {
-        return Err(Error::Input(
-            "these rows hold answers that are preferred to others, and training learns from single answers; preferences = \
-             \"chosen\" trains on the better ones"
-                .into(),
-        ));
-    }
-    Ok(Some(Cow::Owned(match (prompt, answer) {
-        (Turns::Messages(prompt), Turns::Messages(answer)) => RowKind::Messages {
+    let answer = |answer: &Turns| match (prompt, answer) {
+        (Turns::Messages(prompt), Turns::Messages(answer)) => Ok(Cow::Owned(RowKind::Messages {
             messages: [&prompt[..], answer].concat(),
             trained_from: prompt.len(),
             tools: tools.clone(),
-        },
+        })),
         (Turns::Text(prompt), Turns::Text(answer)) => {
-            RowKind::PromptCompletion { prompt: prompt.clone(), completion: answer.clone() }
+            Ok(Cow::Owned(RowKind::PromptCompletion { prompt: prompt.clone(), completion: answer.clone() }))
         }
-        _ => return Err(Error::Failure("a prompt and its answer are not of one sort".into())),
-    })))
+        _ => Err(Error::Failure("a prompt and its answer are not of one sort".into())),
+    };
+    match preferences {
+        Preferences::Refuse => Err(Error::Input(
+            "these rows hold answers that are preferred to others, and training learns from single answers; preferences = \
+             \"chosen\" trains on the better ones"
+                .into(),
+        )),
+        Preferences::Chosen => {
+            let better = answers.into_iter().filter(|(side, _)| matches!(side, Side::Chosen | Side::Liked));
+            better.map(|(_, turns)| Ok((Side::Plain, answer(turns)?))).collect()
+        }
+        Preferences::Keep => answers.into_iter().map(|(side, turns)| Ok((side, answer(turns)?))).collect(),
+    }
 }
 
 /// A whole row, before it is shortened. All lists have one entry a token.
@@ -336,14 +463,20 @@ impl Marked {
         self.trained[range].iter().filter(|&&trained| trained).count()
     }
 
-    fn sample(&self, window: Range<usize>, source: &Source) -> Sample {
+    fn sample(&self, window: Range<usize>, prompt_loss_weight: f32, source: &Source) -> Sample {
         let mut trained = self.trained[window.clone()].to_vec();
         if let Some(first) = trained.first_mut() {
             *first = false;
         }
         let bytes = self.bytes[window.clone()].iter().zip(&trained).filter(|(_, trained)| **trained);
         let bytes = bytes.map(|(bytes, _)| bytes).sum();
-        Sample { ids: self.ids[window].to_vec(), trained, bytes, source: source.clone() }
+        let mut weights = Vec::new();
+        if prompt_loss_weight > 0.0 {
+            weights.extend(trained.iter().map(|&trained| if trained { 1.0 } else { prompt_loss_weight }));
+            weights[0] = 0.0;
+        }
+        let (side, shared) = (Side::Plain, 0);
+        Sample { ids: self.ids[window].to_vec(), trained, weights, bytes, source: source.clone(), side, shared }
     }
 }
 

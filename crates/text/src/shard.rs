@@ -1,10 +1,11 @@
 //! The file that holds the blocks of one split, read block by block.
 //!
 //! All numbers are little endian. A header of 88 bytes (below); for each token its id (u32, the highest bit says that it is
-//! trained); for each document its length (u32), its file (u32), its line (u64) and its trained bytes (u64); for each block
+//! trained); where the header says so, for each token the weight of its loss (f32); for each document its length (u32), its file (u32), its line (u64), its trained bytes (u64), its side (u32) and the tokens of
+//! its prompt (u32); for each block
 //! and once at the end the index of its first token and of its first document (u64, u64); the names of the files as a JSON
 //! list. Tokens come first so that the file can be written block by block.
-use crate::{Block, Error, Result, Sample, Source, Split, atomic::Pending, prepare};
+use crate::{Block, Error, Result, Sample, Side, Source, SourceReport, Split, atomic::Pending, pack, prepare};
 use std::{
     collections::HashMap,
     fs::File,
@@ -14,13 +15,15 @@ use std::{
 };
 
 /// Counted up whenever the same input would give another file.
-pub const FORMAT_VERSION: u32 = 2;
+pub const FORMAT_VERSION: u32 = 4;
 
 const MAGIC: &[u8; 8] = b"TUNESHRD";
 const HEADER: usize = 88;
 const BLOCK: u64 = 16;
-const DOCUMENT: u64 = 24;
+const DOCUMENT: u64 = 32;
 const TRAINED: u32 = 1 << 31;
+/// Flag of the header: tokens have weights.
+const WEIGHTED: u64 = 1;
 
 /// Name of the file of `split` inside a prepared folder.
 pub fn file_name(split: Split) -> String {
@@ -36,11 +39,13 @@ pub struct PreparedSplit {
     lock: std::sync::Mutex<()>,
     header: Header,
     files: Vec<Arc<str>>,
+    sources: Vec<SourceReport>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Header {
     key: [u8; 32],
+    weighted: bool,
     max_length: u64,
     blocks: u64,
     documents: u64,
@@ -52,7 +57,7 @@ impl Header {
     fn write(&self, writer: &mut impl Write) -> io::Result<()> {
         writer.write_all(MAGIC)?;
         writer.write_all(&FORMAT_VERSION.to_le_bytes())?;
-        writer.write_all(&[0; 4])?;
+        writer.write_all(&(if self.weighted { WEIGHTED as u32 } else { 0 }).to_le_bytes())?;
         writer.write_all(&self.key)?;
         for number in [self.max_length, self.blocks, self.documents, self.tokens, self.names] {
             writer.write_all(&number.to_le_bytes())?;
@@ -68,15 +73,28 @@ impl Header {
         if version != u64::from(FORMAT_VERSION) {
             return Err(format!("format version {version}, this program reads version {FORMAT_VERSION}"));
         }
+        let flags = number(&bytes[12..16]);
+        if flags & !WEIGHTED != 0 {
+            return Err(format!("it has flags {flags:#x}, which this program does not know"));
+        }
         let mut key = [0; 32];
         key.copy_from_slice(&bytes[16..48]);
         let field = |index: usize| number(&bytes[48 + 8 * index..56 + 8 * index]);
-        Ok(Self { key, max_length: field(0), blocks: field(1), documents: field(2), tokens: field(3), names: field(4) })
+        Ok(Self {
+            key,
+            weighted: flags & WEIGHTED != 0,
+            max_length: field(0),
+            blocks: field(1),
+            documents: field(2),
+            tokens: field(3),
+            names: field(4),
+        })
     }
 
     /// Where documents, blocks and names begin, and the size of the file: `None` when no file could be as large.
     fn layout(&self) -> Option<[u64; 4]> {
-        let documents = self.tokens.checked_mul(4)?.checked_add(HEADER as u64)?;
+        let per_token = if self.weighted { 8 } else { 4 };
+        let documents = self.tokens.checked_mul(per_token)?.checked_add(HEADER as u64)?;
         let blocks = self.documents.checked_mul(DOCUMENT)?.checked_add(documents)?;
         let names = self.blocks.checked_add(1)?.checked_mul(BLOCK)?.checked_add(blocks)?;
         Some([documents, blocks, names, names.checked_add(self.names)?])
@@ -92,7 +110,8 @@ fn number(bytes: &[u8]) -> u64 {
 pub(crate) struct Writer {
     pending: Pending,
     header: Header,
-    /// Tables that follow the tokens: documents wait in a file of their own, since there may be many.
+    /// What follows the tokens waits in files of its own, since there may be much of it.
+    weights: Option<BufWriter<File>>,
     documents: BufWriter<File>,
     blocks: Vec<(u64, u64)>,
     files: HashMap<Arc<str>, u32>,
@@ -100,17 +119,22 @@ pub(crate) struct Writer {
 }
 
 impl Writer {
-    /// Begins the shard at `path`.
-    pub(crate) fn create(path: &Path, key: [u8; 32], max_length: usize) -> Result<Self> {
-        let header = Header { key, max_length: max_length as u64, blocks: 0, documents: 0, tokens: 0, names: 0 };
+    /// Begins the shard at `path`, in which tokens have weights if it is `weighted`.
+    pub(crate) fn create(path: &Path, key: [u8; 32], max_length: usize, weighted: bool) -> Result<Self> {
+        let max_length = max_length as u64;
+        let header = Header { key, weighted, max_length, blocks: 0, documents: 0, tokens: 0, names: 0 };
         let mut pending = Pending::create(path)?;
         pending.write(|writer| header.write(writer))?;
-        let documents = tempfile::tempfile_in(path.parent().unwrap_or(Path::new(".")))
-            .map_err(|source| Error::Io { what: format!("cannot write beside {}", path.display()), source })?;
+        let beside = || {
+            tempfile::tempfile_in(path.parent().unwrap_or(Path::new(".")))
+                .map(BufWriter::new)
+                .map_err(|source| Error::Io { what: format!("cannot write beside {}", path.display()), source })
+        };
         Ok(Self {
             pending,
             header,
-            documents: BufWriter::new(documents),
+            weights: if weighted { Some(beside()?) } else { None },
+            documents: beside()?,
             blocks: Vec::new(),
             files: HashMap::new(),
             names: Vec::new(),
@@ -125,6 +149,9 @@ impl Writer {
             if let Some(id) = sample.ids.iter().find(|&&id| id & TRAINED != 0) {
                 return Err(Error::Failure(format!("token id {id} is too large for prepared data")));
             }
+            if !self.header.weighted && !sample.weights.is_empty() {
+                return Err(Error::Failure(format!("{}: a shard without weights was given some", sample.source)));
+            }
             let file = match self.files.get(&sample.source.file) {
                 Some(&file) => file,
                 None => {
@@ -134,15 +161,25 @@ impl Writer {
                     file
                 }
             };
-            let Self { pending, documents, header, .. } = self;
+            let Self { pending, weights, documents, header, .. } = self;
             pending.write(|writer| {
                 let length = u32::try_from(sample.ids.len()).map_err(io::Error::other)?;
                 documents.write_all(&length.to_le_bytes())?;
                 documents.write_all(&file.to_le_bytes())?;
                 documents.write_all(&(sample.source.line as u64).to_le_bytes())?;
                 documents.write_all(&(sample.bytes as u64).to_le_bytes())?;
+                documents.write_all(&(sample.side as u32).to_le_bytes())?;
+                let shared = u32::try_from(sample.shared).map_err(io::Error::other)?;
+                documents.write_all(&shared.to_le_bytes())?;
                 for (id, trained) in sample.ids.iter().zip(&sample.trained) {
                     writer.write_all(&(id | if *trained { TRAINED } else { 0 }).to_le_bytes())?;
+                }
+                let Some(weights) = weights else { return Ok(()) };
+                match sample.weights.is_empty() {
+                    true => {
+                        pack::plain_weights(&sample.trained).try_for_each(|weight| write_weight(weights, weight))?
+                    }
+                    false => sample.weights.iter().try_for_each(|&weight| write_weight(weights, weight))?,
                 }
                 Ok(())
             })?;
@@ -159,15 +196,17 @@ impl Writer {
 
     /// Writes the tables, syncs the file and gives it its name.
     pub(crate) fn finish(self) -> Result<()> {
-        let Self { mut pending, mut header, documents, mut blocks, names, .. } = self;
+        let Self { mut pending, mut header, weights, documents, mut blocks, names, .. } = self;
         let names = serde_json::to_vec(&names.iter().map(AsRef::as_ref).collect::<Vec<&str>>())
             .map_err(|e| Error::Failure(format!("the names of the data files do not serialise: {e}")))?;
         header.names = names.len() as u64;
         blocks.push((header.tokens, header.documents));
         pending.write(|writer| {
-            let mut documents = documents.into_inner().map_err(|error| error.into_error())?;
-            documents.seek(SeekFrom::Start(0))?;
-            io::copy(&mut documents, writer)?;
+            for waiting in weights.into_iter().chain([documents]) {
+                let mut waiting = waiting.into_inner().map_err(|error| error.into_error())?;
+                waiting.seek(SeekFrom::Start(0))?;
+                io::copy(&mut waiting, writer)?;
+            }
             for (token, document) in blocks {
                 writer.write_all(&token.to_le_bytes())?;
                 writer.write_all(&document.to_le_bytes())?;
@@ -180,6 +219,10 @@ impl Writer {
     }
 }
 
+fn write_weight(writer: &mut BufWriter<File>, weight: f32) -> io::Result<()> {
+    writer.write_all(&weight.to_le_bytes())
+}
+
 impl PreparedSplit {
     /// Opens one split of a folder that [`prepare`](crate::prepare()) wrote. What the header says is checked against
     /// the size of the file before it is believed.
@@ -188,9 +231,17 @@ impl PreparedSplit {
     /// A missing, truncated or foreign file; one that was not written together with the rest of the folder.
     pub fn open(folder: &Path, split: Split) -> Result<Self> {
         let report = prepare::Report::read(folder)?;
-        let opened = Self::open_file(&folder.join(file_name(split)))?;
+        let mut opened = Self::open_file(&folder.join(file_name(split)))?;
         if crate::tokenizer::hex(&opened.header.key) != report.key {
             return Err(opened.damaged("it belongs to other data than prepared.json beside it"));
+        }
+        if split == Split::Train {
+            let blocks: usize = report.sources.iter().map(|source| source.blocks).sum();
+            let empty = report.sources.iter().any(|source| source.blocks == 0 || source.blocks_per_epoch == 0);
+            if !report.sources.is_empty() && (blocks != opened.len() || empty) {
+                return Err(opened.damaged("the blocks of its sources do not add up"));
+            }
+            opened.sources = report.sources;
         }
         Ok(opened)
     }
@@ -216,6 +267,7 @@ impl PreparedSplit {
             lock: std::sync::Mutex::new(()),
             header,
             files: Vec::new(),
+            sources: Vec::new(),
         };
         let names = opened.read(names, header.names)?;
         let names: Vec<String> = serde_json::from_slice(&names).map_err(|e| damaged(e.to_string()))?;
@@ -236,6 +288,11 @@ impl PreparedSplit {
     /// Longest block that the data was prepared for, in tokens.
     pub fn max_length(&self) -> usize {
         self.header.max_length as usize
+    }
+
+    /// The data sets that training mixes, in the order of their blocks; empty when there is only one.
+    pub fn sources(&self) -> &[SourceReport] {
+        &self.sources
     }
 
     /// Number of tokens in all blocks.
@@ -268,9 +325,21 @@ impl PreparedSplit {
     /// # Errors
     /// As [`PreparedSplit::block`].
     pub fn document_lengths(&self, index: usize) -> Result<Vec<usize>> {
+        Ok(self.documents(index)?.into_iter().map(|(_, length)| length).collect())
+    }
+
+    /// Row (number of its file, line) and length in tokens of each document of block `index`, from 0; its tokens are not read.
+    ///
+    /// # Errors
+    /// As [`PreparedSplit::block`].
+    pub fn documents(&self, index: usize) -> Result<Vec<((u32, u64), usize)>> {
         let [(offset, length), _] = self.place(index)?;
         let documents = self.read(offset, length)?;
-        Ok(documents.chunks_exact(DOCUMENT as usize).map(|document| number(&document[..4]) as usize).collect())
+        let of = |document: &[u8]| {
+            let row = (number(&document[4..8]) as u32, number(&document[8..16]));
+            (row, number(&document[..4]) as usize)
+        };
+        Ok(documents.chunks_exact(DOCUMENT as usize).map(of).collect())
     }
 
     /// Reads block `index`, from 0.
@@ -278,14 +347,25 @@ impl PreparedSplit {
     /// # Errors
     /// No such block, a damaged file, or a failing disk.
     pub fn block(&self, index: usize) -> Result<Block> {
-        let [documents, tokens] = self.place(index)?;
+        let [documents, tokens_at] = self.place(index)?;
         let documents = self.read(documents.0, documents.1)?;
-        let tokens = self.read(tokens.0, tokens.1)?;
+        let tokens = self.read(tokens_at.0, tokens_at.1)?;
         let mut block = Block::default();
         for token in tokens.chunks_exact(4) {
             let token = number(token) as u32;
             block.ids.push(token & !TRAINED);
             block.trained.push(token & TRAINED != 0);
+        }
+        if self.header.weighted {
+            // They follow all tokens, in the same order and size.
+            let weights = self.read(tokens_at.0 + 4 * self.header.tokens, tokens_at.1)?;
+            for weight in weights.chunks_exact(4) {
+                let weight = f32::from_bits(number(weight) as u32);
+                if !(weight >= 0.0 && weight.is_finite()) {
+                    return Err(self.damaged(&format!("block {index} has a weight of {weight}")));
+                }
+                block.weights.push(weight);
+            }
         }
         for document in documents.chunks_exact(DOCUMENT as usize) {
             let file = number(&document[4..8]) as usize;
@@ -295,6 +375,20 @@ impl PreparedSplit {
             block.lengths.push(number(&document[..4]) as usize);
             block.sources.push(Source { file, line: number(&document[8..16]) as usize });
             block.bytes.push(number(&document[16..24]) as usize);
+            let side = number(&document[24..28]) as usize;
+            let Some(side) = Side::ALL.get(side) else {
+                return Err(self.damaged(&format!("block {index} has a document of side {side}, which there is not")));
+            };
+            block.sides.push(*side);
+            block.shared.push(number(&document[28..32]) as usize);
+        }
+        let paired = |sides: &[Side]| (sides[0] == Side::Chosen) == (sides[1] == Side::Rejected);
+        let ends = [block.sides.first() == Some(&Side::Rejected), block.sides.last() == Some(&Side::Chosen)];
+        if ends.contains(&true) || !block.sides.windows(2).all(paired) {
+            return Err(self.damaged(&format!("the answers of block {index} are not in pairs")));
+        }
+        if block.shared.iter().zip(&block.lengths).any(|(shared, length)| shared > length) {
+            return Err(self.damaged(&format!("block {index} has a prompt that is longer than its document")));
         }
         if block.lengths.iter().sum::<usize>() != block.ids.len() || block.lengths.contains(&0) {
             return Err(self.damaged(&format!("the documents of block {index} do not add up to its tokens")));
@@ -332,7 +426,6 @@ impl PreparedSplit {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::pack;
     use proptest::prelude::*;
     use std::fs;
 
@@ -340,15 +433,19 @@ mod tests {
         Sample {
             ids: (0..length as u32).map(|i| seed * 100 + i).collect(),
             trained: (0..length).map(|i| i > 0 && !(i as u32 + seed).is_multiple_of(3)).collect(),
+            weights: Vec::new(),
             bytes: length * 3,
             source: Source { file: format!("file{}.txt", seed % 3).into(), line: seed as usize + 1 },
+            side: [Side::Plain, Side::Liked, Side::Disliked][seed as usize % 3],
+            shared: length / 2,
         }
     }
 
     fn written(samples: &[Sample], plan: &[Vec<usize>]) -> (tempfile::TempDir, PathBuf) {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("train.shard");
-        let mut writer = Writer::create(&path, [7; 32], 16).unwrap();
+        let weighted = samples.iter().any(|sample| !sample.weights.is_empty());
+        let mut writer = Writer::create(&path, [7; 32], 16, weighted).unwrap();
         plan.iter().for_each(|block| writer.push(block.iter().map(|&index| &samples[index])).unwrap());
         assert_eq!(writer.num_blocks(), plan.len());
         writer.finish().unwrap();
@@ -357,8 +454,12 @@ mod tests {
 
     proptest! {
         #[test]
-        fn blocks_read_back_as_written(lengths in proptest::collection::vec(1_usize..16, 0..30)) {
-            let samples: Vec<_> = lengths.iter().enumerate().map(|(i, &length)| sample(i as u32, length)).collect();
+        fn blocks_read_back_as_written(lengths in proptest::collection::vec(1_usize..16, 0..30), weighted: bool) {
+            let mut samples: Vec<_> = lengths.iter().enumerate().map(|(i, &length)| sample(i as u32, length)).collect();
+            // Where one has weights all are written with theirs.
+            for sample in samples.iter_mut().step_by(2).filter(|_| weighted) {
+                sample.weights = (0..sample.ids.len()).map(|i| i as f32 / 8.0).collect();
+            }
             let plan = pack::plan(&lengths, 16, true);
             let (_folder, path) = written(&samples, &plan);
             let shard = PreparedSplit::open_file(&path).unwrap();
@@ -367,6 +468,9 @@ mod tests {
             for (index, documents) in plan.iter().enumerate() {
                 let mut expected = Block::default();
                 documents.iter().for_each(|&document| expected.push(&samples[document]));
+                if weighted && expected.weights.is_empty() {
+                    expected.weights = pack::plain_weights(&expected.trained).collect();
+                }
                 prop_assert_eq!(shard.document_lengths(index).unwrap(), &expected.lengths[..]);
                 prop_assert_eq!(shard.block(index).unwrap(), expected);
             }
@@ -374,8 +478,12 @@ mod tests {
         }
 
         #[test]
-        fn no_damage_makes_it_panic(at in 0_usize..400, byte: u8, cut in 0_usize..400) {
-            let (_folder, path) = written(&[sample(1, 5), sample(2, 7)], &[vec![0], vec![1]]);
+        fn no_damage_makes_it_panic(at in 0_usize..400, byte: u8, cut in 0_usize..400, weighted: bool) {
+            let mut samples = [sample(1, 5), sample(2, 7)];
+            if weighted {
+                samples[0].weights = vec![0.5; 5];
+            }
+            let (_folder, path) = written(&samples, &[vec![0], vec![1]]);
             let mut bytes = fs::read(&path).unwrap();
             let at = at % bytes.len();
             bytes[at] = byte;
@@ -402,7 +510,7 @@ mod tests {
             error.to_string()
         };
         for field in [56, 64, 72, 80] {
-            for value in [u64::MAX, u64::MAX / 24, 2] {
+            for value in [u64::MAX, u64::MAX / 32, 2] {
                 let lie = |bytes: &mut Vec<u8>| bytes[field..field + 8].copy_from_slice(&value.to_le_bytes());
                 assert!(refusal(&lie).contains("not what its header says"));
             }
@@ -411,7 +519,12 @@ mod tests {
         assert!(refusal(&|bytes| bytes.truncate(120)).contains("not what its header says"));
         assert!(refusal(&|bytes| bytes[0] = b'X').contains("no file of prepared data"));
         assert!(refusal(&|bytes| bytes[8] = 9).contains("format version 9"));
-        assert!(refusal(&|bytes| bytes[132] = 9).contains("lies outside the file"));
+        assert!(refusal(&|bytes| bytes[12] = 6).contains("flags 0x6"));
+        assert!(refusal(&|bytes| bytes[12] = 1).contains("not what its header says"));
+        assert!(refusal(&|bytes| bytes[140] = 9).contains("lies outside the file"));
+        assert!(refusal(&|bytes| bytes[132] = 7).contains("of side 7"));
+        assert!(refusal(&|bytes| bytes[132] = Side::Chosen as u8).contains("not in pairs"));
+        assert!(refusal(&|bytes| bytes[136] = 9).contains("longer than its document"));
         assert!(refusal(&|bytes| bytes[108] = 4).contains("do not add up"));
         assert!(refusal(&|bytes| bytes[112] = 4).contains("names file 4"));
     }

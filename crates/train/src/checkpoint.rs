@@ -16,7 +16,7 @@ use std::io::{Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 use tunesmith_model::{AdapterFile, Checkpoint, Llama, SaveOptions, save_adapter, save_model};
 use tunesmith_tensor::{MappedFile, Tensor};
-use tunesmith_text::Tokenizer;
+use tunesmith_text::{BlockStream, Tokenizer};
 
 /// Name of the file that makes a checkpoint complete.
 pub const MARKER: &str = "complete.json";
@@ -56,6 +56,8 @@ pub struct Contents<'a> {
     pub generation_config: Option<&'a serde_json::Value>,
     /// The optimizer and the state; `None` for final weights, which are not resumed.
     pub training: Option<(&'a mut AdamW, &'a RunState)>,
+    /// Where the training data stands, when it is read as training goes on.
+    pub stream: Option<&'a BlockStream<'a>>,
     /// Further text files by name, such as trainer_state.json.
     pub files: BTreeMap<String, String>,
 }
@@ -71,7 +73,8 @@ impl Contents<'_> {
             Some((optimizer, _)) => optimizer.state(self.model).iter().map(|t| t.bytes.len()).sum(),
             None => 0,
         };
-        (4 * weights + moments) as u64 + SIDE_FILES
+        let stream = self.stream.map_or(0, BlockStream::num_bytes);
+        (4 * weights + moments + stream) as u64 + SIDE_FILES
     }
 }
 
@@ -130,6 +133,9 @@ pub fn save(to: &Path, mut contents: Contents<'_>) -> Result<()> {
         write_tensors(&folder.join(OPTIMIZER), &optimizer.state(contents.model))?;
         let state = serde_json::to_string_pretty(state).map_err(|e| Error::Failure(format!("{STATE}: {e}")))?;
         write(&folder.join(STATE), &state)?;
+    }
+    if let Some(stream) = contents.stream {
+        stream.save(&folder)?;
     }
     for (name, text) in &contents.files {
         write(&folder.join(name), text)?;

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 use tunesmith_model::{LINEAR_NAMES, Recompute, Storage};
 use tunesmith_tensor::Dtype;
-use tunesmith_text::PrepareOptions;
+use tunesmith_text::{Preferences, PrepareOptions};
 
 /// Version of this schema; a file that names another one is refused, so that a run never means something else than written.
 pub const VERSION: u32 = 1;
@@ -315,6 +315,22 @@ impl Config {
         self.training.warmup_steps.unwrap_or(by_ratio)
     }
 
+    /// Whether the data is of a kind that this program's methods train on: called before anything long begins. Other kinds can
+    /// be prepared with the same file.
+    ///
+    /// # Errors
+    /// Answers that are prepared to be compared.
+    pub fn check_trainable(&self) -> Result<()> {
+        match self.data.preferences {
+            Preferences::Refuse | Preferences::Chosen => Ok(()),
+            Preferences::Keep => Err(Error::Input(
+                "data.preferences = \"keep\" prepares pairs of answers for training on preferences; method = \"lora\" and \
+                 \"full\" train on single answers: set data.preferences = \"chosen\""
+                    .into(),
+            )),
+        }
+    }
+
     fn check(&self, file: &str) -> Result<()> {
         let t = &self.training;
         let fail = |field: &str, value: String, fix: &str| {
@@ -330,7 +346,7 @@ impl Config {
                 "name a model: a folder, a .gguf file, hf:org/name or a known short name",
             );
         }
-        if self.data.train.is_empty() {
+        if self.data.train.is_empty() && self.data.sources.is_empty() {
             return fail("data.train", "[]".into(), "name at least one file, folder or glob to train on");
         }
         if let Some(limit) = &self.memory_limit
@@ -383,6 +399,13 @@ impl Config {
                 "training.max_steps",
                 t.max_steps.to_string(),
                 "it must be positive, or -1 for num_train_epochs",
+            );
+        }
+        if self.data.streaming && t.max_steps < 0 {
+            return fail(
+                "training.max_steps",
+                t.max_steps.to_string(),
+                "with data.streaming the length of the data is not known; say how many steps to make",
             );
         }
         if t.max_steps < 0 && !(t.num_train_epochs > 0.0 && t.num_train_epochs.is_finite()) {
@@ -576,6 +599,8 @@ mod tests {
             let message = error(MINIMAL, &[set]);
             assert!(message.contains(field) && message.contains("is not allowed"), "{set}: {message}");
         }
+        let text = error(MINIMAL, &["data.streaming=true"]);
+        assert!(text.contains("training.max_steps = -1 is not allowed") && text.contains("data.streaming"), "{text}");
         assert!(error(MINIMAL, &["model.storage=q5"]).contains("unknown variant `q5`"));
         assert!(error(MINIMAL, &["model.storage=nf4", "method=full"]).contains("model.storage = nf4 is not allowed"));
         assert!(error(MINIMAL, &["compute=int4"]).contains("int4"));

@@ -1,19 +1,30 @@
 //! Loss of a model on prepared data, document by document.
 
 use crate::{Error, Result, statistics::DocumentLoss};
-use std::ops::ControlFlow;
+use std::ops::{ControlFlow, Range};
 use tunesmith_model::{Batch, Llama, Sampler, Sampling, Workspace, generate_together};
 use tunesmith_tensor::Device;
-use tunesmith_text::{Block, PreparedSplit};
+use tunesmith_text::{Block, PreparedSplit, Side};
 
-/// One micro-batch of all documents of `blocks`.
+/// One micro-batch of all documents of `blocks`, for measuring: every trained token counts 1.
 pub fn batch_of(blocks: &[Block]) -> Batch {
+    collect(blocks, |batch, block, rows| batch.push(&block.ids[rows.clone()], &block.trained[rows]))
+}
+
+/// The same for training: where tokens have weights, these say how much each counts.
+pub fn training_batch(blocks: &[Block]) -> Batch {
+    collect(blocks, |batch, block, rows| match block.weights.is_empty() {
+        true => batch.push(&block.ids[rows.clone()], &block.trained[rows]),
+        false => batch.push_weighted(&block.ids[rows.clone()], &block.weights[rows]),
+    })
+}
+
+fn collect(blocks: &[Block], push: impl Fn(&mut Batch, &Block, Range<usize>)) -> Batch {
     let mut batch = Batch::default();
     for block in blocks {
         let mut start = 0;
         for length in &block.lengths {
-            let rows = start..start + length;
-            batch.push(&block.ids[rows.clone()], &block.trained[rows]);
+            push(&mut batch, block, start..start + length);
             start += length;
         }
     }
@@ -34,6 +45,13 @@ pub fn document_losses(
     let mut documents = Vec::new();
     for i in 0..split.len() {
         let block = split.block(i)?;
+        if block.sides.iter().any(|side| *side != Side::Plain) {
+            return Err(Error::Input(
+                "this data holds pairs of answers for training on preferences, of which some should not be likely; prepare \
+                 it with preferences = \"chosen\""
+                    .into(),
+            ));
+        }
         let batch = batch_of(std::slice::from_ref(&block));
         model.loss(&batch, 0.0, ws);
         model.device().synchronize()?;

@@ -228,12 +228,18 @@ impl Lab<'_> {
     fn loss(&mut self) -> Result<()> {
         let (n, d, vocab) = (self.pick(4, 300), self.pick(16, 256), self.pick(70, 32_001));
         let targets: Vec<u32> = (0..n).map(|_| self.rng.below(vocab as u32)).collect();
+        let weights: Vec<f32> = (0..n).map(|_| self.rng.below(5) as f32 * 0.5).collect();
         let inputs = vec![self.random(&[n, d]), self.random(&[vocab, d])];
         self.compare("head and loss", "loss, gradients of hidden states and head", inputs.clone(), |x| {
             let weight = Weight::from(x[1].clone());
             let (mut scratch, mut loss, mut d_h) = (Default::default(), Vec::new(), Tensor::default());
             let mut d_w = Tensor::zeros_on(&x[0].device(), Dtype::F32, x[1].shape());
-            let gradients = linear_cross_entropy::Gradients { scale: 0.25, d_h: &mut d_h, d_w: Some(&mut d_w) };
+            let gradients = linear_cross_entropy::Gradients {
+                scale: 0.25,
+                weights: Some(&weights),
+                d_h: &mut d_h,
+                d_w: Some(&mut d_w),
+            };
             linear_cross_entropy::forward_backward(&x[0], &weight, &targets, 0.1, &mut scratch, &mut loss, gradients);
             vec![Tensor::from_slice(&[loss.len()], &loss), d_h, d_w]
         })?;

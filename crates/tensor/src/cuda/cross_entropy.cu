@@ -1,9 +1,10 @@
 // Softmax cross-entropy over rows of logits; contract in ops/linear_cross_entropy.rs. One block a row.
 
-// loss [rows], and unless `scale` is 0 the gradient times `scale` in d_logits [rows, vocab], which may be the logits.
+// loss [rows], and unless d_logits is null the gradient times `scale` and the row's weight (1 where `weights` [rows] is null) in
+// d_logits [rows, vocab], which may be the logits.
 extern "C" __global__ void __launch_bounds__(1024)
-cross_entropy(const float *logits, const u32 *__restrict__ targets, float smoothing, float scale, element *d_logits,
-              float *__restrict__ loss, u32 vocab) {
+cross_entropy(const float *logits, const u32 *__restrict__ targets, float smoothing, float scale,
+              const float *__restrict__ weights, element *d_logits, float *__restrict__ loss, u32 vocab) {
     SHARED(memory);
     float *scratch = (float *)memory;
     const float *row = logits + (u64)blockIdx.x * vocab;
@@ -37,7 +38,8 @@ cross_entropy(const float *logits, const u32 *__restrict__ targets, float smooth
         float smooth = smoothing > 0.0f ? log_sum - plain / (float)vocab : 0.0f;
         loss[blockIdx.x] = (1.0f - smoothing) * (log_sum - target_logit) + smoothing * smooth;
     }
-    if (scale == 0.0f) return;
+    if (!d_logits) return;
+    if (weights) scale *= weights[blockIdx.x];
     element *d_row = d_logits + (u64)blockIdx.x * vocab;
     float factor = scale / sum, uniform = scale * smoothing / (float)vocab, at_target = scale * (1.0f - smoothing);
     for (u32 i = threadIdx.x; i < vocab; i += blockDim.x) {

@@ -48,6 +48,10 @@ pub(crate) fn run(
     let device = Device::Cuda(gpu.clone());
     let step = chunk_rows(n, vocab);
     let targets = gpu.table(targets);
+    let weights = gradients.as_ref().and_then(|g| g.weights).map(|weights| {
+        assert_eq!(weights.len(), n, "one weight a row");
+        gpu.table(bytemuck::cast_slice(weights))
+    });
     scratch.loss.resize_on(&device, Dtype::F32, &[n]);
     for start in (0..n).step_by(step) {
         let rows = step.min(n - start);
@@ -73,6 +77,7 @@ pub(crate) fn run(
                 Arg::Buffer(&targets, 4 * start),
                 Arg::F32(smoothing),
                 Arg::F32(gradients.as_ref().map_or(0.0, |g| g.scale)),
+                weights.as_ref().map_or(Arg::Null, |weights| Arg::Buffer(weights, 4 * start)),
                 d_arg,
                 argument_at(&scratch.loss, Dtype::F32, start),
                 Arg::U32(vocab as u32),

@@ -138,7 +138,8 @@ fn products_with_quantised_weights() {
 #[test]
 fn head_and_loss() {
     for mut lab in labs(24) {
-        for (n, d, vocab, smoothing) in [(3, 8, 11, 0.0), (4, 16, 70, 0.1), (2, 8, 5000, 0.0)] {
+        for (n, d, vocab, smoothing) in [(3, 8, 11, 0.0), (4, 16, 70, 0.1), (2, 8, 5000, 0.0), (4, 8, 13, 0.2)] {
+            let weights = (vocab == 13).then_some(&[0.25, 1.0, 0.0, 3.0][..]);
             let (h, w) = (lab.random(&[n, d], 2.0), lab.random(&[vocab, d], 1.0));
             let targets: Vec<u32> = (0..n).map(|_| lab.rng.below(vocab as u32)).collect();
             let mut results = Vec::new();
@@ -147,7 +148,7 @@ fn head_and_loss() {
                 let (h, w) = (place(&h), Weight::from(place(&w)));
                 let (mut scratch, mut loss, mut d_h) = (Scratch::default(), Vec::new(), Tensor::default());
                 let mut d_w = Tensor::zeros_on(&h.device(), Dtype::F32, &[vocab, d]);
-                let gradients = Gradients { scale: 0.25, d_h: &mut d_h, d_w: Some(&mut d_w) };
+                let gradients = Gradients { scale: 0.25, weights, d_h: &mut d_h, d_w: Some(&mut d_w) };
                 linear_cross_entropy::forward_backward(&h, &w, &targets, smoothing, &mut scratch, &mut loss, gradients);
                 let mut only = Vec::new();
                 linear_cross_entropy::forward(&h, &w, &targets, smoothing, &mut scratch, &mut only);

@@ -1,5 +1,6 @@
 //! Output head and cross-entropy in one op, chunk by chunk, so that the logits [N, V] never exist as a whole:
 //! loss_n = (1 − ε) · (logsumexp(z_n) − z_n[target]) + ε · (logsumexp(z_n) − mean(z_n)) with z = h Wᵀ and label smoothing ε.
+//! The gradients are those of scale · Σ w_n · loss_n, with a weight w_n for each row.
 
 use crate::ops::linear::{Into, forward_rows, input_gradient_rows, weight_gradient_rows};
 use crate::{Tensor, Weight, cpu, cuda};
@@ -36,15 +37,17 @@ pub fn forward(h: &Tensor, w: &Weight, targets: &[u32], smoothing: f32, scratch:
 
 /// What the backward half of [`forward_backward`] writes.
 pub struct Gradients<'a> {
-    /// Factor on every gradient: 1 / trained tokens of the whole step.
+    /// Factor on every gradient: 1 / sum of the weights of the whole step.
     pub scale: f32,
+    /// Weight of each row's loss [N]; `None` = all 1.
+    pub weights: Option<&'a [f32]>,
     /// `d_h` [N, d], overwritten.
     pub d_h: &'a mut Tensor,
     /// `d_w` [V, d], added to; `None` when the head is frozen.
     pub d_w: Option<&'a mut Tensor>,
 }
 
-/// As [`forward`], and the gradients of `scale` · Σ loss in the same pass over the chunks.
+/// As [`forward`], and the gradients of `scale` · Σ weight · loss in the same pass over the chunks. `loss` itself stays unweighted.
 pub fn forward_backward(
     h: &Tensor,
     w: &Weight,
@@ -69,6 +72,8 @@ fn run(
     let (n, d, vocab) = (targets.len(), h.cols(), w.rows());
     assert!(h.rows() == n && w.cols() == d, "h {:?}, w {:?}, {n} targets", h.shape(), w.shape());
     assert!(targets.iter().all(|t| (*t as usize) < vocab), "a target lies outside the vocabulary of {vocab}");
+    let weights = gradients.as_ref().and_then(|g| g.weights);
+    assert!(weights.is_none_or(|weights| weights.len() == n), "one weight a row");
     loss.resize(n, 0.0);
     if let Some(gpu) = h.gpu() {
         return cuda::cross_entropy::run(gpu, h, w, targets, smoothing, &mut scratch.device, loss, gradients);
@@ -86,7 +91,8 @@ fn run(
         let chunk_loss = &mut loss[start..start + rows];
         let targets = &targets[start..start + rows];
         let scale = gradients.as_ref().map(|g| g.scale);
-        cpu::cross_entropy::rows(scratch.logits.data_mut(), vocab, targets, smoothing, scale, chunk_loss);
+        let weights = weights.map(|weights| &weights[start..start + rows]);
+        cpu::cross_entropy::rows(scratch.logits.data_mut(), vocab, targets, smoothing, scale, weights, chunk_loss);
         if let Some(g) = &mut gradients {
             let d_h = &mut g.d_h.data_mut()[part];
             input_gradient_rows(scratch.logits.data(), w, 1.0, None, d_h, Into::Overwrite);
@@ -119,16 +125,22 @@ mod tests {
     #[test]
     fn matches_naive_and_differences() {
         let mut rng = Rng::new(15, 0);
-        for (n, d, vocab, eps) in [(3, 5, 11, 0.0f32), (4, 3, 70, 0.1)] {
+        for (n, d, vocab, eps, weighted) in [(3, 5, 11, 0.0f32, false), (4, 3, 70, 0.1, false), (5, 4, 17, 0.1, true)] {
+            let weights: Vec<f32> =
+                (0..n).map(|row| if weighted { [0.3, 1.0, 0.0, 2.5, 0.7][row] } else { 1.0 }).collect();
             let h = Tensor::from_slice(&[n, d], &rng.normals(n * d, 2.0));
             let w = Weight::Dense(Tensor::from_slice(&[vocab, d], &rng.normals(vocab * d, 1.0)));
             let targets: Vec<u32> = (0..n).map(|_| rng.below(vocab as u32)).collect();
             let (mut scratch, mut loss) = (Scratch::default(), Vec::new());
             let (mut d_h, mut d_w) = (Tensor::default(), Tensor::zeros(&[vocab, d]));
-            let gradients = Gradients { scale: 0.25, d_h: &mut d_h, d_w: Some(&mut d_w) };
+            let weights_given = weighted.then_some(&weights[..]);
+            let gradients = Gradients { scale: 0.25, weights: weights_given, d_h: &mut d_h, d_w: Some(&mut d_w) };
             forward_backward(&h, &w, &targets, eps, &mut scratch, &mut loss, gradients);
             let (h64, w64) = (to_f64(h.data()), to_f64(w.tensor().data()));
-            let total = |h: &[f64], w: &[f64]| naive(h, w, &targets, eps as f64, d).iter().sum::<f64>() * 0.25;
+            let total = |h: &[f64], w: &[f64]| {
+                let loss = naive(h, w, &targets, eps as f64, d);
+                loss.iter().zip(&weights).map(|(loss, weight)| loss * f64::from(*weight)).sum::<f64>() * 0.25
+            };
             check_close("loss", &loss, &naive(&h64, &w64, &targets, eps as f64, d), 1e-6);
             check("d_h", h.data(), d_h.data(), 1e-5, |h| total(h, &w64));
             check("d_w", w.tensor().data(), d_w.data(), 1e-5, |w| total(&h64, w));
@@ -146,14 +158,14 @@ mod tests {
         let w = Weight::Dense(Tensor::from_slice(&[vocab, d], &rng.normals(vocab * d, 1.0)));
         let targets: Vec<u32> = (0..n).map(|_| rng.below(vocab as u32)).collect();
         let (mut scratch, mut loss, mut d_h) = (Scratch::default(), Vec::new(), Tensor::default());
-        let gradients = Gradients { scale: 1.0, d_h: &mut d_h, d_w: None };
+        let gradients = Gradients { scale: 1.0, weights: None, d_h: &mut d_h, d_w: None };
         forward_backward(&h, &w, &targets, 0.0, &mut scratch, &mut loss, gradients);
         check_close("loss", &loss, &naive(&to_f64(h.data()), &to_f64(w.tensor().data()), &targets, 0.0, d), 1e-6);
         assert_eq!(d_h.shape(), [n, d]);
         let last = d_h.row(n - 1).to_vec();
         let h_last = Tensor::from_slice(&[1, d], h.row(n - 1));
         let mut d_last = Tensor::default();
-        let gradients = Gradients { scale: 1.0, d_h: &mut d_last, d_w: None };
+        let gradients = Gradients { scale: 1.0, weights: None, d_h: &mut d_last, d_w: None };
         forward_backward(&h_last, &w, &targets[n - 1..], 0.0, &mut scratch, &mut loss, gradients);
         check_close("last row", &last, &to_f64(d_last.data()), 1e-5);
     }

@@ -2,13 +2,13 @@
 //! after days of training.
 use super::{
     PrepareProgress,
-    files::{self, Numbered},
+    files::{self, DataSet, Input, Numbered},
 };
 use crate::{
-    ChatTemplate, Conversation, Error, PrepareOptions, Result, RowKind, RowOptions, Tokenizer, TrainOn,
+    ChatTemplate, Conversation, Error, PrepareOptions, Result, RowKind, Tokenizer, TrainOn,
     clean::Cleaner,
     row::{self, place},
-    sample::{self, Marked, RowCounts, SampleOptions},
+    sample::{self, Marked, RowCounts, SampleOptions, Side},
 };
 use rayon::prelude::*;
 use serde::Serialize;
@@ -97,23 +97,22 @@ pub fn examine(
     progress: &mut dyn FnMut(PrepareProgress),
 ) -> Result<Diagnosis> {
     options.check()?;
-    let row_options = RowOptions::of(options)?;
     // Another kind of tokenizer takes longer, and that is all.
     let _ = tokenizer.for_bulk();
-    let inputs = files::inputs(options, progress)?;
+    let sets = files::data_sets(options)?;
+    let inputs = files::inputs(&sets, progress)?;
     let bytes = inputs.iter().map(|input| input.bytes).sum();
     let doctor = Doctor {
-        row_options: &row_options,
+        sets: &sets,
         cleaner: Cleaner::new(&options.clean)?,
         tokenizer,
         template,
         embedding_rows,
-        options: options.into(),
+        options: sets.iter().map(|set| SampleOptions::from(&set.options)).collect(),
     };
     let mut diagnosis = Diagnosis::default();
-    let look = |group: Vec<Numbered>| -> Vec<_> {
-        group.par_iter().map(|row| doctor.look(row, &inputs[row.input].name)).collect()
-    };
+    let look =
+        |group: Vec<Numbered>| -> Vec<_> { group.par_iter().map(|row| doctor.look(row, &inputs[row.input])).collect() };
     let mut note = |found: Vec<Vec<(Check, String)>>| {
         diagnosis.rows += found.len();
         for (check, what) in found.into_iter().flatten() {
@@ -125,40 +124,54 @@ pub fn examine(
         }
         Ok(())
     };
-    files::for_each_group(&inputs, &row_options, &look, &mut note, &mut |bytes_done| {
+    files::for_each_group(&inputs, (0..inputs.len(), 0), &sets, &look, &mut note, &mut |bytes_done| {
         progress(PrepareProgress::Scanning { bytes_done, bytes });
     })?;
     Ok(diagnosis)
 }
 
 struct Doctor<'a> {
-    row_options: &'a RowOptions,
+    sets: &'a [DataSet],
     cleaner: Cleaner,
     tokenizer: &'a Tokenizer,
     template: Option<&'a ChatTemplate>,
     embedding_rows: usize,
-    options: SampleOptions,
+    /// By data set.
+    options: Vec<SampleOptions>,
 }
 
 impl Doctor<'_> {
-    fn look(&self, row: &Numbered, file: &std::sync::Arc<str>) -> Vec<(Check, String)> {
+    fn look(&self, row: &Numbered, input: &Input) -> Vec<(Check, String)> {
+        let (file, options) = (&input.name, &self.options[input.source]);
         let at = place(file, row.raw.line);
-        let mut row = match row::understand(&row.raw, file, self.row_options, &mut |_| ()) {
+        let mut row = match row::understand(&row.raw, file, &self.sets[input.source].rows, &mut |_| ()) {
             Ok(understood) => understood.row,
             Err(bad) => return vec![(Check::Readable, bad.error(file).to_string())],
         };
         self.cleaner.clean(&mut row);
         let mut counts = RowCounts::default();
-        let marked = match sample::mark(&row.kind, self.tokenizer, self.template, &self.options, &mut counts) {
-            Ok(Some(marked)) => marked,
-            Ok(None) => return Vec::new(),
+        let marked = match sample::marks(&row.kind, self.tokenizer, self.template, options, &mut counts) {
+            Ok(marked) => marked,
             Err(error) => {
                 let check = if self.renders(&row.kind) { Check::GenerationPrompt } else { Check::Renders };
                 return vec![(check, format!("{at}: {error}"))];
             }
         };
+        let mut found: Vec<(Check, String)> = Vec::new();
+        for (side, marked) in &marked {
+            let side = if *side == Side::Plain { String::new() } else { format!("the {} answer: ", side.name()) };
+            let failed = self.check(marked, &counts, &options.train_on);
+            // Each row once for each check, whichever of its answers fails it.
+            let new: Vec<_> = failed.into_iter().filter(|(check, _)| !found.iter().any(|(c, _)| c == check)).collect();
+            found.extend(new.into_iter().map(|(check, what)| (check, format!("{at}: {side}{what}"))));
+        }
+        found
+    }
+
+    /// What is wrong with a row, or with one of its answers.
+    fn check(&self, marked: &Marked, counts: &RowCounts, train_on: &TrainOn) -> Vec<(Check, String)> {
         let mut found = Vec::new();
-        let mut fails = |check, what: String| found.push((check, format!("{at}: {what}")));
+        let mut fails = |check, what: String| found.push((check, what));
         if let (Some(bos), [first, second, ..]) = (self.tokenizer.bos_id(), &marked.ids[..])
             && [first, second] == [&bos, &bos]
         {
@@ -169,14 +182,14 @@ impl Doctor<'_> {
         } else if counts.turns_without_end > 0 {
             let turns = counts.turns_without_end;
             fails(Check::EndOfTurn, format!("the template ends {turns} of the trained turns without a special token"));
-        } else if !self.ends(&marked) {
+        } else if !self.ends(marked, train_on) {
             fails(Check::EndOfTurn, "the last trained token is not one that ends a turn".into());
         }
         if let Some(&id) = marked.ids.iter().find(|&&id| id as usize >= self.embedding_rows) {
             let rows = self.embedding_rows;
             fails(Check::Embedding, format!("token {:?} has id {id}, the embedding {rows} rows", self.token(id)));
         }
-        if let Some(what) = self.lost(&marked) {
+        if let Some(what) = self.lost(marked) {
             fails(Check::RoundTrip, what);
         }
         found
@@ -198,10 +211,10 @@ impl Doctor<'_> {
     }
 
     /// Whether the last trained token is a special one.
-    fn ends(&self, marked: &Marked) -> bool {
+    fn ends(&self, marked: &Marked, train_on: &TrainOn) -> bool {
         let mut trained = (0..marked.ids.len()).rev().filter(|&index| marked.trained[index]);
         // Where everything is trained a line end may follow.
-        match self.options.train_on {
+        match train_on {
             TrainOn::All => trained.any(|index| self.tokenizer.is_added(marked.ids[index])),
             _ => trained.next().is_some_and(|index| self.tokenizer.is_added(marked.ids[index])),
         }

@@ -1,17 +1,18 @@
 //! The second way through the rows: tokens, blocks, and the rows that could not be used.
 use super::{
-    PrepareProgress, REJECTS, Report, files,
-    files::{Input, Numbered, digest},
+    PrepareProgress, REJECTS, Report, SplitReport, files,
+    files::{DataSet, Input, Numbered, digest},
     nothing_in,
     scan::Fate,
 };
 use crate::{
-    ChatTemplate, Error, OnBadRow, PrepareOptions, Result, RowOptions, Sample, Split, Tokenizer,
+    ChatTemplate, Error, OnBadRow, PrepareOptions, Result, Sample, SourceReport, Split, Tokenizer,
     atomic::Pending,
     clean::Cleaner,
+    mix,
     pack::Packer,
     row::{self, BadRow, place},
-    sample::{self, RowCounts},
+    sample::{self, RowCounts, SampleOptions, Side},
     shard,
     tokenizer::hex,
 };
@@ -30,17 +31,31 @@ const WINDOW: usize = 4 << 20;
 pub(super) struct Job<'a> {
     pub(super) folder: &'a Path,
     pub(super) options: &'a PrepareOptions,
-    pub(super) row_options: &'a RowOptions,
+    pub(super) sets: &'a [DataSet],
     pub(super) tokenizer: &'a Tokenizer,
     pub(super) template: Option<&'a ChatTemplate>,
     pub(super) cleaner: Cleaner,
     pub(super) inputs: &'a [Input],
     pub(super) key: [u8; 32],
+    /// By row, how often it is trained on; empty when once.
+    pub(super) copies: &'a [u32],
+    /// By row, how much its loss counts; empty when 1.
+    pub(super) weights: &'a [f32],
+}
+
+/// Ways through the rows when some are trained on several times: their copies are spread over the blocks.
+const MAX_PASSES: u32 = 8;
+
+/// How many of the `copies` of a row the pass `pass` of `passes` writes: all together make `copies`, and the first has at
+/// least one.
+fn copies_in_pass(copies: u32, pass: u32, passes: u32) -> u32 {
+    let until = |pass: u32| (u64::from(copies) * u64::from(pass)).div_ceil(u64::from(passes));
+    (until(pass + 1) - until(pass)) as u32
 }
 
 /// What became of a row.
 enum Done {
-    Samples(Split, Vec<Sample>, RowCounts),
+    Samples(Split, Vec<Sample>, RowCounts, u32),
     Rejected(BadRow),
     Removed,
 }
@@ -57,23 +72,33 @@ pub(super) fn emit(
     progress: &mut dyn FnMut(PrepareProgress),
 ) -> Result<()> {
     let options = job.options;
-    let sample_options = options.into();
-    let bytes = job.inputs.iter().map(|input| input.bytes).sum();
+    // What is held out is measured by what is trained alone, so that runs with other weights compare.
+    let sample_options: Vec<[SampleOptions; 2]> = job
+        .sets
+        .iter()
+        .map(|set| {
+            let train = SampleOptions::from(&set.options);
+            [SampleOptions { prompt_loss_weight: 0.0, ..train.clone() }, train]
+        })
+        .collect();
+    let passes = job.copies.iter().copied().max().unwrap_or(1).clamp(1, MAX_PASSES);
+    let bytes = job.inputs.iter().map(|input| input.bytes).sum::<u64>() * u64::from(passes);
     let mut packers = Vec::with_capacity(3);
     for split in Split::ALL {
-        let writer = shard::Writer::create(&job.folder.join(shard::file_name(split)), job.key, options.max_length)?;
-        packers.push(Packer::new(writer, options.max_length, options.packing, WINDOW));
+        let (path, weighted) = (job.folder.join(shard::file_name(split)), options.is_weighted(split));
+        let writer = shard::Writer::create(&path, job.key, options.block_length(), weighted)?;
+        packers.push(Packer::new(writer, options.block_length(), options.packing, WINDOW));
     }
-    let mut rejects = Rejects { pending: None, rows: 0 };
     let tokens = AtomicU64::new(0);
-    let work = |row: &Numbered| -> Result<Done> {
+    let work = |row: &Numbered, pass: u32| -> Result<Done> {
         let Some(fate) = fates.get(row.index) else { return Err(changed(job, row)) };
-        let file = &job.inputs[row.input].name;
+        let (file, source) = (&job.inputs[row.input].name, job.inputs[row.input].source);
         let line = row.raw.line;
-        if matches!(fate, Fate::Removed(_)) {
+        let copies = copies_in_pass(job.copies.get(row.index).copied().unwrap_or(1), pass, passes);
+        if matches!(fate, Fate::Removed(_)) || copies == 0 || *fate == Fate::Rejected && pass > 0 {
             return Ok(Done::Removed);
         }
-        let understood = row::understand(&row.raw, file, job.row_options, &mut |_| ());
+        let understood = row::understand(&row.raw, file, &job.sets[source].rows, &mut |_| ());
         let split = match (fate, &understood) {
             (Fate::Goes(split), _) => *split,
             (Fate::Removed(_), _) => return Ok(Done::Removed),
@@ -85,8 +110,16 @@ pub(super) fn emit(
         };
         let Ok(mut understood) = understood else { return Err(changed(job, row)) };
         job.cleaner.clean(&mut understood.row);
-        match sample::samples(&understood.row, job.tokenizer, job.template, &sample_options) {
-            Ok((samples, counts)) => Ok(Done::Samples(split, samples, counts)),
+        let sample_options = &sample_options[source][usize::from(split == Split::Train)];
+        match sample::samples(&understood.row, job.tokenizer, job.template, sample_options) {
+            Ok((mut samples, counts)) => {
+                if let Some(&weight) = job.weights.get(row.index).filter(|_| split == Split::Train) {
+                    samples.iter_mut().for_each(|sample| sample.scale_weights(weight));
+                }
+                let counts = if pass == 0 { counts } else { RowCounts::default() };
+                Ok(Done::Samples(split, samples, counts, copies))
+            }
+            Err(Error::Input(_)) if options.on_bad_row == OnBadRow::Skip && pass > 0 => Ok(Done::Removed),
             Err(Error::Input(what)) if options.on_bad_row == OnBadRow::Skip => {
                 let what = what.strip_prefix(&place(file, line)).unwrap_or(&what).to_owned();
                 Ok(Done::Rejected(BadRow { line, what, content: row.raw.content.to_string() }))
@@ -94,44 +127,107 @@ pub(super) fn emit(
             Err(error) => Err(error),
         }
     };
-    let work = |group: Vec<Numbered>| -> Vec<_> { group.par_iter().map(|row| (row.input, work(row))).collect() };
-    let mut pack = |done: Vec<(usize, Result<Done>)>| {
-        // In order, so that of several wrong rows the first is the one reported.
-        for (input, done) in done {
-            match done? {
-                Done::Removed => {}
-                Done::Rejected(bad) => rejects.write(job.folder, &job.inputs[input].name, &bad)?,
-                Done::Samples(split, samples, counts) => {
-                    let part = report.split_mut(split);
-                    part.counts += counts;
-                    for sample in samples {
-                        part.documents += 1;
-                        part.tokens += sample.ids.len();
-                        part.trained_tokens += sample.num_trained();
-                        part.bytes += sample.bytes;
-                        tokens.fetch_add(sample.ids.len() as u64, Ordering::Relaxed);
-                        packers[split as usize].push(sample)?;
-                    }
-                }
-            }
+    let rejects = Rejects { pending: None, rows: 0 };
+    let mut writing = Writing { job, report, packers, rejects, tokens: &tokens };
+    let (mut start, mut index, mut bytes_before) = (0, 0, 0);
+    for set in 0..job.sets.len() {
+        let end = start + job.inputs[start..].iter().take_while(|input| input.source == set).count();
+        let before = writing.report.train.clone();
+        let mut next = index;
+        for pass in 0..passes {
+            let work =
+                |group: Vec<Numbered>| -> Vec<_> { group.par_iter().map(|row| (row.input, work(row, pass))).collect() };
+            next = files::for_each_group(
+                job.inputs,
+                (start..end, index),
+                job.sets,
+                &work,
+                &mut |done| writing.write(done),
+                &mut |read| {
+                    let (bytes_done, tokens) = (bytes_before + read, tokens.load(Ordering::Relaxed));
+                    progress(PrepareProgress::Tokenizing { bytes_done, bytes, tokens });
+                },
+            )?;
+            bytes_before += job.inputs[start..end].iter().map(|input| input.bytes).sum::<u64>();
         }
-        Ok(())
-    };
-    files::for_each_group(job.inputs, job.row_options, &work, &mut pack, &mut |bytes_done| {
-        progress(PrepareProgress::Tokenizing { bytes_done, bytes, tokens: tokens.load(Ordering::Relaxed) });
-    })?;
+        (start, index) = (end, next);
+        if !options.sources.is_empty() {
+            writing.end_source(set, &before)?;
+        }
+    }
+    let Writing { report, packers, rejects, .. } = writing;
     job.inputs.iter().try_for_each(Input::check_unchanged)?;
     report.rejected_rows = rejects.rows;
     for split in Split::ALL {
-        if !options.places(split).is_empty() && report.split(split).documents == 0 {
+        let streamed = options.streaming && split == Split::Train;
+        if !streamed && !options.places(split).is_empty() && report.split(split).documents == 0 {
             return Err(nothing_in(split, options, report));
         }
     }
+    if let Some(empty) = report.sources.iter().find(|source| source.blocks == 0) {
+        return Err(Error::Input(format!("source {:?}: no row of it is left to train on; take it out", empty.name)));
+    }
+    mix::plan(&mut report.sources, options);
     for (split, packer) in Split::ALL.into_iter().zip(packers) {
         report.split_mut(split).blocks = packer.finish()?;
         report.split_mut(split).sha256 = hex(&digest(&job.folder.join(shard::file_name(split)))?);
     }
     rejects.finish(job.folder)
+}
+
+/// What is written, and counted.
+struct Writing<'a> {
+    job: &'a Job<'a>,
+    report: &'a mut Report,
+    packers: Vec<Packer>,
+    rejects: Rejects,
+    tokens: &'a AtomicU64,
+}
+
+impl Writing<'_> {
+    /// Writes what became of rows, each with its file, in order, so that of several wrong rows the first is the one reported.
+    fn write(&mut self, done: Vec<(usize, Result<Done>)>) -> Result<()> {
+        for (input, done) in done {
+            match done? {
+                Done::Removed => {}
+                Done::Rejected(bad) => self.rejects.write(self.job.folder, &self.job.inputs[input].name, &bad)?,
+                Done::Samples(split, samples, counts, copies) => {
+                    let part = self.report.split_mut(split);
+                    part.counts += counts;
+                    for sample in std::iter::repeat_n(samples, copies as usize).flatten() {
+                        part.documents += 1;
+                        part.tokens += sample.ids.len();
+                        part.trained_tokens += sample.num_trained();
+                        part.weighted_tokens += sample.num_only_weighted();
+                        part.bytes += sample.bytes;
+                        if sample.side != Side::Plain {
+                            *part.sides.entry(sample.side).or_default() += 1;
+                        }
+                        self.tokens.fetch_add(sample.ids.len() as u64, Ordering::Relaxed);
+                        self.packers[split as usize].push(sample)?;
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Lets the training blocks of a data set end with it, and notes what it held; `before` is what there was before it.
+    fn end_source(&mut self, set: usize, before: &SplitReport) -> Result<()> {
+        let written = self.packers[Split::Train as usize].flush()?;
+        let (train, sources) = (&self.report.train, &mut self.report.sources);
+        let blocks = written - sources.iter().map(|source| source.blocks).sum::<usize>();
+        sources.push(SourceReport {
+            name: self.job.options.sources[set].name.clone(),
+            rows: train.counts.rows - before.counts.rows,
+            documents: train.documents - before.documents,
+            tokens: train.tokens - before.tokens,
+            trained_tokens: train.trained_tokens - before.trained_tokens,
+            blocks,
+            blocks_per_epoch: 0,
+        });
+        Ok(())
+    }
 }
 
 /// The rows are others than those that were scanned.
@@ -171,6 +267,20 @@ impl Rejects {
                 }
                 _ => Ok(()),
             },
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn copies_are_spread_and_none_is_lost() {
+        for copies in [0, 1, 2, 7, 8, 9, 100] {
+            let passes: Vec<u32> = (0..8).map(|pass| copies_in_pass(copies, pass, 8)).collect();
+            assert_eq!(passes.iter().sum::<u32>(), copies);
+            assert!(passes[0] >= copies.min(1) && passes.iter().all(|&n| n <= copies.div_ceil(8)), "{passes:?}");
         }
     }
 }

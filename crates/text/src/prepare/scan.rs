@@ -1,10 +1,11 @@
 //! The first look at all rows: what the files hold, and what becomes of each row.
 use super::{
     PrepareProgress,
-    files::{self, Input, Numbered},
+    balance::{self, Plan, Values},
+    files::{self, DataSet, Input, Numbered},
 };
 use crate::{
-    Error, OnBadRow, PrepareOptions, Result, RowFormat, RowKind, RowOptions, Split,
+    Balance, Error, OnBadRow, PrepareOptions, Result, RowFormat, RowKind, Split,
     clean::{self, CleanOptions, CleanReport, Cleaner, Mark, Reason, Same, Step},
     row::{self, Understood, kind_of, place},
     similar::{self, Index, Sketch},
@@ -13,7 +14,7 @@ use crate::{
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
-use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 
 /// Keys of a file that are counted by name.
 const MAX_KEYS: usize = 100;
@@ -39,33 +40,38 @@ pub(super) struct Scan {
     pub(super) clean: CleanReport,
     /// By split.
     pub(super) shares: [Share; 3],
+    /// What balancing makes of the training rows.
+    pub(super) balance: Plan,
 }
 
-/// The values that the rows of a split are stratified or grouped by.
+/// The values that the rows of a split are counted and grouped by.
 pub(super) struct Share {
     pub(super) values: BTreeMap<String, usize>,
     pub(super) groups: usize,
+    pub(super) largest_group: usize,
 }
 
 impl Share {
-    fn of(facts: &[Facts], split: Split, options: &PrepareOptions) -> Self {
-        let mut values = BTreeMap::new();
-        let mut groups = HashSet::new();
+    fn of(facts: &[Facts], split: Split, names: &[Box<str>], options: &PrepareOptions) -> Self {
+        let mut counts = vec![0_usize; names.len()];
+        let mut groups: HashMap<u64, usize> = HashMap::new();
         for row in facts.iter().filter(|row| row.fate == Fate::Goes(split)) {
-            if let Some(stratum) = &row.stratum {
-                *values.entry(stratum.value.clone()).or_default() += 1;
+            if let Some(count) = counts.get_mut(row.value as usize) {
+                *count += 1;
             }
             if options.group_by.is_some() {
-                groups.insert(row.group);
+                *groups.entry(row.group).or_default() += 1;
             }
         }
-        Self { values, groups: groups.len() }
+        let counted = names.iter().zip(counts).filter(|(_, count)| *count > 0);
+        let values = counted.map(|(name, count)| (name.to_string(), count)).collect();
+        Self { values, groups: groups.len(), largest_group: groups.into_values().max().unwrap_or(0) }
     }
 }
 
 /// What is kept of a row until all have been seen.
-struct Facts {
-    fate: Fate,
+pub(super) struct Facts {
+    pub(super) fate: Fate,
     format: Option<RowFormat>,
     mark: Option<Mark>,
     exact: u64,
@@ -73,10 +79,16 @@ struct Facts {
     stratum: Option<Box<Stratum>>,
     /// A hash of the value that it is grouped by.
     group: u64,
+    /// The number of the value that it is counted and balanced by.
+    pub(super) value: u32,
+    /// In [0, 1): which rows of the same value are drawn first.
+    pub(super) draw: f64,
 }
 
 /// What a row is stratified by.
 struct Stratum {
+    /// Index of the row's file.
+    input: usize,
     value: String,
     /// In [0, 1): which rows of the same value are held out. None when the file decides.
     place: Option<f64>,
@@ -84,7 +96,22 @@ struct Stratum {
 
 impl Facts {
     fn rejected() -> Self {
-        Self { fate: Fate::Rejected, format: None, mark: None, exact: 0, sketch: None, stratum: None, group: 0 }
+        Self {
+            fate: Fate::Rejected,
+            format: None,
+            mark: None,
+            exact: 0,
+            sketch: None,
+            stratum: None,
+            group: 0,
+            value: balance::NONE,
+            draw: 0.0,
+        }
+    }
+
+    #[cfg(test)]
+    pub(super) fn train() -> Self {
+        Self { fate: Fate::Goes(Split::Train), ..Self::rejected() }
     }
 }
 
@@ -176,12 +203,12 @@ const TASK: usize = 256;
 /// a file has several.
 pub(super) fn scan(
     options: &PrepareOptions,
-    row_options: &RowOptions,
+    sets: &[DataSet],
     inputs: &[Input],
     progress: &mut dyn FnMut(PrepareProgress),
 ) -> Result<Scan> {
     let bytes = inputs.iter().map(|input| input.bytes).sum();
-    let examiner = Examiner::new(options, row_options, inputs)?;
+    let examiner = Examiner::new(options, sets, inputs)?;
     let mut facts: Vec<Facts> = Vec::new();
     let mut ends = vec![0; inputs.len()];
     let mut all: Vec<Seen> = inputs.iter().map(|_| Seen::default()).collect();
@@ -208,7 +235,7 @@ pub(super) fn scan(
         }
         Ok(())
     };
-    files::for_each_group(inputs, row_options, &look, &mut note, &mut |bytes_done| {
+    files::for_each_group(inputs, (0..inputs.len(), 0), sets, &look, &mut note, &mut |bytes_done| {
         progress(PrepareProgress::Scanning { bytes_done, bytes });
     })?;
     let mut clean = CleanReport::default();
@@ -236,30 +263,33 @@ pub(super) fn scan(
             keys: seen.keys,
         });
     }
-    stratify(&mut facts, options);
+    stratify(&mut facts, inputs, sets);
     remove_same(&mut facts, &options.clean);
-    let shares = Split::ALL.map(|split| Share::of(&facts, split, options));
+    let names = examiner.values.names(options)?;
+    let shares = Split::ALL.map(|split| Share::of(&facts, split, &names, options));
+    let balance = balance::balance(&mut facts, &names, options)?;
     let fates: Vec<Fate> = facts.into_iter().map(|row| row.fate).collect();
     for fate in &fates {
         if let Fate::Removed(reason) = fate {
             *clean.removed.entry(*reason).or_default() += 1;
         }
     }
-    Ok(Scan { fates, files: reports, clean, shares })
+    Ok(Scan { fates, files: reports, clean, shares, balance })
 }
 
 /// Looks at single rows.
 struct Examiner<'a> {
     options: &'a PrepareOptions,
-    row_options: &'a RowOptions,
+    sets: &'a [DataSet],
     inputs: &'a [Input],
     cleaner: Cleaner,
     /// Whether rows are compared with each other, and whether as a whole or by their phrases too.
     compare: Same,
+    values: Values,
 }
 
 impl<'a> Examiner<'a> {
-    fn new(options: &'a PrepareOptions, row_options: &'a RowOptions, inputs: &'a [Input]) -> Result<Self> {
+    fn new(options: &'a PrepareOptions, sets: &'a [DataSet], inputs: &'a [Input]) -> Result<Self> {
         let clean = &options.clean;
         // Where nothing is held out nothing can leak.
         let leakage = match inputs.iter().all(|input| input.split == Some(Split::Train)) {
@@ -271,14 +301,17 @@ impl<'a> Examiner<'a> {
             (Same::Near, _) | (_, Same::Near) => Same::Near,
             _ => Same::Exact,
         };
-        Ok(Self { options, row_options, inputs, cleaner: Cleaner::new(clean)?, compare })
+        let (cleaner, values) = (Cleaner::new(clean)?, Values::new(options));
+        Ok(Self { options, sets, inputs, cleaner, compare, values })
     }
 
     fn look(&self, row: &Numbered, seen: &mut Seen) -> Result<Facts> {
         let input = &self.inputs[row.input];
+        let set = &self.sets[input.source];
         seen.rows += 1;
-        let understood = row::understand(&row.raw, &input.name, self.row_options, &mut |fields| seen.note(fields));
-        let Understood { mut row, format, split_value } = match understood {
+        let understood = row::understand(&row.raw, &input.name, &set.rows, &mut |fields| seen.note(fields));
+        let number = row.input;
+        let Understood { mut row, format, split_value, value } = match understood {
             Ok(understood) => understood,
             Err(bad) if self.options.on_bad_row == OnBadRow::Error => return Err(bad.error(&input.name)),
             Err(_) => {
@@ -288,15 +321,21 @@ impl<'a> Examiner<'a> {
         };
         seen.formats.entry(format).or_insert((0, row.line)).0 += 1;
         // Before it is cleaned: another cleaning must not move rows between the splits.
-        let (seed, (validation, test)) = (self.options.split_seed, self.options.fractions());
+        let (seed, (validation, test)) = (self.options.split_seed, set.options.fractions());
         let mut facts = Facts { format: Some(format), ..Facts::rejected() };
+        if let Some(value) = &value {
+            facts.value = self.values.number(value);
+        }
+        if matches!(self.options.balance, Balance::Oversample | Balance::Undersample) {
+            facts.draw = split::place(&row.content_hash()?, self.options.balance_seed);
+        }
         facts.fate = Fate::Goes(match (input.split, split_value) {
             (fixed, Some(value)) if self.options.stratify_by.is_some() => {
                 let place = match fixed {
                     Some(_) => None,
                     None => Some(split::place(&row.content_hash()?, seed)),
                 };
-                facts.stratum = Some(Box::new(Stratum { value, place }));
+                facts.stratum = Some(Box::new(Stratum { input: number, value, place }));
                 fixed.unwrap_or(Split::Train)
             }
             (fixed, Some(group)) => {
@@ -345,18 +384,18 @@ fn cut_licence(rows: &mut [Facts]) {
 }
 
 /// Holds out the same share of the rows of each value.
-fn stratify(facts: &mut [Facts], options: &PrepareOptions) {
-    let (validation, test) = options.fractions();
-    let mut strata: BTreeMap<&str, Vec<(f64, usize)>> = BTreeMap::new();
+fn stratify(facts: &mut [Facts], inputs: &[Input], sets: &[DataSet]) {
+    let mut strata: BTreeMap<(usize, &str), Vec<(f64, usize)>> = BTreeMap::new();
     for (index, row) in facts.iter().enumerate().filter(|(_, row)| matches!(row.fate, Fate::Goes(_))) {
         if let Some(stratum) = &row.stratum
             && let Some(place) = stratum.place
         {
-            strata.entry(&stratum.value).or_default().push((place, index));
+            strata.entry((inputs[stratum.input].source, &stratum.value)).or_default().push((place, index));
         }
     }
     let mut held_out = Vec::new();
-    for rows in strata.values_mut() {
+    for ((source, _), rows) in &mut strata {
+        let (validation, test) = sets[*source].options.fractions();
         // Equal rows have equal places: they stay in one split unless the border lies between them.
         rows.sort_by(|a, b| a.0.total_cmp(&b.0).then(a.1.cmp(&b.1)));
         let (validation, test) = split::stratum(rows.len(), validation, test);

@@ -1,6 +1,6 @@
 use super::*;
 use crate::{
-    OnBadRow, Overlong, Preferences, PreparedSplit, Reason, Same, Step, TextRows, TrainOn,
+    Balance, OnBadRow, Overlong, Preferences, PreparedSplit, Reason, Same, Side, Step, TextRows, TrainOn,
     fixture::{chatml, tokenizer},
 };
 use std::path::PathBuf;
@@ -205,8 +205,11 @@ fn a_folder_of_mixed_origin_is_refused() {
     let error = PreparedSplit::open(&bench.path("none"), Split::Train).unwrap_err().to_string();
     assert!(error.contains("prepared.json: no such file"), "{error}");
     let text = fs::read_to_string(bench.path("out/prepared.json")).unwrap();
-    fs::write(bench.path("out/prepared.json"), text.replacen("\"format_version\": 2", "\"format_version\": 7", 1))
-        .unwrap();
+    fs::write(
+        bench.path("out/prepared.json"),
+        text.replacen(&format!("\"format_version\": {}", shard::FORMAT_VERSION), "\"format_version\": 7", 1),
+    )
+    .unwrap();
     assert!(Report::read(&bench.path("out")).unwrap_err().to_string().contains("format version 7"));
 }
 
@@ -395,4 +398,233 @@ fn archives_are_read_like_folders_and_packed_rows_are_named() {
     assert!(bench.refusal().contains("data.zip/b.csv, line 2: 2 fields"));
     bench.options.validation = vec![bench.place("data.zip")];
     assert!(bench.refusal().contains("data.zip/b.csv is given for train and for validation"));
+}
+
+/// 30 rows, every fifth of label "b", whose text is longer.
+fn two_labels() -> Bench {
+    let row = |i| match i % 5 {
+        0 => format!("{{\"text\": \"row number {i}\", \"label\": \"b\"}}\n"),
+        _ => format!("{{\"text\": \"r {i}\", \"label\": \"a\"}}\n"),
+    };
+    let mut bench = Bench::new(&[("d.jsonl", &(0..30).map(row).collect::<String>())]);
+    bench.options.row_format = Some(crate::RowFormat::Text);
+    bench.options.validation_fraction = 0.0;
+    bench
+}
+
+#[test]
+fn labels_are_counted_without_being_asked_for() {
+    let mut bench = two_labels();
+    let report = bench.run().unwrap();
+    assert_eq!(report.train.values, [("a".to_owned(), 24), ("b".to_owned(), 6)].into());
+    assert!(report.warnings().is_empty() && report.balance.is_empty());
+    let rows = "{\"text\": \"x\", \"label\": \"rare\"}\n".to_owned()
+        + &(0..11).map(|i| format!("{{\"text\": \"r {i}\", \"label\": 7}}\n")).collect::<String>();
+    fs::write(bench.path("d.jsonl"), rows).unwrap();
+    let warnings = bench.run().unwrap().warnings();
+    assert!(warnings[0].starts_with("7 has 11 rows to train on and rare only 1"), "{warnings:?}");
+    // Half of what is held out is of a label that is never trained.
+    fs::write(bench.path("v.jsonl"), "{\"text\": \"y\", \"label\": \"other\"}\n{\"text\": \"z\"}\n").unwrap();
+    bench.options.validation = vec![bench.place("v.jsonl")];
+    let warnings = bench.run().unwrap().warnings();
+    assert_eq!(warnings[1], "validation has rows of other, which no row to train on is of");
+    bench.options.group_by = Some("label".into());
+    fs::write(bench.path("v.jsonl"), "{\"text\": \"y\", \"label\": \"other\"}\n").unwrap();
+    let report = bench.run().unwrap();
+    assert_eq!((report.train.groups, report.train.largest_group), (2, 11));
+    assert!(report.warnings()[2].starts_with("one of 2 groups has 11 of 12 rows"), "{:?}", report.warnings());
+}
+
+#[test]
+fn training_rows_are_balanced_and_held_out_ones_are_not() {
+    let mut bench = two_labels();
+    fs::copy(bench.path("d.jsonl"), bench.path("v.jsonl")).unwrap();
+    bench.options.validation = vec![bench.place("v.jsonl")];
+    bench.options.clean.leakage = Same::Keep;
+    let plain = bench.run().unwrap();
+    let count = |bench: &Bench, split, what: &str| bench.texts(split).iter().filter(|text| text.contains(what)).count();
+
+    bench.options.balance = Balance::Oversample;
+    let over = bench.run().unwrap();
+    assert_eq!((count(&bench, Split::Train, "number"), over.train.documents), (24, 48));
+    assert_eq!(over.train.counts.rows, 30, "rows are counted once");
+    assert!(bench.texts(Split::Train).iter().all(|text| {
+        let copies = count(&bench, Split::Train, text);
+        copies == if text.contains("number") { 4 } else { 1 }
+    }));
+    assert_eq!(over.balance["b"], crate::Balanced { rows: 6, drawn: 24, weight: 1.0 });
+    assert_eq!((over.validation.documents, &over.train.values), (30, &plain.train.values));
+    // Copies of a row do not share a block when that can be helped.
+    let shard = PreparedSplit::open(&bench.path("out"), Split::Train).unwrap();
+    let mut twice = 0;
+    for index in 0..shard.len() {
+        let mut sources: Vec<usize> = shard.block(index).unwrap().sources.iter().map(|source| source.line).collect();
+        let all = sources.len();
+        sources.sort_unstable();
+        sources.dedup();
+        twice += all - sources.len();
+    }
+    assert!(twice <= 12, "{twice}");
+
+    bench.options.balance = Balance::Undersample;
+    let under = bench.run().unwrap();
+    assert_eq!((count(&bench, Split::Train, "number"), under.train.documents), (6, 12));
+    assert_eq!((under.clean.removed[&Reason::Balance], under.validation.documents), (18, 30));
+    let first = bench.texts(Split::Train);
+    bench.options.balance_seed = 1;
+    bench.run().unwrap();
+    assert_ne!(bench.texts(Split::Train), first, "another seed draws other rows");
+
+    bench.options.balance = Balance::LossWeight;
+    bench.options.balance_target = [("a".to_owned(), 3.0), ("b".to_owned(), 1.0)].into();
+    let weighted = bench.run().unwrap();
+    assert_eq!((weighted.train.documents, weighted.train.weighted_tokens), (30, 0));
+    assert_eq!((weighted.balance["a"].weight, weighted.balance["b"].weight), (0.9375, 1.25));
+    let shard = PreparedSplit::open(&bench.path("out"), Split::Train).unwrap();
+    for index in 0..shard.len() {
+        let block = shard.block(index).unwrap();
+        let mut start = 0;
+        for (length, source) in block.lengths.iter().zip(&block.sources) {
+            let weight = if source.line % 5 == 1 { 1.25 } else { 0.9375 };
+            let rows = start..start + length;
+            for (trained, found) in block.trained[rows.clone()].iter().zip(&block.weights[rows]) {
+                assert_eq!(*found, if *trained { weight } else { 0.0 });
+            }
+            start += length;
+        }
+    }
+    let held_out = PreparedSplit::open(&bench.path("out"), Split::Validation).unwrap();
+    assert!(held_out.block(0).unwrap().weights.is_empty());
+
+    bench.options.balance_target.insert("c".into(), 1.0);
+    assert!(bench.refusal().contains("names \"c\", but no row to train on has it"));
+    bench.options.balance_by = Some("lable".into());
+    assert!(bench.refusal().contains("line 1: there is no \"lable\", which balance_by names"));
+}
+
+#[test]
+fn data_sets_are_mixed_each_with_its_own_mapping() {
+    let reviews: String = (0..40).map(|i| format!("{{\"body\": \"review {i}\", \"stars\": {i}}}\n")).collect();
+    let mut bench = Bench::new(&[("d.jsonl", &lines(100)), ("r.jsonl", &reviews), ("v.jsonl", &lines(3))]);
+    let source = |name: &str, file: &str| crate::DataSource {
+        name: name.into(),
+        train: vec![bench.place(file)],
+        ..crate::DataSource::default()
+    };
+    let mut sources = vec![source("plain", "d.jsonl"), source("reviews", "r.jsonl")];
+    (sources[0].validation, sources[0].weight) = (vec![bench.place("v.jsonl")], 2.0);
+    (sources[1].template, sources[1].completion) = (Some("{body}:".into()), Some(" {stars}".into()));
+    sources[1].prompt_loss_weight = Some(0.5);
+    bench.options.train = Vec::new();
+    (bench.options.sources, bench.options.validation_fraction, bench.options.clean.leakage) =
+        (sources, 0.25, Same::Keep);
+    let report = bench.run().unwrap();
+    let [plain, reviews] = &report.sources[..] else { panic!("{:?}", report.sources) };
+    assert_eq!((plain.rows, report.validation.counts.rows - 3 + reviews.rows), (100, 40));
+    assert!(report.validation.counts.rows > 6, "a fraction of the reviews, beside the file of the others");
+    assert_eq!(plain.tokens + reviews.tokens, report.train.tokens);
+    assert_eq!(plain.blocks + reviews.blocks, report.train.blocks);
+    let epoch = plain.blocks_per_epoch + reviews.blocks_per_epoch;
+    assert!(epoch.abs_diff(report.train.blocks) <= 1 && plain.blocks_per_epoch > plain.blocks);
+    // No block holds both, and the weights are those of the source.
+    let shard = PreparedSplit::open(&bench.path("out"), Split::Train).unwrap();
+    assert_eq!(shard.sources(), report.sources);
+    for index in 0..shard.len() {
+        let block = shard.block(index).unwrap();
+        let file = if index < plain.blocks { "d.jsonl" } else { "r.jsonl" };
+        assert!(block.sources.iter().all(|source| source.file.ends_with(file)), "{index}");
+        let halves = block.weights.iter().filter(|weight| **weight == 0.5).count();
+        assert_eq!(halves > 0, index >= plain.blocks);
+    }
+    let texts = bench.texts(Split::Train);
+    let filled: Vec<&str> = texts.iter().filter_map(|text| text.strip_prefix("review ")).collect();
+    assert_eq!(filled.len(), reviews.rows);
+    for text in filled {
+        let (number, stars) = text.strip_suffix("<|im_end|>").unwrap().split_once(": ").unwrap();
+        assert_eq!(number, stars);
+    }
+    // Balance goes over all of them, and copies stay with their source.
+    bench.options.balance = Balance::Oversample;
+    bench.options.balance_by = Some("kind".into());
+    for (name, kind) in [("d.jsonl", "x"), ("r.jsonl", "y")] {
+        let text = fs::read_to_string(bench.path(name)).unwrap();
+        fs::write(bench.path(name), text.replace('}', &format!(", \"kind\": \"{kind}\"}}"))).unwrap();
+    }
+    fs::write(bench.path("v.jsonl"), "{\"text\": \"v\", \"kind\": \"x\"}\n").unwrap();
+    let balanced = bench.run().unwrap();
+    assert_eq!((balanced.sources[0].rows, balanced.sources[0].documents), (100, 100));
+    assert_eq!((balanced.sources[1].rows, balanced.sources[1].documents), (reviews.rows, 100));
+    let again = bench.place("d.jsonl");
+    bench.options.sources[1].train.push(again);
+    assert!(bench.refusal().contains("is given in two sources"));
+}
+
+#[test]
+fn both_sides_of_a_preference_are_kept_for_whoever_trains_on_them() {
+    let pair = |i: usize, chosen: &str| {
+        let [user, chosen, rejected] =
+            [("user", format!("question {i}")), ("assistant", chosen.to_owned()), ("assistant", "nope".to_owned())]
+                .map(|(role, content)| serde_json::json!({"role": role, "content": content}));
+        serde_json::json!({"prompt": [user], "chosen": [chosen], "rejected": [rejected]}).to_string()
+    };
+    let pairs: Vec<String> = (0..30).map(|i| pair(i, &"ab".repeat(i % 5 + 1))).collect();
+    let judged = "{\"prompt\": \"a\", \"completion\": \"ll\", \"label\": true}\n\
+                  {\"prompt\": \"a\", \"completion\": \"xx\", \"label\": false}\n";
+    let mut bench = Bench::new(&[("p.jsonl", &pairs.join("\n")), ("k.jsonl", judged)]);
+    let judged = bench.place("k.jsonl");
+    bench.options.train.push(judged);
+    (bench.options.preferences, bench.options.validation_fraction, bench.options.max_length) =
+        (Preferences::Keep, 0.0, 128);
+    let report = bench.run().unwrap();
+    let sides = [(Side::Chosen, 30), (Side::Rejected, 30), (Side::Liked, 1), (Side::Disliked, 1)];
+    assert_eq!(report.train.sides, sides.into());
+    let shard = PreparedSplit::open(&bench.path("out"), Split::Train).unwrap();
+    assert_eq!(shard.max_length(), 256);
+    let mut seen = 0;
+    for index in 0..shard.len() {
+        let block = shard.block(index).unwrap();
+        let mut start = 0;
+        let mut prompt: Option<Vec<u32>> = None;
+        for document in 0..block.lengths.len() {
+            let rows = start..start + block.lengths[document];
+            (start, seen) = (rows.end, seen + 1);
+            let (ids, shared) = (&block.ids[rows.clone()], block.shared[document]);
+            let text = |ids: &[u32]| tokenizer().decode(ids, false).unwrap();
+            let trained = ids.iter().zip(&block.trained[rows]).filter(|(_, trained)| **trained);
+            let answer = text(&trained.map(|(id, _)| *id).collect::<Vec<_>>());
+            match block.sides[document] {
+                Side::Chosen => {
+                    assert!(text(&ids[..shared]).ends_with("assistant\n") && answer.starts_with("ab"), "{answer}");
+                    prompt = Some(ids[..shared].to_vec());
+                }
+                Side::Rejected => {
+                    assert_eq!(prompt.take().expect("the chosen one stands before it"), ids[..shared]);
+                    assert_eq!(answer, "nope<|im_end|>");
+                }
+                Side::Liked => assert_eq!((text(&ids[..shared]), answer), ("a".into(), "ll<|im_end|>".into())),
+                Side::Disliked => assert_eq!(answer, "xx<|im_end|>"),
+                Side::Plain => panic!("all are answers"),
+            }
+        }
+    }
+    assert_eq!(seen, 62);
+    let shown = crate::preview(&shard, 1, &tokenizer()).unwrap();
+    assert_eq!(
+        shown.iter().map(|d| d.side).collect::<Vec<_>>(),
+        [Side::Chosen, Side::Rejected],
+        "both sides are shown"
+    );
+    // A long answer is cut, or goes with the other one.
+    let longest = report.train.counts.longest_row;
+    bench.options.max_length = longest - 2;
+    let report = bench.run().unwrap();
+    assert!(report.train.counts.truncated_rows > 0 && report.train.counts.dropped_rows == 0);
+    assert_eq!(report.train.sides, sides.into());
+    bench.options.overlong = Overlong::Drop;
+    let report = bench.run().unwrap();
+    let dropped = report.train.counts.dropped_rows;
+    assert!(dropped > 0);
+    assert_eq!((report.train.sides[&Side::Chosen], report.train.sides[&Side::Rejected]), (30 - dropped, 30 - dropped));
+    fs::write(bench.path("k.jsonl"), "{\"text\": \"plain\"}\n").unwrap();
+    assert!(bench.refusal().contains("k.jsonl, line 1: preferences = \"keep\" prepares answers"));
 }

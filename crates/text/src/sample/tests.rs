@@ -7,6 +7,7 @@ use proptest::prelude::*;
 
 const OPTIONS: SampleOptions = SampleOptions {
     train_on: TrainOn::Completions,
+    prompt_loss_weight: 0.0,
     max_length: 1024,
     overlong: Overlong::Auto,
     preferences: Preferences::Refuse,
@@ -261,4 +262,22 @@ fn generation_blocks_say_what_is_trained() {
     assert_eq!(trained(3, TrainOn::Completions), "dd<|im_end|>");
     assert_eq!(trained(0, TrainOn::Last), "dd<|im_end|>");
     assert_eq!(trained(0, TrainOn::Roles(vec!["assistant".into()])), "bb<|im_end|>|dd<|im_end|>");
+}
+
+#[test]
+fn what_is_not_trained_has_the_weight_of_a_prompt() {
+    let talk = chat(&[("user", "aa"), ("assistant", "bb")]);
+    let plain = one(&talk, &OPTIONS);
+    assert!(plain.weights.is_empty() && plain.num_only_weighted() == 0);
+    let weighted = one(&talk, &SampleOptions { prompt_loss_weight: 0.25, ..OPTIONS });
+    assert_eq!((&weighted.ids, &weighted.trained), (&plain.ids, &plain.trained), "what is measured stays the same");
+    let expected: Vec<f32> = plain.trained.iter().map(|&trained| if trained { 1.0 } else { 0.25 }).collect();
+    assert_eq!(weighted.weights[0], 0.0, "nothing predicts the first token");
+    assert_eq!(weighted.weights[1..], expected[1..]);
+    assert_eq!(weighted.num_only_weighted(), plain.ids.len() - 1 - plain.num_trained());
+    // Each window of a long row begins anew.
+    let text = row(RowKind::PromptCompletion { prompt: "abcdef".into(), completion: "ghi".into() });
+    let options = SampleOptions { max_length: 4, overlong: Overlong::Split, prompt_loss_weight: 0.5, ..OPTIONS };
+    let (parts, _) = samples(&text, &tokenizer(), None, &options).unwrap();
+    assert!(parts.len() > 1 && parts.iter().all(|part| part.weights.len() == part.ids.len() && part.weights[0] == 0.0));
 }
