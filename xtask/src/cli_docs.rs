@@ -60,7 +60,7 @@ fn arguments<'a>(arguments: impl Iterator<Item = &'a Arg>) -> String {
     let mut table = String::from("| Argument | Default | Meaning |\n|---|---|---|\n");
     for arg in arguments {
         let default: Vec<String> =
-            arg.get_default_values().iter().map(|v| format!("`{}`", v.to_string_lossy())).collect();
+            arg.get_default_values().iter().map(|v| format!("`{}`", cell(&v.to_string_lossy()))).collect();
         let default = match default[..] {
             [] if arg.is_required_set() => "required".to_owned(),
             _ if !arg.get_action().takes_values() => String::new(),

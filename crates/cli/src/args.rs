@@ -24,6 +24,9 @@ pub enum Command {
     Init(InitArgs),
     /// Turn rows of text into blocks of tokens, and show counts or a preview.
     Prepare(PrepareArgs),
+    /// Make a tokenizer.
+    #[command(subcommand)]
+    Tokenizer(TokenizerCommand),
     /// Look at every row as it would be trained on, and name those in which something is wrong.
     Doctor(DoctorArgs),
     /// What a run will need of memory, time and disk, without loading the weights.
@@ -134,7 +137,7 @@ pub struct InitArgs {
     /// Seed of the weights.
     #[arg(long, default_value_t = 42)]
     pub seed: u64,
-    /// Model whose tokenizer is taken over; for a .gguf file it must be one itself.
+    /// Model, or folder with a tokenizer alone, whose tokenizer is taken over; for a .gguf file it must be one itself.
     #[arg(long, value_name = "SOURCE")]
     pub tokenizer: Option<String>,
 }
@@ -159,6 +162,66 @@ pub struct PrepareArgs {
     /// Show the tokens of this many rows of each split, coloured by trained or not.
     #[arg(long, value_name = "N")]
     pub preview: Option<usize>,
+}
+
+/// `tunesmith tokenizer`
+#[derive(Debug, Subcommand)]
+pub enum TokenizerCommand {
+    /// Learn a byte-level BPE tokenizer from data, and write it as a Hugging Face folder.
+    Train(TokenizerTrainArgs),
+}
+
+/// How text is cut into words before bytes are joined.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum WordRuleName {
+    /// Runs of letters, of digits and of other characters.
+    Gpt2,
+    /// The same, and every digit alone.
+    Smollm,
+    /// Digits in groups of three.
+    Llama3,
+    /// Every digit alone, text in Unicode's normal form C.
+    Qwen2,
+}
+
+/// `tunesmith tokenizer train`
+#[derive(Args, Debug)]
+pub struct TokenizerTrainArgs {
+    /// Configuration file (the same as for `train`) whose [data] section is used; without it give --data.
+    pub config: Option<PathBuf>,
+    /// Files, folders or globs to learn from (data.train); may be repeated.
+    #[arg(long, value_name = "PATH")]
+    pub data: Vec<String>,
+    /// Set a field of the configuration, such as --set data.text_rows=line; may be repeated.
+    #[arg(long, value_name = "KEY=VALUE")]
+    pub set: Vec<String>,
+    /// Folder to write to; must not exist or be empty.
+    #[arg(long, value_name = "FOLDER")]
+    pub out: PathBuf,
+    /// Tokens in all: 256 bytes, the special tokens, and what is learned.
+    #[arg(long, value_name = "N")]
+    pub vocab_size: usize,
+    /// Join only pairs that are seen this often.
+    #[arg(long, default_value_t = 2, value_name = "N")]
+    pub min_frequency: u64,
+    /// How text is cut into words; no token reaches across them.
+    #[arg(long, value_enum, default_value = "llama3")]
+    pub words: WordRuleName,
+    /// Token that ends a text.
+    #[arg(long, default_value = "<|endoftext|>", value_name = "TEXT")]
+    pub eos: String,
+    /// Token that begins a text; every text then gets it in front.
+    #[arg(long, value_name = "TEXT")]
+    pub bos: Option<String>,
+    /// Token that fills up rows.
+    #[arg(long, value_name = "TEXT")]
+    pub pad: Option<String>,
+    /// Further special token, such as "<|im_start|>"; may be repeated.
+    #[arg(long, value_name = "TEXT")]
+    pub special: Vec<String>,
+    /// Jinja file of a chat template for the folder.
+    #[arg(long, value_name = "FILE")]
+    pub chat_template: Option<PathBuf>,
 }
 
 /// `tunesmith doctor`

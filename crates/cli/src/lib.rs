@@ -35,6 +35,9 @@ fn dispatch(cli: Cli) -> Result<ExitCode> {
         Command::Quickstart(args) => commands::quickstart::run(&args, &settings).map(done),
         Command::Init(args) => commands::init::run(&args, &settings).map(done),
         Command::Prepare(args) => commands::prepare::run(&args, &settings).map(done),
+        Command::Tokenizer(args::TokenizerCommand::Train(args)) => {
+            commands::tokenizer::train(&args, &settings).map(done)
+        }
         Command::Doctor(args) => commands::doctor::run(&args, &settings),
         Command::Plan(args) => commands::plan::run(&args, &settings).map(done),
         Command::Train(args) => commands::train::run(&args, &settings).map(done),

@@ -52,6 +52,19 @@ pub fn open(spec: &str, chat_template: Option<&Path>, settings: &Settings) -> Re
     Ok(Opened { spec: spec.to_owned(), origin: resolved.origin, checkpoint, tokenizer, template })
 }
 
+/// The tokenizer of `spec`: a model, or a folder that has a tokenizer and no model. With it the metadata of a GGUF file.
+///
+/// # Errors
+/// As [`open`].
+pub(crate) fn tokenizer(spec: &str, settings: &Settings) -> Result<(Tokenizer, Option<GgufMetadata>)> {
+    let path = resolve(spec, settings)?.path;
+    if path.is_dir() && !path.join("config.json").exists() {
+        return Ok((Tokenizer::from_folder(&path)?, None));
+    }
+    let opened = open(spec, None, settings)?;
+    Ok((opened.tokenizer, opened.checkpoint.gguf_metadata().cloned()))
+}
+
 /// Resolves a spec with a bar for what is fetched.
 pub(crate) fn resolve(spec: &str, settings: &Settings) -> Result<source::Resolved> {
     with_bar(|progress| source::resolve(spec, settings, progress))

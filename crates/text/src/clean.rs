@@ -174,6 +174,10 @@ pub struct CleanReport {
     pub changed: BTreeMap<Step, usize>,
     /// Rows that were removed.
     pub removed: BTreeMap<Reason, usize>,
+    /// Whether rows were compared with each other: not where nothing is held out and duplicates may stay.
+    pub compared: bool,
+    /// Rows that say what an earlier row of their split says, and stay since `duplicates` is `keep`.
+    pub kept_duplicates: usize,
 }
 
 /// Where the text of Project Gutenberg begins or ends, in a file that is read in parts.
@@ -367,7 +371,8 @@ const TWO_LETTERS: [(&str, &str); 62] = [
 ];
 
 /// Calls `change` on every text of a row.
-fn for_each_text(kind: &mut RowKind, change: &mut dyn FnMut(&mut String)) {
+/// Every text of a row.
+pub(crate) fn for_each_text(kind: &mut RowKind, change: &mut dyn FnMut(&mut String)) {
     let messages = |messages: &mut Vec<Message>, change: &mut dyn FnMut(&mut String)| {
         messages.iter_mut().for_each(|message| change(&mut message.content));
     };

@@ -4,6 +4,7 @@
 //! SentencePiece ("llama") has only pieces with scores; the merges follow from them, because SentencePiece always joins
 //! the two neighbours whose union scores best.
 use crate::{Error, Result, SpecialTokens};
+use base64::Engine;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 use std::collections::HashMap;
@@ -46,35 +47,59 @@ pub struct GgufVocabulary {
     pub chat_template: Option<String>,
 }
 
-const UNKNOWN: i32 = 2;
-const CONTROL: i32 = 3;
-const USER_DEFINED: i32 = 4;
-const NORMAL: i32 = 1;
+pub(crate) const UNKNOWN: i32 = 2;
+pub(crate) const CONTROL: i32 = 3;
+pub(crate) const USER_DEFINED: i32 = 4;
+pub(crate) const NORMAL: i32 = 1;
 
 /// No vocabulary has pieces near this size; rebuilding merges takes time quadratic in it.
 const MAX_TOKEN_BYTES: usize = 4096;
 
-/// How a byte-level vocabulary cuts text before merging.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Words {
+/// How a byte-level tokenizer cuts text into words before it joins bytes: by the rule of the model of that name.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum WordRule {
+    /// Runs of letters, of digits and of other characters, each with the blank before it.
     Gpt2,
+    /// The same, and every ASCII digit stands alone.
     SmolLm,
+    /// Digits in groups of three, line ends with what stands before them.
+    #[default]
     Llama3,
+    /// As Llama 3, but every digit stands alone, and text is in normal form C.
     Qwen2,
 }
 
+impl WordRule {
+    /// The parts of a tokenizer that cut by this rule: normalizer, if there is one, and pre-tokenizer.
+    pub(crate) fn parts(self, prefix: bool) -> (Option<Value>, Value) {
+        let bytes = |use_regex: bool| json!({"type": "ByteLevel", "add_prefix_space": prefix, "trim_offsets": true, "use_regex": use_regex});
+        let split = |pattern: &str| json!({"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": false});
+        match self {
+            Self::Gpt2 => (None, bytes(true)),
+            // Every digit stands alone, also after spaces, as in the model's own training. Only ASCII digits: other
+            // numerals ("½") stay as the reference conversion of these files has them.
+            Self::SmolLm => (None, json!({"type": "Sequence", "pretokenizers": [split("[0-9]"), bytes(true)]})),
+            Self::Llama3 => (None, json!({"type": "Sequence", "pretokenizers": [split(LLAMA3_PATTERN), bytes(false)]})),
+            Self::Qwen2 => (
+                Some(json!({"type": "NFC"})),
+                json!({"type": "Sequence", "pretokenizers": [split(QWEN2_PATTERN), bytes(false)]}),
+            ),
+        }
+    }
+}
+
 /// The names under which files of architecture llama ask for each rule.
-const PRE_TOKENIZERS: &[(&str, Words)] = &[
-    ("default", Words::Gpt2),
-    ("gpt-2", Words::Gpt2),
-    ("gpt2", Words::Gpt2),
-    ("smollm", Words::SmolLm),
-    ("llama-bpe", Words::Llama3),
-    ("llama3", Words::Llama3),
-    ("llama-v3", Words::Llama3),
-    ("falcon3", Words::Llama3),
-    ("qwen2", Words::Qwen2),
-    ("deepseek-r1-qwen", Words::Qwen2),
+const PRE_TOKENIZERS: &[(&str, WordRule)] = &[
+    ("default", WordRule::Gpt2),
+    ("gpt-2", WordRule::Gpt2),
+    ("gpt2", WordRule::Gpt2),
+    ("smollm", WordRule::SmolLm),
+    ("llama-bpe", WordRule::Llama3),
+    ("llama3", WordRule::Llama3),
+    ("llama-v3", WordRule::Llama3),
+    ("falcon3", WordRule::Llama3),
+    ("qwen2", WordRule::Qwen2),
+    ("deepseek-r1-qwen", WordRule::Qwen2),
 ];
 
 const LLAMA3_PATTERN: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
@@ -83,7 +108,35 @@ const QWEN2_PATTERN: &str =
 
 type Parts = (tokenizers::Tokenizer, SpecialTokens, Option<String>);
 
+/// What a SentencePiece model says beyond what a GGUF file repeats of it.
+#[derive(Clone, Debug)]
+pub(crate) struct PieceRules {
+    /// Characters without a piece become their bytes; otherwise they are unknown.
+    pub(crate) byte_fallback: bool,
+    /// Table of replacements of characters, as SentencePiece compiles it; empty for none.
+    pub(crate) charsmap: Vec<u8>,
+    /// Spaces at both ends go, and several become one.
+    pub(crate) remove_extra_spaces: bool,
+    /// User-defined pieces are cut out of the text behind its leading space and take part in no merge, as SentencePiece does;
+    /// otherwise they are tokens added beside the vocabulary.
+    pub(crate) isolate_user_defined: bool,
+}
+
+impl Default for PieceRules {
+    fn default() -> Self {
+        Self { byte_fallback: true, charsmap: Vec::new(), remove_extra_spaces: false, isolate_user_defined: false }
+    }
+}
+
 pub(crate) fn build(vocabulary: GgufVocabulary) -> Result<Parts> {
+    build_with(vocabulary, &PieceRules::default()).map_err(|e| match e {
+        Error::Input(what) => Error::Input(format!("the tokenizer inside the GGUF file: {what}")),
+        e => e,
+    })
+}
+
+/// The tokenizer of `vocabulary`, from whatever file; messages do not name the file.
+pub(crate) fn build_with(vocabulary: GgufVocabulary, rules: &PieceRules) -> Result<Parts> {
     check(&vocabulary)?;
     let mut ids = HashMap::with_capacity(vocabulary.tokens.len());
     for (id, token) in vocabulary.tokens.iter().enumerate() {
@@ -93,15 +146,18 @@ pub(crate) fn build(vocabulary: GgufVocabulary) -> Result<Parts> {
     }
     let mut tokenizer = match vocabulary.model.as_str() {
         "gpt2" => byte_level(&vocabulary, &ids)?,
-        "llama" => sentence_piece(&vocabulary, &ids)?,
+        "llama" => sentence_piece(&vocabulary, &ids, rules)?,
         other => {
             return Err(bad(format!("tokenizer.ggml.model is {other:?}; supported are \"gpt2\" and \"llama\"")));
         }
     };
-    let is_llama3 = words(&vocabulary).is_ok_and(|rule| rule == Words::Llama3);
+    let is_llama3 = words(&vocabulary).is_ok_and(|rule| rule == WordRule::Llama3);
     let add_bos = vocabulary.add_bos.unwrap_or(vocabulary.model == "llama" || is_llama3);
-    if let Some(template) = surround(&vocabulary, add_bos, vocabulary.add_eos == Some(true)) {
-        tokenizer.with_post_processor(Some(part::<tokenizers::PostProcessorWrapper>(template)?));
+    let token = |id: Option<u32>| id.map(|id| (id, vocabulary.tokens[id as usize].as_str()));
+    let bos = token(vocabulary.bos.filter(|_| add_bos));
+    let eos = token(vocabulary.eos.filter(|_| vocabulary.add_eos == Some(true)));
+    if bos.is_some() || eos.is_some() || vocabulary.model != "llama" {
+        tokenizer.with_post_processor(Some(surround(bos, eos)?));
     }
     let ends = [vocabulary.bos, vocabulary.eos, vocabulary.eot, vocabulary.eom];
     let mut special = Vec::new();
@@ -110,7 +166,9 @@ pub(crate) fn build(vocabulary: GgufVocabulary) -> Result<Parts> {
         match vocabulary.token_types.get(id) {
             Some(&(CONTROL | UNKNOWN)) => special.push(AddedToken::from(token.as_str(), true)),
             _ if ends.contains(&Some(id as u32)) => special.push(AddedToken::from(token.as_str(), true)),
-            Some(&USER_DEFINED) => plain.push(AddedToken::from(token.as_str(), false).normalized(false)),
+            Some(&USER_DEFINED) if !rules.isolate_user_defined => {
+                plain.push(AddedToken::from(token.as_str(), false).normalized(false))
+            }
             _ => {}
         }
     }
@@ -128,7 +186,7 @@ pub(crate) fn build(vocabulary: GgufVocabulary) -> Result<Parts> {
 }
 
 fn bad(what: String) -> Error {
-    Error::Input(format!("the tokenizer inside the GGUF file: {what}"))
+    Error::Input(what)
 }
 
 fn check(vocabulary: &GgufVocabulary) -> Result<()> {
@@ -159,7 +217,7 @@ fn check(vocabulary: &GgufVocabulary) -> Result<()> {
     Ok(())
 }
 
-fn words(vocabulary: &GgufVocabulary) -> Result<Words> {
+fn words(vocabulary: &GgufVocabulary) -> Result<WordRule> {
     let name = vocabulary.pre.as_deref().unwrap_or("default");
     match PRE_TOKENIZERS.iter().find(|(known, _)| *known == name) {
         Some(&(_, rule)) => Ok(rule),
@@ -198,35 +256,35 @@ fn byte_level(vocabulary: &GgufVocabulary, ids: &HashMap<&str, u32>) -> Result<t
         .continuing_subword_prefix(String::new())
         .end_of_word_suffix(String::new())
         // Llama 3 takes a whole word that is in the vocabulary before it looks at any merge.
-        .ignore_merges(rule == Words::Llama3)
+        .ignore_merges(rule == WordRule::Llama3)
         .build()
         .map_err(|e| bad(e.to_string()))?;
     let mut tokenizer = tokenizers::Tokenizer::new(model);
-    let prefix = vocabulary.add_space_prefix.unwrap_or(false);
-    let bytes = |use_regex: bool| json!({"type": "ByteLevel", "add_prefix_space": prefix, "trim_offsets": true, "use_regex": use_regex});
-    let split = |pattern: &str| json!({"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": false});
-    let pre = match rule {
-        Words::Gpt2 => bytes(true),
-        // Every digit stands alone, also after spaces, as in the model's own training. Only ASCII digits: other
-        // numerals ("½") stay as the reference conversion of these files has them.
-        Words::SmolLm => json!({"type": "Sequence", "pretokenizers": [split("[0-9]"), bytes(true)]}),
-        Words::Llama3 => json!({"type": "Sequence", "pretokenizers": [split(LLAMA3_PATTERN), bytes(false)]}),
-        Words::Qwen2 => json!({"type": "Sequence", "pretokenizers": [split(QWEN2_PATTERN), bytes(false)]}),
-    };
+    cut_bytes(&mut tokenizer, rule, vocabulary.add_space_prefix.unwrap_or(false))?;
+    Ok(tokenizer)
+}
+
+/// Makes `tokenizer` one of bytes whose words are cut by `rule`.
+pub(crate) fn cut_bytes(tokenizer: &mut tokenizers::Tokenizer, rule: WordRule, prefix: bool) -> Result<()> {
+    let (normalizer, pre) = rule.parts(prefix);
     tokenizer.with_pre_tokenizer(Some(part::<tokenizers::PreTokenizerWrapper>(pre)?));
-    if rule == Words::Qwen2 {
-        let normalizer = part::<tokenizers::NormalizerWrapper>(json!({"type": "NFC"}))?;
+    if let Some(normalizer) = normalizer {
+        let normalizer = part::<tokenizers::NormalizerWrapper>(normalizer)?;
         tokenizer.with_normalizer(Some(normalizer)).map_err(|e| bad(e.to_string()))?;
     }
     let decoder = json!({"type": "ByteLevel", "add_prefix_space": true, "trim_offsets": true, "use_regex": true});
     tokenizer.with_decoder(Some(part::<tokenizers::DecoderWrapper>(decoder)?));
-    Ok(tokenizer)
+    Ok(())
 }
 
 /// SentencePiece writes spaces as this.
 const SPACE: &str = "\u{2581}";
 
-fn sentence_piece(vocabulary: &GgufVocabulary, ids: &HashMap<&str, u32>) -> Result<tokenizers::Tokenizer> {
+fn sentence_piece(
+    vocabulary: &GgufVocabulary,
+    ids: &HashMap<&str, u32>,
+    rules: &PieceRules,
+) -> Result<tokenizers::Tokenizer> {
     let (len, scores) = (vocabulary.tokens.len(), vocabulary.scores.len());
     if scores != len {
         return Err(bad(format!("tokenizer.ggml.scores has {scores} entries for {len} tokens")));
@@ -234,31 +292,70 @@ fn sentence_piece(vocabulary: &GgufVocabulary, ids: &HashMap<&str, u32>) -> Resu
     if let Some(id) = vocabulary.scores.iter().position(|score| !score.is_finite()) {
         return Err(bad(format!("the score of token {id} is {}", vocabulary.scores[id])));
     }
+    let mut isolated: Vec<&str> = Vec::new();
+    if rules.isolate_user_defined {
+        let tokens = vocabulary.tokens.iter().zip(&vocabulary.token_types);
+        isolated.extend(tokens.filter(|(_, kind)| **kind == USER_DEFINED).map(|(token, _)| token.as_str()));
+    }
+    // The longest first: of two that begin alike, SentencePiece takes the longer one.
+    isolated.sort_by_key(|token| std::cmp::Reverse(token.len()));
     let unknown = vocabulary.unknown.unwrap_or(0);
     let model = bpe::BPE::builder()
-        .vocab_and_merges(owned(ids), merges_from_scores(vocabulary, ids))
+        .vocab_and_merges(owned(ids), merges_from_scores(vocabulary, ids, rules))
         .unk_token(vocabulary.tokens[unknown as usize].clone())
         .fuse_unk(true)
-        .byte_fallback(true)
+        .byte_fallback(rules.byte_fallback)
+        // What is cut out of the text is looked up whole.
+        .ignore_merges(!isolated.is_empty())
         .build()
         .map_err(|e| bad(e.to_string()))?;
     let mut tokenizer = tokenizers::Tokenizer::new(model);
     let prefix = vocabulary.add_space_prefix.unwrap_or(true);
-    let replace = json!({"type": "Replace", "pattern": {"String": " "}, "content": SPACE});
-    let normalizer = match prefix {
-        true => {
-            json!({"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": SPACE}, replace]})
-        }
-        false => replace,
+    let replace = |pattern: Value, with: &str| json!({"type": "Replace", "pattern": pattern, "content": with});
+    let mut normalizers = Vec::new();
+    if !rules.charsmap.is_empty() {
+        let table = base64::engine::general_purpose::STANDARD.encode(&rules.charsmap);
+        normalizers.push(json!({"type": "Precompiled", "precompiled_charsmap": table}));
+    }
+    if rules.remove_extra_spaces {
+        // Only spaces: SentencePiece leaves other white space, such as line ends, alone.
+        normalizers.push(replace(json!({"Regex": r"\A +"}), ""));
+        normalizers.push(replace(json!({"Regex": " {2,}"}), " "));
+    }
+    if prefix {
+        normalizers.push(json!({"type": "Prepend", "prepend": SPACE}));
+    }
+    normalizers.push(replace(json!({"String": " "}), SPACE));
+    if rules.remove_extra_spaces {
+        // At the end SentencePiece takes away what a space has become, and with it what the text wrote like that.
+        normalizers.push(replace(json!({"Regex": format!(r"{SPACE}+\z")}), ""));
+    }
+    let normalizer = match &mut normalizers[..] {
+        [one] => one.take(),
+        _ => json!({"type": "Sequence", "normalizers": normalizers}),
     };
     let normalizer = part::<tokenizers::NormalizerWrapper>(normalizer)?;
     tokenizer.with_normalizer(Some(normalizer)).map_err(|e| bad(e.to_string()))?;
-    let mut decoders = vec![
-        json!({"type": "Replace", "pattern": {"String": SPACE}, "content": " "}),
-        json!({"type": "ByteFallback"}),
-        json!({"type": "Fuse"}),
-    ];
-    if prefix {
+    if !isolated.is_empty() {
+        // What the normalizer makes of them is what stands in the text.
+        let split = |pattern: &str| json!({"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": false});
+        let pattern = isolated.iter().map(|token| regex::escape(token)).collect::<Vec<_>>().join("|");
+        let mut cuts = vec![split(&pattern)];
+        if rules.byte_fallback {
+            // Text that spells the name of a byte is text: cut, it is not looked up whole.
+            cuts.push(split(r"\A<(?=0x[0-9A-F]{2}>\z)"));
+        }
+        let cuts = json!({"type": "Sequence", "pretokenizers": cuts});
+        tokenizer.with_pre_tokenizer(Some(part::<tokenizers::PreTokenizerWrapper>(cuts)?));
+    }
+    let mut decoders = vec![replace(json!({"String": SPACE}), " ")];
+    if rules.byte_fallback {
+        decoders.push(json!({"type": "ByteFallback"}));
+    }
+    decoders.push(json!({"type": "Fuse"}));
+    if rules.remove_extra_spaces {
+        decoders.push(json!({"type": "Strip", "content": " ", "start": u32::MAX, "stop": 0}));
+    } else if prefix {
         decoders.push(json!({"type": "Strip", "content": " ", "start": 1, "stop": 0}));
     }
     let decoder = part::<tokenizers::DecoderWrapper>(json!({"type": "Sequence", "decoders": decoders}))?;
@@ -268,8 +365,16 @@ fn sentence_piece(vocabulary: &GgufVocabulary, ids: &HashMap<&str, u32>) -> Resu
 
 /// Every way to make a piece from two others, best-scored piece first; among equal scores the longer left half first,
 /// then the longer right half, then the order of the vocabulary (the order of transformers' `generate_merges`).
-fn merges_from_scores(vocabulary: &GgufVocabulary, ids: &HashMap<&str, u32>) -> Vec<(String, String)> {
-    let joinable = |id: usize| matches!(vocabulary.token_types.get(id), None | Some(&(NORMAL | USER_DEFINED)));
+fn merges_from_scores(
+    vocabulary: &GgufVocabulary,
+    ids: &HashMap<&str, u32>,
+    rules: &PieceRules,
+) -> Vec<(String, String)> {
+    let joinable = |id: usize| match vocabulary.token_types.get(id) {
+        None | Some(&NORMAL) => true,
+        Some(&USER_DEFINED) => !rules.isolate_user_defined,
+        _ => false,
+    };
     let mut merges = Vec::new();
     for (id, token) in vocabulary.tokens.iter().enumerate().filter(|(id, _)| joinable(*id)) {
         let first = merges.len();
@@ -293,11 +398,9 @@ fn owned(ids: &HashMap<&str, u32>) -> bpe::Vocab {
     ids.iter().map(|(token, id)| ((*token).to_owned(), *id)).collect()
 }
 
-/// The processor that puts BOS before and EOS after a text. Without either it only passes texts on.
-fn surround(vocabulary: &GgufVocabulary, add_bos: bool, add_eos: bool) -> Option<Value> {
-    let bos = vocabulary.bos.filter(|_| add_bos).map(|id| (id, &vocabulary.tokens[id as usize]));
-    let eos = vocabulary.eos.filter(|_| add_eos).map(|id| (id, &vocabulary.tokens[id as usize]));
-    let special = |token: Option<(u32, &String)>, type_id: u32| {
+/// The processor that puts BOS before and EOS after a text, each given as id and text. Without either it passes texts on.
+pub(crate) fn surround(bos: Option<(u32, &str)>, eos: Option<(u32, &str)>) -> Result<tokenizers::PostProcessorWrapper> {
+    let special = |token: Option<(u32, &str)>, type_id: u32| {
         token.map(|(_, text)| json!({"SpecialToken": {"id": text, "type_id": type_id}}))
     };
     let piece = |name: &str, type_id: u32| {
@@ -307,13 +410,10 @@ fn surround(vocabulary: &GgufVocabulary, add_bos: bool, add_eos: bool) -> Option
     let table: serde_json::Map<_, _> = [bos, eos]
         .into_iter()
         .flatten()
-        .map(|(id, text)| (text.clone(), json!({"id": text, "ids": [id], "tokens": [text]})))
+        .map(|(id, text)| (text.to_owned(), json!({"id": text, "ids": [id], "tokens": [text]})))
         .collect();
-    if table.is_empty() && vocabulary.model == "llama" {
-        return None;
-    }
     let pair: Vec<_> = piece("A", 0).into_iter().chain(piece("B", 1)).collect();
-    Some(json!({"type": "TemplateProcessing", "single": piece("A", 0), "pair": pair, "special_tokens": table}))
+    part(json!({"type": "TemplateProcessing", "single": piece("A", 0), "pair": pair, "special_tokens": table}))
 }
 
 fn part<T: DeserializeOwned>(value: Value) -> Result<T> {

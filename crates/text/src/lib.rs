@@ -6,10 +6,12 @@
 mod atomic;
 mod bpe;
 pub mod clean;
+mod data_page;
 mod error;
 pub mod gguf;
 mod input;
 pub mod mix;
+mod model_file;
 pub mod options;
 pub mod pack;
 pub mod prepare;
@@ -29,15 +31,16 @@ pub mod tokenizer;
 mod fixture;
 
 pub use clean::{CleanOptions, CleanReport, Reason, Same, Step};
+pub use data_page::{PAGE, write_page};
 pub use error::{Error, Result};
-pub use gguf::GgufVocabulary;
+pub use gguf::{GgufVocabulary, WordRule};
 pub use input::Encoding;
 pub use mix::{DataSource, SourceReport};
 pub use options::{Balance, OnBadRow, Overlong, Preferences, PrepareOptions, TextRows, TrainOn};
 pub use pack::Block;
 pub use prepare::{
-    Balanced, BlockStream, Check, Diagnosis, Finding, PrepareProgress, Report, SplitReport, StreamCounts, examine,
-    prepare,
+    Balanced, BlockStream, Check, Diagnosis, Finding, LengthClass, Lengths, PrepareProgress, Report, SplitReport,
+    StreamCounts, TokenizerOptions, TrainedTokenizer, examine, prepare, train_tokenizer,
 };
 pub use preview::{PreviewDocument, PreviewToken, preview};
 pub use row::{Row, RowFormat, RowKind, RowOptions, Turns};

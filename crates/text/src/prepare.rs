@@ -9,8 +9,10 @@ mod balance;
 mod doctor;
 mod emit;
 mod files;
+mod lengths;
 mod scan;
 mod streaming;
+mod train_tokenizer;
 
 use crate::{
     ChatTemplate, CleanReport, Error, PrepareOptions, Result, Side, SourceReport, Split, Tokenizer, atomic,
@@ -23,8 +25,10 @@ use std::{collections::BTreeMap, fs, io::Write, path::Path};
 
 pub use balance::Balanced;
 pub use doctor::{Check, Diagnosis, Finding, examine};
+pub use lengths::{LengthClass, Lengths};
 pub use scan::{FileReport, KeyReport};
 pub use streaming::{BlockStream, StreamCounts};
+pub use train_tokenizer::{TokenizerOptions, TrainedTokenizer, train_tokenizer};
 
 /// How far the preparation is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -52,6 +56,13 @@ pub enum PrepareProgress {
         /// Tokens so far.
         tokens: u64,
     },
+    /// Words are being counted for a new tokenizer.
+    Learning {
+        /// Bytes of the files done.
+        bytes_done: u64,
+        /// Of these.
+        bytes: u64,
+    },
 }
 
 /// What a split holds.
@@ -78,8 +89,12 @@ pub struct SplitReport {
     pub values: BTreeMap<String, usize>,
     /// Different values that rows are grouped by.
     pub groups: usize,
-    /// Rows of the largest group.
+    /// Rows of the largest of these groups.
     pub largest_group: usize,
+    /// Rows by their number of tokens, before anything was cut off.
+    pub lengths: Lengths,
+    /// Rows by what is to be learned from them, where that is one of a few short texts: what a label is, whatever it is called.
+    pub completions: Option<BTreeMap<String, usize>>,
     /// SHA-256 (hex) of the split's file.
     pub sha256: String,
 }

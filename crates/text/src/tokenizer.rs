@@ -1,5 +1,5 @@
 //! One tokenizer for training, evaluation, generation and serving, over the `tokenizers` crate.
-use crate::{Error, GgufVocabulary, Result, atomic, bpe::Encoder, gguf};
+use crate::{Error, GgufVocabulary, Result, atomic, bpe::Encoder, gguf, model_file};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize, de::IgnoredAny};
 use serde_json::{Map, Value};
@@ -57,18 +57,14 @@ pub struct Tokenizer {
 }
 
 impl Tokenizer {
-    /// Reads a Hugging Face folder: `tokenizer.json`; special tokens from `tokenizer_config.json`, then
+    /// Reads a Hugging Face folder: `tokenizer.json`, or without one `tokenizer.model` (SentencePiece BPE as Llama 2 has it, or
+    /// Llama 3's tiktoken file); special tokens from `tokenizer_config.json`, then
     /// `special_tokens_map.json`; the chat template from `chat_template.jinja`, then `tokenizer_config.json`.
     /// Truncation and padding stored in `tokenizer.json` are switched off: they would shorten rows silently.
     ///
     /// # Errors
     /// A missing or malformed file, or a special token that is not in the vocabulary.
     pub fn from_folder(folder: &Path) -> Result<Self> {
-        let path = folder.join("tokenizer.json");
-        let bytes = fs::read(&path).map_err(|e| Error::io("cannot read the tokenizer", &path, e))?;
-        let unusable = |e: String| Error::Input(format!("{}: not a tokenizer file: {e}", path.display()));
-        check_merges(&bytes).map_err(unusable)?;
-        let inner = tokenizers::Tokenizer::from_bytes(&bytes).map_err(|e| unusable(e.to_string()))?;
         let config = read_object(&folder.join("tokenizer_config.json"))?;
         let map = read_object(&folder.join("special_tokens_map.json"))?;
         let token = |key: &str| token_text(&config, key).or_else(|| token_text(&map, key));
@@ -77,6 +73,15 @@ impl Tokenizer {
             eos: token("eos_token"),
             pad: token("pad_token"),
             unk: token("unk_token"),
+        };
+        let path = folder.join("tokenizer.json");
+        let (inner, special) = if !path.exists() && folder.join(model_file::MODEL_FILE).exists() {
+            model_file::read(folder, &config, special)?
+        } else {
+            let bytes = fs::read(&path).map_err(|e| Error::io("cannot read the tokenizer", &path, e))?;
+            let unusable = |e: String| Error::Input(format!("{}: not a tokenizer file: {e}", path.display()));
+            check_merges(&bytes).map_err(unusable)?;
+            (tokenizers::Tokenizer::from_bytes(&bytes).map_err(|e| unusable(e.to_string()))?, special)
         };
         let template_path = folder.join("chat_template.jinja");
         let chat_template = if template_path.exists() {
@@ -103,7 +108,7 @@ impl Tokenizer {
         Self::assemble(inner, special, chat_template)
     }
 
-    fn assemble(
+    pub(crate) fn assemble(
         mut inner: tokenizers::Tokenizer,
         special: SpecialTokens,
         chat_template: Option<String>,
@@ -340,7 +345,7 @@ fn check_merges(json: &[u8]) -> Result<(), String> {
 }
 
 /// A JSON object from a file that may be missing.
-fn read_object(path: &Path) -> Result<Map<String, Value>> {
+pub(crate) fn read_object(path: &Path) -> Result<Map<String, Value>> {
     let bytes = match fs::read(path) {
         Ok(bytes) => bytes,
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Map::new()),

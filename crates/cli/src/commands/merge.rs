@@ -9,6 +9,7 @@ use std::borrow::Cow;
 use std::fs;
 use tunesmith_model::{AdapterFile, Dtype, SaveOptions, save_model};
 use tunesmith_tensor::ops::linear;
+use tunesmith_text::Tokenizer;
 
 pub(crate) fn run(args: &MergeArgs, settings: &Settings) -> Result<()> {
     let opened = load::open(&args.model, None, settings)?;
@@ -21,7 +22,7 @@ pub(crate) fn run(args: &MergeArgs, settings: &Settings) -> Result<()> {
         DtypeName::F16 => Dtype::F16,
     };
 
-    let files = text_files(&opened)?;
+    let files = text_files(&opened.tokenizer)?;
     let files: Vec<(&str, &[u8])> = files.iter().map(|(name, content)| (name.as_str(), content.as_slice())).collect();
     let names: Vec<&str> = checkpoint.tensor_names().collect();
     let bar = terminal::count_bar("merging weights", names.len() as u64);
@@ -69,9 +70,9 @@ fn changed(adapter: &AdapterFile) -> usize {
 }
 
 /// The tokenizer's files, so that they are in the folder from its first moment on.
-pub(super) fn text_files(opened: &Opened) -> Result<Vec<(String, Vec<u8>)>> {
+pub(super) fn text_files(tokenizer: &Tokenizer) -> Result<Vec<(String, Vec<u8>)>> {
     let folder = tempfile::tempdir().map_err(|e| Error::io("cannot create a folder in", &std::env::temp_dir(), e))?;
-    opened.tokenizer.save(folder.path())?;
+    tokenizer.save(folder.path())?;
     let cannot = |e| Error::io("cannot read", folder.path(), e);
     let mut files = Vec::new();
     for entry in fs::read_dir(folder.path()).map_err(cannot)? {

@@ -15,6 +15,7 @@ pub(crate) mod plan;
 pub(crate) mod prepare;
 pub(crate) mod quickstart;
 pub(crate) mod selftest;
+pub(crate) mod tokenizer;
 pub(crate) mod train;
 pub(crate) mod verify;
 

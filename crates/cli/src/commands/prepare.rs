@@ -8,8 +8,8 @@ use crate::terminal;
 use indicatif::ProgressBar;
 use std::path::Path;
 use tunesmith_text::{
-    Balance, Balanced, PrepareOptions, PrepareProgress, PreparedSplit, PreviewToken, Report, Side, SourceReport, Split,
-    preview,
+    Balance, Balanced, PAGE, PrepareOptions, PrepareProgress, PreparedSplit, PreviewToken, Report, Side, SourceReport,
+    Split, preview,
 };
 use tunesmith_train::config::Config;
 
@@ -37,6 +37,7 @@ pub(crate) fn run(args: &PrepareArgs, settings: &Settings) -> Result<()> {
     print!("{}", schema(&report));
     print!("{}", describe(&report));
     println!("{} {}", if report.reused { "already prepared:" } else { "written to" }, out.display());
+    println!("look at it: {}", out.join(PAGE).display());
     Ok(())
 }
 
@@ -77,7 +78,11 @@ pub(crate) fn prepare(options: &PrepareOptions, opened: &Opened, out: &Path, set
         show(&bar, progress);
     });
     bar.finish_and_clear();
-    Ok(report?)
+    let report = report?;
+    if !report.reused || !out.join(PAGE).exists() {
+        tunesmith_text::write_page(out, &format!("Data for {}", opened.spec), &report, &opened.tokenizer)?;
+    }
+    Ok(report)
 }
 
 /// Shows on `bar` how far the preparation is.
@@ -95,6 +100,16 @@ pub(crate) fn show(bar: &ProgressBar, progress: PrepareProgress) {
             bar.set_message(format!("tokenising: {} tokens", terminal::count(tokens)));
             bar.set_length(bytes);
             bar.set_position(bytes_done);
+        }
+        PrepareProgress::Learning { bytes_done, bytes } => {
+            let done = bytes_done == bytes;
+            bar.set_message(if done { "joining pairs of bytes" } else { "counting words" });
+            bar.set_length(bytes);
+            bar.set_position(bytes_done);
+            if done {
+                // No word comes from the library until it is finished.
+                bar.enable_steady_tick(std::time::Duration::from_millis(200));
+            }
         }
     }
 }
@@ -325,7 +340,8 @@ mod tests {
     fn the_schema_names_files_formats_and_keys() {
         let report = serde_json::json!({
             "format_version": 3, "key": "", "tokenizer": "", "options": {}, "rejected_rows": 0,
-            "clean": {"changed": {}, "removed": {"leak": 3}}, "balance": {}, "sources": [],
+            "clean": {"changed": {}, "removed": {"leak": 3}, "compared": true, "kept_duplicates": 0},
+            "balance": {}, "sources": [],
             "train": split(), "validation": split(), "test": split(),
             "files": [{"file": "d.jsonl", "split": null, "format": "messages", "rows": 1200, "bad_rows": 1, "keys": {
                 "messages": {"rows": 1200, "null": 0, "types": ["a list"]},

@@ -11,13 +11,14 @@ use crate::{
     clean::Cleaner,
     mix,
     pack::Packer,
-    row::{self, BadRow, place},
+    row::{self, BadRow, RowKind, place},
     sample::{self, RowCounts, SampleOptions, Side},
     shard,
     tokenizer::hex,
 };
 use rayon::prelude::*;
 use std::{
+    collections::BTreeMap,
     fs,
     io::Write,
     path::Path,
@@ -55,7 +56,8 @@ fn copies_in_pass(copies: u32, pass: u32, passes: u32) -> u32 {
 
 /// What became of a row.
 enum Done {
-    Samples(Split, Vec<Sample>, RowCounts, u32),
+    /// Its samples, how often they are written in this pass, and its label.
+    Samples(Split, Vec<Sample>, RowCounts, u32, Option<String>),
     Rejected(BadRow),
     Removed,
 }
@@ -117,7 +119,7 @@ pub(super) fn emit(
                     samples.iter_mut().for_each(|sample| sample.scale_weights(weight));
                 }
                 let counts = if pass == 0 { counts } else { RowCounts::default() };
-                Ok(Done::Samples(split, samples, counts, copies))
+                Ok(Done::Samples(split, samples, counts, copies, label(&understood.row.kind)))
             }
             Err(Error::Input(_)) if options.on_bad_row == OnBadRow::Skip && pass > 0 => Ok(Done::Removed),
             Err(Error::Input(what)) if options.on_bad_row == OnBadRow::Skip => {
@@ -128,7 +130,8 @@ pub(super) fn emit(
         }
     };
     let rejects = Rejects { pending: None, rows: 0 };
-    let mut writing = Writing { job, report, packers, rejects, tokens: &tokens };
+    let labels = [const { Labels::new() }; 3];
+    let mut writing = Writing { job, report, packers, rejects, labels, tokens: &tokens };
     let (mut start, mut index, mut bytes_before) = (0, 0, 0);
     for set in 0..job.sets.len() {
         let end = start + job.inputs[start..].iter().take_while(|input| input.source == set).count();
@@ -155,7 +158,7 @@ pub(super) fn emit(
             writing.end_source(set, &before)?;
         }
     }
-    let Writing { report, packers, rejects, .. } = writing;
+    let Writing { report, packers, rejects, labels, .. } = writing;
     job.inputs.iter().try_for_each(Input::check_unchanged)?;
     report.rejected_rows = rejects.rows;
     for split in Split::ALL {
@@ -168,6 +171,9 @@ pub(super) fn emit(
         return Err(Error::Input(format!("source {:?}: no row of it is left to train on; take it out", empty.name)));
     }
     mix::plan(&mut report.sources, options);
+    for (split, labels) in Split::ALL.into_iter().zip(labels) {
+        report.split_mut(split).completions = labels.found();
+    }
     for (split, packer) in Split::ALL.into_iter().zip(packers) {
         report.split_mut(split).blocks = packer.finish()?;
         report.split_mut(split).sha256 = hex(&digest(&job.folder.join(shard::file_name(split)))?);
@@ -181,6 +187,7 @@ struct Writing<'a> {
     report: &'a mut Report,
     packers: Vec<Packer>,
     rejects: Rejects,
+    labels: [Labels; 3],
     tokens: &'a AtomicU64,
 }
 
@@ -191,9 +198,16 @@ impl Writing<'_> {
             match done? {
                 Done::Removed => {}
                 Done::Rejected(bad) => self.rejects.write(self.job.folder, &self.job.inputs[input].name, &bad)?,
-                Done::Samples(split, samples, counts, copies) => {
+                Done::Samples(split, samples, counts, copies, label) => {
                     let part = self.report.split_mut(split);
                     part.counts += counts;
+                    // Counted with the first of its copies.
+                    if counts.rows > 0 {
+                        self.labels[split as usize].add(label);
+                    }
+                    if counts.longest_row > 0 {
+                        part.lengths.add(counts.longest_row);
+                    }
                     for sample in std::iter::repeat_n(samples, copies as usize).flatten() {
                         part.documents += 1;
                         part.tokens += sample.ids.len();
@@ -227,6 +241,52 @@ impl Writing<'_> {
             blocks_per_epoch: 0,
         });
         Ok(())
+    }
+}
+
+/// Different completions that may be labels; more of them are texts.
+const MAX_LABELS: usize = 50;
+/// Bytes of a completion that may be a label.
+const LABEL_BYTES: usize = 100;
+
+/// What is to be learned from a row, where it is short.
+fn label(kind: &RowKind) -> Option<String> {
+    let text = match kind {
+        RowKind::PromptCompletion { completion, .. } => completion,
+        RowKind::Labelled { label, .. } => label,
+        RowKind::Judged { label, .. } => return Some(if *label { "liked" } else { "not liked" }.into()),
+        RowKind::Messages { messages, .. } => &messages.last().filter(|last| last.role == "assistant")?.content,
+        RowKind::Text(_) | RowKind::Preference { .. } => return None,
+    };
+    Some(text.trim()).filter(|text| text.len() <= LABEL_BYTES).map(str::to_owned)
+}
+
+/// The completions of a split, as long as they may be labels.
+struct Labels {
+    rows: BTreeMap<String, usize>,
+    are_texts: bool,
+}
+
+impl Labels {
+    const fn new() -> Self {
+        Self { rows: BTreeMap::new(), are_texts: false }
+    }
+
+    fn add(&mut self, label: Option<String>) {
+        match label {
+            Some(label) if !self.are_texts => *self.rows.entry(label).or_default() += 1,
+            Some(_) => {}
+            None => self.are_texts = true,
+        }
+        if self.are_texts || self.rows.len() > MAX_LABELS {
+            *self = Self { rows: BTreeMap::new(), are_texts: true };
+        }
+    }
+
+    /// Rows by label: where texts are repeated, five times or more on average.
+    fn found(self) -> Option<BTreeMap<String, usize>> {
+        let all: usize = self.rows.values().sum();
+        (!self.rows.is_empty() && all >= 5 * self.rows.len()).then_some(self.rows)
     }
 }
 

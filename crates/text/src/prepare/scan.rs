@@ -264,7 +264,8 @@ pub(super) fn scan(
         });
     }
     stratify(&mut facts, inputs, sets);
-    remove_same(&mut facts, &options.clean);
+    clean.compared = examiner.compare != Same::Keep;
+    clean.kept_duplicates = remove_same(&mut facts, &options.clean, clean.compared);
     let names = examiner.values.names(options)?;
     let shares = Split::ALL.map(|split| Share::of(&facts, split, &names, options));
     let balance = balance::balance(&mut facts, &names, options)?;
@@ -408,8 +409,9 @@ fn stratify(facts: &mut [Facts], inputs: &[Input], sets: &[DataSet]) {
 }
 
 /// Removes duplicates within each split, and training rows that are held out too. Held-out rows come first, so that of two
-/// such rows the one to train on goes.
-fn remove_same(facts: &mut [Facts], options: &CleanOptions) {
+/// such rows the one to train on goes. The number of duplicates that stay, where rows were `compared` at all.
+fn remove_same(facts: &mut [Facts], options: &CleanOptions, compared: bool) -> usize {
+    let mut kept = 0;
     let mut held_out = HashSet::new();
     let mut fates: Vec<(usize, Reason)> = Vec::new();
     let mut near_held_out = Index::new(options.near_threshold);
@@ -425,7 +427,13 @@ fn remove_same(facts: &mut [Facts], options: &CleanOptions) {
                 () if split == Split::Train && options.leakage == Same::Near && near(&near_held_out) => {
                     Some(Reason::NearLeak)
                 }
-                () if options.duplicates != Same::Keep && !seen.insert(row.exact) => Some(Reason::Duplicate),
+                () if compared && !seen.insert(row.exact) => match options.duplicates {
+                    Same::Keep => {
+                        kept += 1;
+                        None
+                    }
+                    Same::Exact | Same::Near => Some(Reason::Duplicate),
+                },
                 () if options.duplicates == Same::Near && near(&near_seen) => Some(Reason::NearDuplicate),
                 () => None,
             };
@@ -449,6 +457,7 @@ fn remove_same(facts: &mut [Facts], options: &CleanOptions) {
     for (index, reason) in fates {
         facts[index].fate = Fate::Removed(reason);
     }
+    kept
 }
 
 /// The format of most rows of a file, the first of several that are as many. Others are errors, unless they are skipped.
