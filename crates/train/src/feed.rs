@@ -9,7 +9,7 @@ use tunesmith_text::{Block, BlockStream, PreparedSplit, Report, Split};
 /// The source of training data.
 pub(crate) enum Feed<'a> {
     /// Read before training began.
-    Prepared { train: PreparedSplit, order: Order },
+    Prepared { train: Box<PreparedSplit>, order: Order },
     /// Read as training goes on.
     Stream { stream: Box<BlockStream<'a>>, blocks_per_step: usize },
 }
@@ -28,7 +28,7 @@ impl<'a> Feed<'a> {
             let blocks_per_step = t.per_device_train_batch_size * t.gradient_accumulation_steps;
             return Ok(Self::Stream { stream: Box::new(stream), blocks_per_step });
         }
-        let train = PreparedSplit::open(job.data, Split::Train)?;
+        let train = Box::new(PreparedSplit::open(job.data, Split::Train)?);
         let order = Order::new(config, &train)?;
         Ok(Self::Prepared { train, order })
     }

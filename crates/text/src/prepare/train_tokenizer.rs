@@ -1,11 +1,11 @@
 //! A byte-level BPE tokenizer learned from rows.
 use super::{
     PrepareProgress,
-    files::{self, Input, Numbered},
+    files::{self, DataSet, Input, Numbered},
     scan::{self, Fate},
 };
 use crate::{
-    ChatTemplate, Error, PrepareOptions, Result, RowOptions, SpecialTokens, Tokenizer, WordRule,
+    ChatTemplate, Error, PrepareOptions, Result, SpecialTokens, Tokenizer, WordRule,
     clean::{self, Cleaner},
     gguf, row,
 };
@@ -113,9 +113,11 @@ pub fn train_tokenizer(
 ) -> Result<TrainedTokenizer> {
     data.check()?;
     options.check()?;
-    let inputs = files::inputs(data, progress)?;
-    let row_options = RowOptions::of(data)?;
-    let scan = scan::scan(data, &row_options, &inputs, progress)?;
+    // Pairs are counted over all rows: there is nothing to begin with before they have been read.
+    let data = &PrepareOptions { streaming: false, ..data.clone() };
+    let sets = files::data_sets(data)?;
+    let inputs = files::inputs(&sets, progress)?;
+    let scan = scan::scan(data, &sets, &inputs, progress)?;
     let alphabet = ByteLevel::alphabet().into_iter().collect();
     let tokens = options.special_texts().into_iter().map(|text| AddedToken::from(text, true)).collect();
     let trainer = BpeTrainer::builder()
@@ -138,7 +140,7 @@ pub fn train_tokenizer(
             let mut trainer = TrainerWrapper::BpeTrainer(trainer);
             pool.install(|| inner.train(&mut trainer, receiver.into_iter()).map(drop))
         });
-        let fed = feed(data, &row_options, &inputs, &scan.fates, &sender, progress);
+        let fed = feed(data, &sets, &inputs, &scan.fates, &sender, progress);
         drop(sender);
         let learned = learning.join().map_err(|_| Error::Failure("a thread that learns the tokenizer ended".into()))?;
         let fed = fed?;
@@ -159,7 +161,7 @@ pub fn train_tokenizer(
 /// Sends the texts of all rows to train on; their number and bytes.
 fn feed(
     data: &PrepareOptions,
-    row_options: &RowOptions,
+    sets: &[DataSet],
     inputs: &[Input],
     fates: &[Fate],
     sender: &mpsc::SyncSender<String>,
@@ -173,8 +175,8 @@ fn feed(
             if fates.get(numbered.index) != Some(&Fate::Goes(crate::Split::Train)) {
                 continue;
             }
-            let name = &inputs[numbered.input].name;
-            let understood = row::understand(&numbered.raw, name, row_options, &mut |_| ());
+            let Input { name, source, .. } = &inputs[numbered.input];
+            let understood = row::understand(&numbered.raw, name, &sets[*source].rows, &mut |_| ());
             let mut row = understood.map_err(|bad| bad.error(name))?.row;
             cleaner.clean(&mut row);
             rows += 1;
@@ -192,7 +194,7 @@ fn feed(
         }
         Ok(())
     };
-    files::for_each_group(inputs, row_options, &|group| group, &mut take, &mut |bytes_done| {
+    files::for_each_group(inputs, (0..inputs.len(), 0), sets, &|group| group, &mut take, &mut |bytes_done| {
         progress(PrepareProgress::Learning { bytes_done, bytes: all });
     })?;
     inputs.iter().try_for_each(Input::check_unchanged)?;
