@@ -7,11 +7,10 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use tunesmith_tensor::cuda::Search;
+use tunesmith_tensor::cuda::archive::{ARCHITECTURES, Archive};
 use tunesmith_tensor::cuda::compiler::Compiler;
 use tunesmith_tensor::cuda::kernels::Module;
 
-/// Ampere, its small sisters, Ada, Hopper, Blackwell, and Blackwell's small sisters.
-const ARCHITECTURES: [&str; 6] = ["sm_80", "sm_86", "sm_89", "sm_90a", "sm_100a", "sm_120"];
 /// One release for all, so that tables of different days can be compared.
 const PACKAGES: [&str; 3] =
     ["nvidia-cuda-nvrtc==13.5.37", "nvidia-cuda-cuobjdump==13.5.37", "nvidia-cuda-nvdisasm==13.5.37"];
@@ -26,8 +25,9 @@ struct Usage {
     stack: u32,
 }
 
-/// Prints the table; fails when a kernel does not compile, spills, or lacks its matrix instructions.
-pub(crate) fn check(root: &Path) -> Result<()> {
+/// Prints the table; fails when a kernel does not compile, spills, or lacks its matrix instructions. Writes what was compiled to
+/// `archive`.
+pub(crate) fn check(root: &Path, archive: Option<&Path>) -> Result<()> {
     let environment = install(&target_directory(root)?)?;
     let search = Search { python: vec![environment.clone()], ..Search::default() };
     let compiler = Compiler::open(&search, u32::MAX).map_err(|e| e.to_string())?;
@@ -50,7 +50,17 @@ pub(crate) fn check(root: &Path) -> Result<()> {
         let join = |h: std::thread::ScopedJoinHandle<'_, _>| h.join().unwrap_or(Err("a thread panicked".into()));
         handles.into_iter().map(join).collect::<Result<Vec<_>>>()
     })?;
-    report(parts.into_iter().flatten())
+    report(parts.into_iter().flatten())?;
+    let Some(file) = archive else { return Ok(()) };
+    let mut archive = Archive::default();
+    for (module, architecture) in jobs {
+        let path = scratch.join(format!("{}-{architecture}.cubin", module.name()));
+        let code = std::fs::read(&path).map_err(|e| format!("{}: {e}", path.display()))?;
+        archive.insert(&module, architecture, code);
+    }
+    let bytes = archive.to_bytes();
+    println!("{}: {:.1} MB", file.display(), bytes.len() as f64 / 1e6);
+    crate::write(file, bytes)
 }
 
 type Built = BTreeMap<String, Usage>;

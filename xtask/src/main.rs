@@ -38,7 +38,11 @@ enum Task {
     /// Plan every configuration in configs/ without running it.
     Configs,
     /// Compile every CUDA kernel for every supported GPU and check registers and instructions; needs no GPU.
-    Kernels,
+    Kernels {
+        /// Write the compiled kernels to this file too; TUNESMITH_KERNELS=FILE then builds them into the program.
+        #[arg(long, value_name = "FILE")]
+        archive: Option<PathBuf>,
+    },
     /// Lines of code, longest files, crates in the dependency tree, size of the release binary.
     Size,
     /// Run this program and its peers (transformers + PEFT, llama.cpp) in turn, and compare speed and memory.
@@ -56,7 +60,7 @@ fn main() -> ExitCode {
         Task::Docs { check: false } => docs::write(&root()),
         Task::Docs { check: true } => docs::check(&root()),
         Task::Configs => configs::plan_all(&root()),
-        Task::Kernels => kernels::check(&root()),
+        Task::Kernels { archive } => kernels::check(&root(), archive.as_deref()),
         Task::Size => size::report(&root()),
         Task::BenchPeer(args) => bench_peer::run(&root(), &args),
         Task::BenchPrepare(args) => bench_prepare::run(&root(), &args),

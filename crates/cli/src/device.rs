@@ -7,6 +7,7 @@ use std::env;
 use std::ffi::OsString;
 use std::path::PathBuf;
 use tunesmith_model::Llama;
+use tunesmith_tensor::cuda::archive::Archive;
 use tunesmith_tensor::cuda::{Gpu, Options, Search};
 use tunesmith_tensor::{Device, Dtype};
 
@@ -19,7 +20,10 @@ pub(crate) fn open(name: &str, settings: &Settings) -> Result<Device> {
     let Some(ordinal) = number else {
         return Err(Error::Input(format!("device = {name:?}: it must be cuda:0, or the number of another GPU")));
     };
-    let options = Options { search: search(|name| env::var_os(name)), cache: Some(settings.cache.join("kernels")) };
+    let archive = Archive::embedded().map_err(|e| Error::Failure(format!("the kernels in this program: {e}")))?;
+    let notice = Some((|text| eprintln!("{text}")) as fn(&str));
+    let cache = Some(settings.cache.join("kernels"));
+    let options = Options { search: search(|name| env::var_os(name)), cache, archive, notice };
     let gpu = Gpu::open(ordinal, &options).map_err(tunesmith_train::Error::from)?;
     Ok(Device::Cuda(gpu))
 }

@@ -137,6 +137,12 @@ impl Compiler {
     }
 }
 
+/// Hash of a module's source with the options that it is compiled with.
+pub(super) fn source_hash(module: &Module) -> String {
+    let hash = Sha256::digest(format!("{OPTIONS:?}\n{}", module.text()));
+    hash.iter().take(16).map(|b| format!("{b:02x}")).collect()
+}
+
 /// Writes a file under a temporary name and renames it.
 pub(super) fn write_renamed(path: &Path, bytes: &[u8]) -> Result<(), Error> {
     let failed = |e: std::io::Error| Error::Cache { path: path.to_path_buf(), what: e.to_string() };

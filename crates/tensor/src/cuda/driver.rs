@@ -1,17 +1,18 @@
 //! The driver's interface, as far as it is used: one device, its primary context, one stream.
 
+use super::archive::{self, Archive};
 use super::compiler::Compiler;
 use super::cublaslt::CublasLt;
 use super::kernels::Module;
 use super::library::functions;
 use super::sizes::allocated;
-use super::{Error, Gemm, Launch, Library, Options, locked};
+use super::{Error, Gemm, Launch, Library, Options, Search, locked};
 use cudarc::driver::sys::{CUdevice_attribute, CUfunction_attribute};
 use std::collections::{BTreeMap, HashMap};
 use std::ffi::{CStr, CString, c_char, c_int, c_uint, c_void};
 use std::path::PathBuf;
 use std::ptr;
-use std::sync::Mutex;
+use std::sync::{Mutex, OnceLock};
 
 functions! {
     /// The functions of the driver that are used.
@@ -62,7 +63,15 @@ unsafe impl Send for Handle {}
 pub(super) struct Driver {
     // Libraries that use the driver are closed before it.
     cublas: CublasLt,
-    compiler: Compiler,
+    /// Opened when something has to be compiled.
+    compiler: OnceLock<Compiler>,
+    search: Search,
+    newest: u32,
+    archive: Archive,
+    notice: Option<fn(&str)>,
+    told: OnceLock<()>,
+    /// Whose code of the archive this device runs.
+    archived: Option<&'static str>,
     cache: Option<PathBuf>,
     architecture: String,
     name: String,
@@ -130,7 +139,12 @@ impl Driver {
             return Err(Error::TooSmall { name, major, minor });
         }
         let newest = (version / 1000) as u32;
-        let compiler = Compiler::open(&options.search, newest)?;
+        let archived = archive::runs(major, minor);
+        let compiler = OnceLock::new();
+        // What is missing is said at once, not in the middle of the work.
+        if !archived.is_some_and(|architecture| options.archive.is_complete(architecture)) {
+            let _ = compiler.set(Compiler::open(&options.search, newest)?);
+        }
         let cublas = CublasLt::open(&options.search, newest)?;
         let (mut context, mut stream) = (ptr::null_mut(), ptr::null_mut());
         // SAFETY: the device exists; the context is released when this value is dropped.
@@ -143,8 +157,14 @@ impl Driver {
         Ok(Self {
             cublas,
             compiler,
+            search: options.search.clone(),
+            newest,
+            archive: options.archive.clone(),
+            notice: options.notice,
+            told: OnceLock::new(),
+            archived,
             cache: options.cache.clone(),
-            architecture: format!("sm_{major}{minor}"),
+            architecture: archive::native(major, minor),
             name,
             device,
             context: Mutex::new(Handle(context)),
@@ -331,15 +351,33 @@ impl Driver {
         Ok(function)
     }
 
+    fn compiler(&self) -> Result<&Compiler, Error> {
+        if let Some(compiler) = self.compiler.get() {
+            return Ok(compiler);
+        }
+        let compiler = Compiler::open(&self.search, self.newest)?;
+        Ok(self.compiler.get_or_init(|| compiler))
+    }
+
     #[allow(unsafe_code)]
     fn module(&self, module: Module) -> Result<Handle, Error> {
         let mut modules = locked(&self.modules);
         if let Some(loaded) = modules.get(&module) {
             return Ok(*loaded);
         }
-        let code = match &self.cache {
-            Some(folder) => self.compiler.compile_cached(&module, &self.architecture, folder)?,
-            None => self.compiler.compile(&module, &self.architecture)?,
+        let code = match self.archived.and_then(|architecture| self.archive.find(&module, architecture)) {
+            // In memory of its own: code must be aligned, and inside an archive it is not.
+            Some(code) => code.to_vec(),
+            None => {
+                if let Some(notice) = self.notice.filter(|_| self.told.set(()).is_ok()) {
+                    notice(&format!("kernels for {} are compiled by NVRTC at first use", self.architecture));
+                }
+                let compiler = self.compiler()?;
+                match &self.cache {
+                    Some(folder) => compiler.compile_cached(&module, &self.architecture, folder)?,
+                    None => compiler.compile(&module, &self.architecture)?,
+                }
+            }
         };
         self.enter()?;
         let mut loaded = ptr::null_mut();

@@ -153,7 +153,8 @@ impl Fakes {
 
     fn open(&self, ordinal: usize) -> Result<Device, Error> {
         let search = Search { folders: vec![self.0.clone()], ..Search::default() };
-        Gpu::open(ordinal, &Options { search, cache: Some(self.0.join("cache")) }).map(Device::Cuda)
+        let cache = Some(self.0.join("cache"));
+        Gpu::open(ordinal, &Options { search, cache, ..Options::default() }).map(Device::Cuda)
     }
 
     fn error(&self, ordinal: usize) -> String {
@@ -262,6 +263,48 @@ fn a_kernel_that_does_not_compile_says_why() {
     let out = Tensor::zeros_on(&device, Dtype::F32, &[3]);
     launch(device.gpu().unwrap(), &out, [1; 3], 0);
     assert_says(&device.synchronize().unwrap_err().to_string(), &["rope-f32", "sm_86", "status 6", "bad code"]);
+}
+
+/// Told how often a compiler was needed.
+static NOTICES: std::sync::atomic::AtomicUsize = std::sync::atomic::AtomicUsize::new(0);
+
+#[test]
+fn an_archive_makes_a_compiler_needless() {
+    use super::archive::Archive;
+    let fakes = Fakes::new("archive");
+    fakes.driver(12_080, 1, 8).library("libcublasLt.so.12", CUBLASLT, &[]);
+    let open = |archive: Archive| {
+        let search = Search { folders: vec![fakes.0.clone()], ..Search::default() };
+        let notice = Some(
+            (|text: &str| {
+                assert!(text.contains("NVRTC"), "{text}");
+                NOTICES.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+            }) as fn(&str),
+        );
+        Gpu::open(0, &Options { search, archive, notice, ..Options::default() }).map(Device::Cuda)
+    };
+    let notices = || NOTICES.load(std::sync::atomic::Ordering::Relaxed);
+    let mut archive = Archive::default();
+    let modules = Module::all();
+    modules.iter().for_each(|module| archive.insert(module, "sm_86", b"cubin for the test".to_vec()));
+    // There is no NVRTC, and none is missed.
+    let device = open(archive.clone()).unwrap();
+    let out = Tensor::zeros_on(&device, Dtype::F32, &[3]);
+    launch(device.gpu().unwrap(), &out, [2, 1, 3], 0);
+    assert_eq!(out.to_host().data(), [0.5, 21_364.0, 0.0]);
+    device.synchronize().unwrap();
+    assert_eq!(notices(), 0);
+    // Code for other GPUs only does not help.
+    let mut other = Archive::default();
+    modules.iter().for_each(|module| other.insert(module, "sm_80", b"cubin for the test".to_vec()));
+    assert_says(&open(other.clone()).unwrap_err().to_string(), &["libnvrtc was not found"]);
+    fakes.library("libnvrtc.so.12", NVRTC, &["-DNVRTC_MAJOR=12", "-DNVRTC_STATUS=0"]);
+    let device = open(other).unwrap();
+    let out = Tensor::zeros_on(&device, Dtype::F32, &[3]);
+    launch(device.gpu().unwrap(), &out, [2, 1, 3], 0);
+    launch(device.gpu().unwrap(), &out, [2, 1, 3], 0);
+    device.synchronize().unwrap();
+    assert_eq!(notices(), 1, "said once");
 }
 
 #[test]

@@ -7,6 +7,7 @@
 //! The device works behind the program's back, so operations do not return errors: the first failure is kept, everything
 //! after it does nothing, and [`Gpu::synchronize`] reports it.
 
+pub mod archive;
 pub mod compiler;
 mod cublaslt;
 mod driver;
@@ -56,6 +57,10 @@ pub struct Options {
     pub search: Search,
     /// Folder of compiled kernels; `None` compiles them in every process.
     pub cache: Option<PathBuf>,
+    /// Kernels that need not be compiled.
+    pub archive: archive::Archive,
+    /// Is told, once, when kernels are compiled since the archive does not have them.
+    pub notice: Option<fn(&str)>,
 }
 
 /// One GPU and everything that this program has on it. All work goes into one stream, in order.
