@@ -139,7 +139,12 @@ pub(super) fn histogram(lengths: &Lengths, limit: usize) -> String {
         // Names have room for each power, or for every second or fourth.
         let every = ((high - low) / 9.0).ceil() as u32;
         if (power - low as u32).is_multiple_of(every) {
-            let anchor = if power == high as u32 { "end" } else { "middle" };
+            // The outermost names stay inside the picture.
+            let anchor = match power {
+                _ if power == low as u32 => "start",
+                _ if power == high as u32 => "end",
+                _ => "middle",
+            };
             let _ = write!(
                 svg,
                 "<text x=\"{at:.1}\" y=\"{}\" text-anchor=\"{anchor}\">{}</text>",
