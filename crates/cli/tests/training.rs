@@ -423,12 +423,14 @@ fn a_stream_goes_on_at_the_exact_row() {
             {"role": "user", "content": question}, {"role": "assistant", "content": (i + 1).to_string()}
         ]})
     };
-    // More rows than are read before the first step; the second file is short and packed.
+    // More rows than are read before the first step; the one row of the second is held out too.
     let first: String = (0..3000).map(|i| format!("{}\n", row(i))).collect();
     std::fs::write(setup.dir("a.jsonl"), first).unwrap();
-    std::fs::write(setup.dir("b.jsonl"), format!("{}\n", row(3000))).unwrap();
+    for file in ["b.jsonl", "held-out.jsonl"] {
+        std::fs::write(setup.dir(file), format!("{}\n", row(3000))).unwrap();
+    }
     let train = format!("data.train=[\"{0}/a.jsonl\", \"{0}/b.jsonl\"]", setup.folder.path().display());
-    let validation = format!("data.validation=[\"{}\"]", setup.dir("b.jsonl").display());
+    let validation = format!("data.validation=[\"{}\"]", setup.dir("held-out.jsonl").display());
     let set = [
         &train[..],
         &validation,
