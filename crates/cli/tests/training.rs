@@ -481,6 +481,8 @@ fn a_stream_goes_on_at_the_exact_row() {
     );
     let args = setup.args("endless", &[&train, &validation, "data.streaming=true", "training.max_steps=-1"]);
     refused(&args.iter().map(String::as_str).collect::<Vec<_>>(), 2, "say how many steps to make");
-    let plan = run(&["plan", &setup.config, "--set", &train, "--set", &validation, "--set", "data.streaming=true"]);
+    let out = format!("output_dir={}", setup.dir("planned").display());
+    let sets = [&out, &train, &validation, "data.streaming=true"].into_iter().flat_map(|set| ["--set", set]);
+    let plan = run(&["plan", &setup.config].into_iter().chain(sets).collect::<Vec<_>>());
     assert!(plan.code == 0 && plan.stdout.contains("activations"), "{plan:?}");
 }
