@@ -6,7 +6,8 @@ use crate::{
     PreparedSplit, PreviewDocument, Reason, Report, Result, Split, SplitReport, Tokenizer, atomic, prepare::Lengths,
     preview,
 };
-use html::{bar, bars, escape, grouped, percent, table};
+use html::{bar, bars, percent, table};
+pub use html::{escape, grouped};
 use std::{fmt::Write as _, io::Write as _, path::Path};
 
 /// Name of the page inside a prepared folder.

@@ -31,7 +31,7 @@ pub mod tokenizer;
 mod fixture;
 
 pub use clean::{CleanOptions, CleanReport, Reason, Same, Step};
-pub use data_page::{PAGE, write_page};
+pub use data_page::{PAGE, escape, grouped, write_page};
 pub use error::{Error, Result};
 pub use gguf::{GgufVocabulary, WordRule};
 pub use input::Encoding;

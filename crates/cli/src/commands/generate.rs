@@ -11,7 +11,7 @@ use serde::Serialize;
 use std::io::{self, Read};
 use tunesmith_text::Message;
 
-/// What `--json` prints.
+/// A prompt and what followed it, as printed in JSON.
 #[derive(Serialize)]
 struct Generated<'a> {
     prompt: &'a str,
@@ -20,9 +20,22 @@ struct Generated<'a> {
     new_tokens: usize,
     ids: &'a [u32],
     finish_reason: Finish,
+}
+
+/// What `--json` prints of a single prompt.
+#[derive(Serialize)]
+struct Alone<'a> {
+    #[serde(flatten)]
+    generated: Generated<'a>,
     tokens_per_s: f64,
     model: &'a str,
     adapter: Option<&'a str>,
+}
+
+/// Prints `value` as a line of JSON.
+fn show_json(value: &impl Serialize) -> Result<()> {
+    let line = serde_json::to_string(value).map_err(|e| Error::Failure(format!("cannot encode the text: {e}")))?;
+    show(&(line + "\n"))
 }
 
 pub(crate) fn run(args: &GenerateArgs, settings: &Settings) -> Result<()> {
@@ -68,13 +81,8 @@ pub(crate) fn run(args: &GenerateArgs, settings: &Settings) -> Result<()> {
             new_tokens: new.ids.len(),
             ids: &new.ids,
             finish_reason: new.finish,
-            tokens_per_s: new.tokens_per_s,
-            model: &opened.origin,
-            adapter,
         };
-        let line =
-            serde_json::to_string(&generated).map_err(|e| Error::Failure(format!("cannot encode the text: {e}")))?;
-        show(&(line + "\n"))?;
+        show_json(&Alone { generated, tokens_per_s: new.tokens_per_s, model: &opened.origin, adapter })?;
     } else {
         show("\n")?;
         eprintln!("{} tokens, {:.1} tokens/s, after a prompt of {}", new.ids.len(), new.tokens_per_s, ids.len());

@@ -2,8 +2,8 @@
 use crate::prepare::Lengths;
 use std::{fmt::Write as _, ops::Range};
 
-/// `text` with the characters escaped that mean something in HTML, in text and in quoted attributes alike.
-pub(super) fn escape(text: &str) -> String {
+/// `text` with the five characters escaped that mean something in HTML, in text and in quoted attributes alike.
+pub fn escape(text: &str) -> String {
     let mut escaped = String::with_capacity(text.len());
     for character in text.chars() {
         match character {
@@ -37,7 +37,7 @@ pub(super) fn visible(text: &str) -> String {
 }
 
 /// 1234567 as `1,234,567`.
-pub(super) fn grouped(number: usize) -> String {
+pub fn grouped(number: usize) -> String {
     let digits = number.to_string();
     let mut text = String::with_capacity(digits.len() + digits.len() / 3);
     for (i, digit) in digits.chars().enumerate() {

@@ -1,32 +1,10 @@
-//! Numbers as people read them, and text made safe for HTML.
+//! Numbers as people read them.
 
-/// `text` with the five characters escaped that mean something in HTML, in text and in quoted attributes alike.
-pub(super) fn escape(text: &str) -> String {
-    let mut escaped = String::with_capacity(text.len());
-    for character in text.chars() {
-        match character {
-            '&' => escaped.push_str("&amp;"),
-            '<' => escaped.push_str("&lt;"),
-            '>' => escaped.push_str("&gt;"),
-            '"' => escaped.push_str("&quot;"),
-            '\'' => escaped.push_str("&#39;"),
-            _ => escaped.push(character),
-        }
-    }
-    escaped
-}
+pub(super) use tunesmith_text::escape;
 
 /// 1234567 as `1,234,567`.
 pub(super) fn grouped(number: u64) -> String {
-    let digits = number.to_string();
-    let mut text = String::with_capacity(digits.len() + digits.len() / 3);
-    for (i, digit) in digits.chars().enumerate() {
-        if i > 0 && (digits.len() - i).is_multiple_of(3) {
-            text.push(',');
-        }
-        text.push(digit);
-    }
-    text
+    tunesmith_text::grouped(number as usize)
 }
 
 /// 1234567 as `1.23 M`; below 10,000 in full.
@@ -122,11 +100,6 @@ pub(super) fn change(from: f64, to: f64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn text_is_escaped() {
-        assert_eq!(escape("<a href='x' b=\"&\">"), "&lt;a href=&#39;x&#39; b=&quot;&amp;&quot;&gt;");
-    }
 
     #[test]
     fn numbers_read_well() {

@@ -1,27 +1,16 @@
 //! Continuing every prompt of a file, several at once.
 
-use super::super::continuation::{Finish, GrowingText, Interrupt, show};
+use super::super::continuation::{Finish, GrowingText, Interrupt};
+use super::{Generated, show_json};
 use crate::args::GenerateArgs;
 use crate::error::{Error, Result};
 use crate::load::Opened;
 use crate::terminal;
-use serde::Serialize;
 use serde_json::Value;
 use std::ops::ControlFlow;
 use std::path::Path;
 use std::time::Instant;
 use tunesmith_model::{End, Llama, Sampler, Sampling, Workspace, generate_together};
-
-/// What is printed for each prompt.
-#[derive(Serialize)]
-struct Generated<'a> {
-    prompt: &'a str,
-    text: &'a str,
-    prompt_tokens: usize,
-    new_tokens: usize,
-    ids: &'a [u32],
-    finish_reason: Finish,
-}
 
 /// A model that is ready, and how it shall write.
 pub(super) struct Job<'a> {
@@ -108,16 +97,14 @@ pub(super) fn run(job: &Job<'_>, prompts: &[String], ids: &[Vec<u32>], sampling:
         let finish_reason = text.why(*reason);
         new_tokens += new.len();
         interrupted |= finish_reason == Finish::Interrupted;
-        let line = Generated {
+        show_json(&Generated {
             prompt,
             text: &text.text,
             prompt_tokens: prompt_ids.len(),
             new_tokens: new.len(),
             ids: new,
             finish_reason,
-        };
-        let line = serde_json::to_string(&line).map_err(|e| Error::Failure(format!("cannot encode the text: {e}")))?;
-        show(&(line + "\n"))?;
+        })?;
     }
     let (speed, count) = (new_tokens as f64 / seconds, prompts.len());
     eprintln!("{count} prompts, {new_tokens} new tokens, {speed:.1} tokens/s with the reading of the prompts");
