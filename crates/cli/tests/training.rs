@@ -128,6 +128,23 @@ fn a_run_writes_what_it_should_and_learns() {
     assert_eq!(curve(&run), losses);
 }
 
+/// Kills a run with `set` (no chance to tidy up) as soon as its checkpoint of `step` is there, resumes it with `then` and compares it
+/// with the run `whole`.
+fn killed_and_resumed_is_whole(setup: &Setup, set: &[&str], step: u64, then: &[&str]) {
+    let mut child = binary().args(setup.args("killed", set)).spawn().unwrap();
+    let start = Instant::now();
+    while !setup.dir(&format!("killed/checkpoints/step-{step}/complete.json")).exists() {
+        assert!(start.elapsed() < Duration::from_secs(120), "no checkpoint appeared");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    child.kill().unwrap();
+    child.wait().unwrap();
+    let resumed = setup.resume("killed", then);
+    assert_eq!(resumed.code, 0, "{resumed:?}");
+    assert_eq!(curve(&setup.dir("killed")), curve(&setup.dir("whole")));
+    assert_eq!(weights(&setup.dir("killed/final")), weights(&setup.dir("whole/final")));
+}
+
 #[test]
 fn resuming_goes_on_with_the_same_run_to_the_bit() {
     for (method, optim) in [("full", "adamw"), ("lora", "adamw"), ("full", "adamw_8bit")] {
@@ -135,20 +152,8 @@ fn resuming_goes_on_with_the_same_run_to_the_bit() {
         let (method, optim) = (format!("method={method}"), format!("training.optim={optim}"));
         let set = [method.as_str(), optim.as_str(), "lora.lora_dropout=0.1", "lora.r=4"];
         assert_eq!(setup.train("whole", &set).code, 0);
-        // Killed (no chance to tidy up) as soon as its first checkpoint is there.
         let slow = [&set[..], &["training.max_steps=12"]].concat();
-        let mut child = binary().args(setup.args("killed", &slow)).spawn().unwrap();
-        let start = Instant::now();
-        while !setup.dir("killed").join("checkpoints/step-4/complete.json").exists() {
-            assert!(start.elapsed() < Duration::from_secs(120), "no checkpoint appeared");
-            std::thread::sleep(Duration::from_millis(1));
-        }
-        child.kill().unwrap();
-        child.wait().unwrap();
-        let resumed = setup.resume("killed", &set);
-        assert_eq!(resumed.code, 0, "{resumed:?}");
-        assert_eq!(curve(&setup.dir("killed")), curve(&setup.dir("whole")));
-        assert_eq!(weights(&setup.dir("killed/final")), weights(&setup.dir("whole/final")));
+        killed_and_resumed_is_whole(&setup, &slow, 4, &set);
         // A damaged newest checkpoint is passed over for the one before.
         std::fs::write(setup.dir("killed/checkpoints/step-12/optimizer.safetensors"), "torn").unwrap();
         let resumed = setup.resume("killed", &set);
@@ -443,18 +448,7 @@ fn a_stream_goes_on_at_the_exact_row() {
     let whole = setup.train("whole", &set);
     assert_eq!(whole.code, 0, "{whole:?}");
     assert!(whole.stdout.contains("on data that is read as it goes on for 60 steps"), "{whole:?}");
-    let mut child = binary().args(setup.args("killed", &set)).spawn().unwrap();
-    let start = Instant::now();
-    while !setup.dir("killed").join("checkpoints/step-10/complete.json").exists() {
-        assert!(start.elapsed() < Duration::from_secs(120), "no checkpoint appeared");
-        std::thread::sleep(Duration::from_millis(1));
-    }
-    child.kill().unwrap();
-    child.wait().unwrap();
-    let resumed = setup.resume("killed", &set);
-    assert_eq!(resumed.code, 0, "{resumed:?}");
-    assert_eq!(curve(&setup.dir("killed")), curve(&setup.dir("whole")));
-    assert_eq!(weights(&setup.dir("killed/final")), weights(&setup.dir("whole/final")));
+    killed_and_resumed_is_whole(&setup, &set, 10, &set);
     let note = records(&setup.dir("whole"), "note").pop().unwrap();
     let text = note["message"].as_str().unwrap();
     // The row of b.jsonl is held out too, and taken out of training each time it comes.

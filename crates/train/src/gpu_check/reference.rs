@@ -1,4 +1,4 @@
-//! A small model against numbers that transformers wrote (`reference.json`): its weights follow from a seed, so that nothing but
+//! A small model against numbers that transformers wrote (`reference.json`, made by `reference.py`): its weights follow from a seed, so that nothing but
 //! the numbers has to be kept.
 
 use super::{Check, Size};
