@@ -1,5 +1,5 @@
-//! A small model against numbers that transformers wrote (`reference.json`, made by `reference.py`): its weights follow from a seed, so that nothing but
-//! the numbers has to be kept.
+//! A small model against numbers that transformers wrote (`reference.json`, made by `reference.py`): its weights follow from a
+//! seed, so that nothing but the numbers has to be kept.
 
 use super::{Check, Size};
 use crate::optimizer::{AdamW, AdamWOptions, clip_coefficient, gradient_norm};
