@@ -110,6 +110,23 @@ fn a_small_model_takes_what_was_planned() {
     }
 }
 
+/// A plan for a GPU can be made where there is none.
+#[test]
+fn a_gpu_is_planned_for_without_one() {
+    let setup = Setup::new();
+    let config = setup.config("gpu", "method = \"lora\"\ndevice = \"cuda:0\"", "");
+    let line = |sets: &[&str]| {
+        let ran = run(&[&["plan", &config], sets].concat());
+        assert_eq!(ran.code, 0, "{ran:?}");
+        assert!(ran.stdout.contains("cuBLASLt"), "{ran:?}");
+        ran.stdout.lines().find(|line| line.starts_with("weights")).unwrap().to_owned()
+    };
+    // The type of what is not quantised is that of the GPU.
+    assert!(line(&[]).ends_with(" bf16"));
+    assert!(line(&["--set", "dtype=f32"]).ends_with(" f32"));
+    assert!(line(&["--set", "model.storage=nf4"]).ends_with(" nf4"));
+}
+
 #[test]
 fn a_limit_is_kept_and_changes_no_result() {
     let setup = Setup::new();

@@ -352,16 +352,16 @@ impl Output {
     fn describe(&self, settled: &Settled, opened: &Opened) -> String {
         let (m, choice) = (&self.memory, self.memory.choice);
         let row = |name: &str, bytes: u64, note: String| vec![name.to_owned(), format_bytes(bytes), note];
-        let storage = settled.config.model.storage;
+        let kept = match (settled.place, settled.config.model.storage) {
+            // What is not quantised has the type that the GPU computes in.
+            (Place::Gpu { dtype, .. }, Storage::F32) => dtype.name(),
+            (_, storage) => storage.name(),
+        };
         let rows = [
             row(
                 "weights",
                 m.weights,
-                format!(
-                    "{} weights, {}",
-                    terminal::count(opened.checkpoint.config().num_params() as u64),
-                    storage.name()
-                ),
+                format!("{} weights, {}", terminal::count(opened.checkpoint.config().num_params() as u64), kept),
             ),
             row("adapters", m.adapters, String::new()),
             row("gradients", m.gradients, String::new()),
