@@ -588,7 +588,7 @@ pub struct GpuBenchArgs {
     /// Measured steps, after two that warm up.
     #[arg(long, default_value_t = 8)]
     pub steps: u64,
-    /// What the backward pass makes again (the quantised model always makes whole blocks again).
+    /// What the backward pass makes again, at least: more where memory is short (the quantised model always makes whole blocks again).
     #[arg(long, value_enum, default_value = "norms")]
     pub recompute: RecomputeName,
     /// Measure the same steps in transformers + PEFT too, as they are and with torch.compile, and print the ratios: a Python that

@@ -1,10 +1,15 @@
 //! Speed and memory of training steps on a GPU, with random weights of known shapes, beside what the GPU reaches on its own.
 
-use crate::optimizer::{AdamW, AdamWOptions, clip_coefficient, gradient_norm};
+mod plan;
+
+pub use plan::{Lacking, Settled};
+
+use crate::optimizer::{AdamW, AdamWOptions, Optim, clip_coefficient, gradient_norm};
 use crate::{Error, Result};
 use serde::Serialize;
 use std::time::Instant;
 use tunesmith_model::{AdapterConfig, Batch, Config, Gradients, Llama, LossOptions, Modules, Recompute, Workspace};
+use tunesmith_tensor::cuda::sizes;
 use tunesmith_tensor::ops::linear::{self, Into};
 use tunesmith_tensor::ops::sample::{self, Choice, Scratch};
 use tunesmith_tensor::{Device, Dtype, Tensor, rng::Rng};
@@ -22,11 +27,23 @@ pub struct Case {
     pub nf4: bool,
     /// Tokens of a step, one document.
     pub tokens: usize,
-    /// What the backward pass makes again.
+    /// What the backward pass makes again, at least.
     pub recompute: Recompute,
+    /// How the optimizer keeps its moments, at most.
+    pub optim: Optim,
 }
 
 impl Case {
+    /// The adapter that trains.
+    fn adapter(&self) -> Option<AdapterConfig> {
+        (!self.full).then(|| AdapterConfig {
+            r: 16,
+            lora_alpha: 32.0,
+            target_modules: Modules::List(tunesmith_model::LINEAR_NAMES.map(String::from).to_vec()),
+            ..AdapterConfig::default()
+        })
+    }
+
     /// `full`, `lora` or `qlora`.
     pub fn method(&self) -> &'static str {
         match (self.full, self.nf4) {
@@ -63,6 +80,12 @@ pub struct Measured {
     pub share: f64,
     /// Most bytes held on the device since it was opened.
     pub peak_bytes: usize,
+    /// What was planned of them.
+    pub planned_bytes: u64,
+    /// How the optimizer kept its moments.
+    pub optim: Optim,
+    /// What the backward pass made again.
+    pub recompute: Recompute,
     /// Loss of the first step: about ln(vocabulary) for random weights.
     pub first_loss: f64,
 }
@@ -162,10 +185,24 @@ impl Bar {
     }
 }
 
-/// The bars that these measurements are about.
-pub fn bars(measured: &[Measured], decoded: &[Decoded]) -> Vec<Bar> {
+/// Bytes that buffers may take on a GPU that is sold as one of 80 GB: its 80 GiB without 1.25 that firmware and driver keep, and
+/// without loaded code.
+const CARD_OF_80: u64 = (315 << 28) - sizes::MODULES as u64;
+
+/// The bars that these measurements are about, and those that plans say are out of reach.
+pub fn bars(measured: &[Measured], lacking: &[Lacking], decoded: &[Decoded]) -> Vec<Bar> {
     let mut bars = Vec::new();
+    let gib = |bytes: u64| bytes as f64 / f64::from(1 << 30);
+    let on_a_card = |what: &str, bytes: u64| Bar {
+        what: format!("8B full, GiB {what}, on a card of 80"),
+        found: gib(bytes),
+        wanted: gib(CARD_OF_80),
+        at_most: true,
+    };
     for m in measured {
+        if (m.model, m.method) == ("8B", "full") {
+            bars.push(on_a_card("at the peak", m.peak_bytes as u64));
+        }
         let wanted = match (m.model, m.method) {
             ("8B", "lora") => 15_000.0,
             ("8B", "qlora") => 14_000.0,
@@ -180,6 +217,9 @@ pub fn bars(measured: &[Measured], decoded: &[Decoded]) -> Vec<Bar> {
             let what = format!("{} {}, GB at the peak", m.model, m.method);
             bars.push(Bar { what, found: m.peak_bytes as f64 / 1e9, wanted: 5.5, at_most: true });
         }
+    }
+    for l in lacking.iter().filter(|l| (l.model, l.method) == ("8B", "full")) {
+        bars.push(on_a_card("at the peak as planned", l.needed));
     }
     for d in decoded.iter().filter(|d| d.model == "8B") {
         let (what, found, wanted) = match d.sequences {
@@ -217,17 +257,12 @@ pub fn peaks(device: &Device, dtype: Dtype, size: usize) -> Result<Peaks> {
 ///
 /// # Errors
 /// When the model's sizes have no kernels, or the device fails.
-pub fn measure(device: &Device, dtype: Dtype, case: &Case, steps: u64, peaks: &Peaks) -> Result<Measured> {
+pub fn measure(device: &Device, dtype: Dtype, settled: &Settled, steps: u64, peaks: &Peaks) -> Result<Measured> {
+    let case = &settled.case;
     let mut model = Llama::random_on(case.config.clone(), 1, case.nf4, case.full, device, dtype);
     model.check_device(dtype)?;
-    if !case.full {
-        let config = AdapterConfig {
-            r: 16,
-            lora_alpha: 32.0,
-            target_modules: Modules::List(tunesmith_model::LINEAR_NAMES.map(String::from).to_vec()),
-            ..AdapterConfig::default()
-        };
-        model.add_adapter(&config, 1)?;
+    if let Some(adapter) = case.adapter() {
+        model.add_adapter(&adapter, 1)?;
         model.move_to(device, dtype);
     }
     let mut rng = Rng::new(2, 0);
@@ -235,7 +270,7 @@ pub fn measure(device: &Device, dtype: Dtype, case: &Case, steps: u64, peaks: &P
     let ids: Vec<u32> = (0..case.tokens).map(|_| rng.below(vocab)).collect();
     let mut batch = Batch::default();
     batch.push(&ids, &vec![true; ids.len()]);
-    let mut optimizer = AdamW::new(&model, AdamWOptions::default());
+    let mut optimizer = AdamW::new(&model, AdamWOptions { optim: case.optim, ..AdamWOptions::default() });
     let (mut gradients, mut ws) = (Gradients::new(&model), Workspace::new(case.recompute));
     let (mut first_loss, mut start) = (f64::NAN, Instant::now());
     for step in 0..steps + 2 {
@@ -267,6 +302,9 @@ pub fn measure(device: &Device, dtype: Dtype, case: &Case, steps: u64, peaks: &P
         flops,
         share: flops / peaks.product,
         peak_bytes: device.gpu().map_or(0, |gpu| gpu.memory().1),
+        planned_bytes: settled.bytes,
+        optim: case.optim,
+        recompute: case.recompute,
         first_loss,
     })
 }
@@ -301,8 +339,9 @@ pub fn cases(recompute: Recompute) -> Result<Vec<Case>> {
     ];
     let mut cases = Vec::new();
     for (model, config) in shapes {
-        let lora = Case { model, config, full: false, nf4: false, tokens: 4096, recompute };
-        if model == "1B" {
+        let optim = Optim::AdamW;
+        let lora = Case { model, config, full: false, nf4: false, tokens: 4096, recompute, optim };
+        if model != "3B" {
             cases.push(Case { full: true, ..lora.clone() });
         }
         if model == "8B" {
@@ -327,6 +366,9 @@ mod tests {
             flops: 0.0,
             share: 0.0,
             peak_bytes,
+            planned_bytes: 1,
+            optim: Optim::AdamW8bit,
+            recompute: Recompute::Block,
             first_loss: 11.8,
         };
         let decoded = |sequences, tokens_per_s, share| Decoded {
@@ -338,9 +380,21 @@ mod tests {
             share,
             peak_bytes: 0,
         };
-        let lines = [measured("8B", "qlora", 14_000.0, 6_000_000_000), measured("1B", "full", 64_999.0, 1)];
-        let bars = bars(&lines, &[decoded(1, 100.0, 0.71), decoded(64, 2999.0, 0.5)]);
-        assert_eq!(bars.iter().map(Bar::reached).collect::<Vec<_>>(), [true, false, false, true, false]);
+        let lines = [
+            measured("8B", "qlora", 14_000.0, 6_000_000_000),
+            measured("1B", "full", 64_999.0, 1),
+            measured("8B", "full", 1.0, 84_200_000_000),
+        ];
+        let reached = |bars: Vec<Bar>| bars.iter().map(Bar::reached).collect::<Vec<_>>();
+        let all = bars(&lines, &[], &[decoded(1, 100.0, 0.71), decoded(64, 2999.0, 0.5)]);
+        assert_eq!(reached(all), [true, false, false, true, true, false]);
+        // What had no room is a bar too: with what it would have needed.
+        let lacking = |gb: u64| {
+            let case = cases(Recompute::None).unwrap().into_iter().find(|c| c.model == "8B" && c.full).unwrap();
+            let lacking = case.settle(Dtype::BF16, 1).unwrap_err();
+            Lacking { needed: gb * 1_000_000_000, ..lacking }
+        };
+        assert_eq!(reached(bars(&[], &[lacking(84), lacking(85)], &[])), [true, false]);
     }
 
     #[test]
@@ -348,7 +402,7 @@ mod tests {
         let cases = cases(Recompute::Norms).unwrap();
         let size = |name: &str| cases.iter().find(|c| c.model == name).map(|c| c.config.num_params()).unwrap();
         assert_eq!([size("1B"), size("3B"), size("8B")], [1_235_814_400, 3_212_749_824, 8_030_261_248]);
-        assert_eq!(cases.len(), 5);
+        assert_eq!(cases.len(), 6);
         // 8B LoRA: 4 operations for each of 7.5 billion weights in products, and attention.
         let lora = cases.iter().rfind(|c| c.model == "8B").unwrap();
         assert!((flops_per_token(lora) / 3.38e10 - 1.0).abs() < 0.01, "{}", flops_per_token(lora));

@@ -304,27 +304,10 @@ impl Inputs<'_> {
     /// # Errors
     /// When nothing fits: the smallest limit that would do, and what else would make the run smaller.
     pub fn fit(&self, limit: u64) -> Result<Plan> {
-        let t = &self.config.training;
-        let configured = t.per_device_train_batch_size;
-        let batches = (1..=configured).filter(|b| configured.is_multiple_of(*b));
-        // A level that was set is kept or exceeded, never undercut.
-        let levels = Recompute::ALL.into_iter().filter(|level| t.recompute.is_none_or(|set| *level >= set));
-        let levels: Vec<Recompute> = levels.collect();
-        let mut plans: Vec<Plan> = Vec::new();
-        for batch in batches {
-            plans.extend(levels.iter().map(|level| self.plan_of(self.choice(batch, *level))));
-        }
-        let cost = |plan: &Plan| relative_time(plan.choice);
-        let fitting = plans.iter().filter(|plan| plan.total <= limit);
-        // Of two equally fast ways the one with larger micro-batches, which is nearer to what was asked for.
-        let best = fitting.min_by(|a, b| {
-            let batch = |p: &Plan| p.choice.per_device_train_batch_size;
-            cost(a).total_cmp(&cost(b)).then(batch(b).cmp(&batch(a)))
-        });
-        if let Some(plan) = best {
-            return Ok(*plan);
-        }
-        let smallest = plans.iter().map(|plan| plan.total).min().unwrap_or(u64::MAX);
+        let smallest = match self.fastest(limit) {
+            Ok(plan) => return Ok(plan),
+            Err(plan) => plan.total,
+        };
         let mut message = format!(
             "memory_limit = {:?}: the run needs at least {}, with one block at a time and recompute = \"block\"; set \
              memory_limit = \"{}MB\" or more",
@@ -338,6 +321,36 @@ impl Inputs<'_> {
             message.push_str(&suggestion);
         }
         Err(Error::Input(message))
+    }
+
+    /// As [`Inputs::fit`]; when nothing fits, the way that needs least.
+    pub(crate) fn fastest(&self, limit: u64) -> std::result::Result<Plan, Plan> {
+        let t = &self.config.training;
+        let configured = t.per_device_train_batch_size;
+        let batches = (1..=configured).filter(|b| configured.is_multiple_of(*b));
+        // A level that was set is kept or exceeded, never undercut.
+        let levels = Recompute::ALL.into_iter().filter(|level| t.recompute.is_none_or(|set| *level >= set));
+        let levels: Vec<Recompute> = levels.collect();
+        let mut least = self.plan_of(self.choice(configured, Recompute::Block));
+        let mut best: Option<Plan> = None;
+        for batch in batches {
+            for level in &levels {
+                let plan = self.plan_of(self.choice(batch, *level));
+                if plan.total < least.total {
+                    least = plan;
+                }
+                // Of two equally fast ways the one with larger micro-batches, which is nearer to what was asked for.
+                let order = |best: &Plan| {
+                    let batch = |p: &Plan| p.choice.per_device_train_batch_size;
+                    let time = relative_time(plan.choice).total_cmp(&relative_time(best.choice));
+                    time.then(batch(best).cmp(&batch(&plan)))
+                };
+                if plan.total <= limit && best.is_none_or(|best| order(&best).is_lt()) {
+                    best = Some(plan);
+                }
+            }
+        }
+        best.ok_or(least)
     }
 
     /// Changes that would alter results and are therefore the user's to make.

@@ -13,7 +13,8 @@ use peer::Peer;
 use serde::Serialize;
 use serde_json::json;
 use tunesmith_tensor::Dtype;
-use tunesmith_train::gpu_bench::{self, Bar, Case, Decoded, Measured, Peaks};
+use tunesmith_tensor::cuda::sizes;
+use tunesmith_train::gpu_bench::{self, Bar, Case, Decoded, Measured, Peaks, Settled};
 
 /// Rows and columns of the matrices that the peaks are measured with.
 const LARGE: usize = 8192;
@@ -44,12 +45,24 @@ pub(crate) fn run(args: &GpuBenchArgs, settings: &Settings) -> Result<()> {
     let cases: Vec<Case> = cases.collect();
     let gpu = device::open(&args.device, settings)?;
     let name = gpu.gpu().map_or_else(String::new, |gpu| gpu.name().to_owned());
+    // Where nobody says what is free, nothing is left out.
+    let free = gpu.gpu().and_then(|gpu| gpu.free_memory()).map_or(u64::MAX, |free| free as u64);
+    let free = free.saturating_sub(sizes::MODULES as u64);
     let peaks = gpu_bench::peaks(&gpu, Dtype::BF16, LARGE)?;
     drop(gpu);
-    let (mut measured, mut decoded, mut compared) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut measured, mut decoded, mut compared, mut lacking) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
     for case in &cases {
+        let settled = match case.settle(Dtype::BF16, free) {
+            Ok(settled) => settled,
+            Err(lack) => {
+                eprintln!("{lack}");
+                lacking.push(lack);
+                continue;
+            }
+        };
+        let case = &settled.case;
         let bar = terminal::count_bar(&format!("measuring {} {}", case.model, case.method()), 0);
-        let line = measure(args, case, &peaks, settings);
+        let line = measure(args, &settled, &peaks, settings);
         bar.finish_and_clear();
         let line = line?;
         if let Some(python) = &args.peer {
@@ -81,7 +94,7 @@ pub(crate) fn run(args: &GpuBenchArgs, settings: &Settings) -> Result<()> {
             }
         }
     }
-    let mut bars = gpu_bench::bars(&measured, &decoded);
+    let mut bars = gpu_bench::bars(&measured, &lacking, &decoded);
     bars.extend(measured.iter().filter_map(|m| peer_bar(m, &compared)));
     if to_terminal {
         print!("{}", training_table(&measured));
@@ -97,14 +110,14 @@ pub(crate) fn run(args: &GpuBenchArgs, settings: &Settings) -> Result<()> {
     }
     let Some(file) = &args.json else { return Ok(()) };
     let reached: Vec<_> = bars.iter().map(|bar| json!({"bar": bar, "reached": bar.reached()})).collect();
-    let all = json!({"device": name, "peaks": peaks, "measured": measured, "decoded": decoded, "peer": compared, "bars": reached});
+    let all = json!({"device": name, "peaks": peaks, "measured": measured, "lacking": lacking, "decoded": decoded, "peer": compared, "bars": reached});
     write_json_line(file, &all)
 }
 
 /// Opened anew for each model, so that a peak of memory is its own.
-fn measure(args: &GpuBenchArgs, case: &Case, peaks: &Peaks, settings: &Settings) -> Result<Measured> {
+fn measure(args: &GpuBenchArgs, settled: &Settled, peaks: &Peaks, settings: &Settings) -> Result<Measured> {
     let gpu = device::open(&args.device, settings)?;
-    Ok(gpu_bench::measure(&gpu, Dtype::BF16, case, args.steps, peaks)?)
+    Ok(gpu_bench::measure(&gpu, Dtype::BF16, settled, args.steps, peaks)?)
 }
 
 /// One and a half times the faster of what the peer reached.
@@ -124,10 +137,14 @@ fn training_table(measured: &[Measured]) -> String {
             format!("{:.0}", m.flops / 1e12),
             format!("{:.0} %", 100.0 * m.share),
             format!("{:.1}", m.peak_bytes as f64 / 1e9),
+            format!("{:.1}", m.planned_bytes as f64 / 1e9),
+            m.optim.name().to_owned(),
+            m.recompute.to_string(),
             format!("{:.3}", m.first_loss),
         ]
     };
-    let header = ["model", "tokens", "tokens/s", "TFLOP/s", "of the peak", "GB", "first loss"];
+    let header =
+        ["model", "tokens", "tokens/s", "TFLOP/s", "of the peak", "GB", "planned", "optim", "recompute", "first loss"];
     terminal::table(&header, &measured.iter().map(row).collect::<Vec<_>>())
 }
 
@@ -180,6 +197,8 @@ fn bar_table(bars: &[Bar]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use tunesmith_model::Recompute;
+    use tunesmith_train::optimizer::Optim;
 
     fn measured() -> Measured {
         Measured {
@@ -190,6 +209,9 @@ mod tests {
             flops: 1e12,
             share: 0.25,
             peak_bytes: 20_000_000_000,
+            planned_bytes: 21_000_000_000,
+            optim: Optim::AdamW,
+            recompute: Recompute::Norms,
             first_loss: 11.8,
         }
     }
@@ -211,7 +233,7 @@ mod tests {
 
     #[test]
     fn tables_say_what_was_reached() {
-        let bars = gpu_bench::bars(&[measured()], &[]);
+        let bars = gpu_bench::bars(&[measured()], &[], &[]);
         let text = bar_table(&bars);
         assert!(text.contains(">= 15000") && text.contains("MISSED"), "{text}");
         assert!(peer_table(&[compared(true, None)]).contains("out of memory"));

@@ -42,6 +42,22 @@ pub fn dense_bytes(len: usize, dtype: Dtype, trained: bool) -> u64 {
     halves * allocated(len * dtype.bytes()) as u64
 }
 
+/// Bytes of all weights of a model of `config`, and the elements of the largest one that is quantised: the matrices of its layers
+/// where `nf4` says so.
+pub fn weight_bytes(config: &Config, nf4: bool, dtype: Dtype, trained: bool) -> (u64, usize) {
+    let (mut bytes, mut largest) = (0, 0);
+    for (name, shape) in config.expected_tensors() {
+        let len = shape.iter().product();
+        if nf4 && name.ends_with("proj.weight") {
+            largest = largest.max(len);
+            bytes += sizes::nf4(len) as u64;
+        } else {
+            bytes += dense_bytes(len, dtype, trained);
+        }
+    }
+    (bytes, largest)
+}
+
 fn heads(b: &Buffers) -> Heads {
     Heads { num_heads: b.num_heads, num_kv_heads: b.k / b.head_dim, head_dim: b.head_dim }
 }

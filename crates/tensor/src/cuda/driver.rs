@@ -32,6 +32,7 @@ functions! {
     stream_synchronize = "cuStreamSynchronize"(*mut c_void);
     memory_allocate = "cuMemAlloc_v2"(*mut u64, usize);
     memory_free = "cuMemFree_v2"(u64);
+    memory_info = "cuMemGetInfo_v2"(*mut usize, *mut usize);
     copy_to_device = "cuMemcpyHtoDAsync_v2"(u64, *const c_void, usize, *mut c_void);
     copy_to_host = "cuMemcpyDtoHAsync_v2"(*mut c_void, u64, usize, *mut c_void);
     copy_on_device = "cuMemcpyDtoDAsync_v2"(u64, u64, usize, *mut c_void);
@@ -183,6 +184,15 @@ impl Driver {
     pub(super) fn memory(&self) -> (usize, usize) {
         let memory = locked(&self.memory);
         (memory.used, memory.peak)
+    }
+
+    #[allow(unsafe_code)]
+    pub(super) fn free_memory(&self) -> Result<Option<usize>, Error> {
+        self.enter()?;
+        let (mut free, mut total) = (0, 0);
+        // SAFETY: a context is current; the pointers are to integers that outlive the call.
+        self.check("cuMemGetInfo", unsafe { (self.api.memory_info)(&mut free, &mut total) })?;
+        Ok(Some(free))
     }
 
     pub(super) fn reset_peak(&self) {

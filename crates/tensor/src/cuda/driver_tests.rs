@@ -37,6 +37,7 @@ int cuMemAlloc_v2(u64 *address, size_t bytes) {
     *address = (u64)aligned_alloc(256, bytes);
     return 0;
 }
+int cuMemGetInfo_v2(size_t *free, size_t *total) { *free = 79ull << 30; *total = 80ull << 30; return 0; }
 int cuMemFree_v2(u64 address) { free((void *)address); return 0; }
 int cuMemcpyHtoDAsync_v2(u64 to, const void *from, size_t n, void *s) { memcpy((void *)to, from, n); return s != (void *)2; }
 int cuMemcpyDtoHAsync_v2(void *to, u64 from, size_t n, void *s) { memcpy(to, (void *)from, n); return s != (void *)2; }
@@ -220,7 +221,7 @@ fn launch(gpu: &Gpu, out: &Tensor, grid: [u32; 3], shared: usize) {
 fn memory_copies_and_launches() {
     let (fakes, device) = whole("whole", "0");
     let gpu = device.gpu().unwrap();
-    assert_eq!(gpu.name(), "Fake GPU");
+    assert_eq!((gpu.name(), gpu.free_memory()), ("Fake GPU", Some(79 << 30)));
     let x = Tensor::from_slice(&[3], &[1.0, 2.0, 3.0]);
     let mut out = x.to_device(&device, Dtype::F32);
     assert_eq!(out.clone().to_host().data(), x.data());
@@ -251,6 +252,7 @@ fn memory_copies_and_launches() {
     let error = device.synchronize().unwrap_err().to_string();
     assert_says(&error, &["rope_rotate failed", "CUDA_ERROR_OF_THE_TEST (700)"]);
     assert_says(&device.synchronize().unwrap_err().to_string(), &["700"]);
+    assert_eq!(gpu.free_memory(), None, "after a failure nothing is asked any more");
 }
 
 fn name_of(path: &Path) -> String {

@@ -166,6 +166,11 @@ impl Gpu {
         backend!(self, memory())
     }
 
+    /// Bytes of the device that nobody holds, other programs included; `None` after a failure, and where there is no driver to ask.
+    pub fn free_memory(&self) -> Option<usize> {
+        self.attempt(|| backend!(self, free_memory())).flatten()
+    }
+
     /// Makes the most that were held at once what is held now.
     pub fn reset_peak(&self) {
         backend!(self, reset_peak());

@@ -18,6 +18,10 @@ pub fn allocated(bytes: usize) -> usize {
 /// Bytes that cuBLASLt's products work in, from the first one on.
 pub const PRODUCTS: usize = cublaslt::WORKSPACE;
 
+/// Bytes that the driver keeps for loaded code, the kernels of this program and those of cuBLASLt that are used. An assumption on the
+/// safe side: the driver decides, and its allocator gives out pages of 2 MiB besides.
+pub const MODULES: usize = 256 << 20;
+
 /// Bytes of the tables that launches have sent and that are kept, when they are of up to `tokens` numbers each.
 pub fn tables(tokens: usize) -> usize {
     TABLES_KEPT * allocated(4 * tokens)

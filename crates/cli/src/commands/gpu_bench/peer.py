@@ -6,6 +6,7 @@ Reads a JSON object from standard input and writes one to standard output:
     method      "lora" (rank 16 on all linear layers), "qlora" (the same over NF4 with double quantisation), or "full"
     tokens      tokens of a step, one document
     steps       steps that are timed, after some to warm up
+    optim       "adamw", or "adamw_8bit": bitsandbytes' AdamW with moments of 8 bits
     dtype       "bf16" or "f32"
     checkpointing   whether blocks run a second time in the backward pass; done anyway where memory does not suffice otherwise
     compile     whether the model goes through torch.compile
@@ -83,7 +84,12 @@ def measure(case, device, dtype, checkpointing):
     torch.manual_seed(1)
     model = trained(case, device, dtype, checkpointing)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-5, weight_decay=0.0, fused=on_gpu)
+    if case["optim"] == "adamw_8bit":
+        import bitsandbytes as bnb
+
+        optimizer = bnb.optim.AdamW8bit(parameters, lr=1e-5, weight_decay=0.0)
+    else:
+        optimizer = torch.optim.AdamW(parameters, lr=1e-5, weight_decay=0.0, fused=on_gpu)
     ids = torch.randint(case["config"]["vocab_size"], (1, case["tokens"]), device=device)
     run = torch.compile(model) if case["compile"] else model
 

@@ -33,6 +33,7 @@ pub(super) fn request(case: &Case, steps: u64, device: &str, compile: bool) -> V
         "tokens": case.tokens,
         "steps": steps,
         "dtype": "bf16",
+        "optim": case.optim.name(),
         "checkpointing": case.recompute == Recompute::Block,
         "compile": compile,
         "device": device,
