@@ -7,7 +7,7 @@ use tunesmith_model::{
     AdapterConfig, AdapterFile, Batch, Checkpoint, Config, GgufOptions, Gradients, KvCache, Llama, LossOptions,
     Modules, Recompute, Sampler, Sampling, Storage, Workspace, generate, generate_together, initial_rows, save_gguf,
 };
-use tunesmith_tensor::cuda::Gpu;
+use tunesmith_tensor::cuda::{Gpu, sizes};
 use tunesmith_tensor::quant::BlockType;
 use tunesmith_tensor::{Device, Dtype};
 use tunesmith_train::optimizer::{AdamW, AdamWOptions, Optim, gradient_norm};
@@ -313,10 +313,24 @@ fn gpu_bench_measures_every_method() {
     let peaks = gpu_bench::peaks(&device, Dtype::BF16, 16).unwrap();
     assert!(peaks.copy > 0.0 && peaks.product > 0.0);
     let config = load("tiny-llama3", Storage::F32).config;
-    for (full, nf4) in [(true, false), (false, false), (false, true)] {
+    for (full, nf4, optim) in [
+        (true, false, Optim::AdamW),
+        (true, false, Optim::AdamW8bit),
+        (false, false, Optim::AdamW),
+        (false, true, Optim::AdamW),
+    ] {
         let recompute = Recompute::Block;
-        let case = Case { model: "tiny", config: config.clone(), full, nf4, tokens: 24, recompute };
-        let measured = gpu_bench::measure(&device, Dtype::BF16, &case, 1, &peaks).unwrap();
+        let case = Case { model: "tiny", config: config.clone(), full, nf4, tokens: 24, recompute, optim };
+        let settled = case.settle(Dtype::BF16, u64::MAX).unwrap();
+        let gpu = device.gpu().unwrap();
+        gpu.reset_peak();
+        let before = gpu.memory().1;
+        let measured = gpu_bench::measure(&device, Dtype::BF16, &settled, 1, &peaks).unwrap();
+        // The emulator's products need no memory of their own.
+        let planned = (measured.planned_bytes - sizes::PRODUCTS as u64) as f64;
+        let held = (measured.peak_bytes - before) as f64;
+        assert!((planned / held - 1.0).abs() < 0.1, "planned {planned}, held {held}: {measured:?}");
+        assert_eq!((measured.optim, measured.recompute), (optim, Recompute::Block));
         assert!((measured.first_loss - f64::ln(512.0)).abs() < 0.5, "{measured:?}");
         assert!(measured.tokens_per_s > 0.0 && measured.share > 0.0 && measured.peak_bytes > 0, "{measured:?}");
         let decoded = gpu_bench::measure_decode(&device, Dtype::BF16, &case, (3, 20, 3), &peaks).unwrap();
