@@ -77,6 +77,9 @@ pub struct DeviceArgs {
     /// Type of weights and activations on a GPU.
     #[arg(long, value_enum, default_value = "bf16")]
     pub dtype: ElementName,
+    /// With --dtype f32: matrix products may round their factors to TF32, which is faster; exact otherwise.
+    #[arg(long)]
+    pub tf32: bool,
 }
 
 /// Type of weights and activations on a GPU.

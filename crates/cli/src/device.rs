@@ -49,13 +49,29 @@ pub(crate) fn choose(name: &str, settings: &Settings) -> Result<Device> {
     }
 }
 
+/// Whether what the command line says of device and type goes together.
+///
+/// # Errors
+/// TF32 where it would change nothing.
+pub(crate) fn check(args: &DeviceArgs) -> Result<()> {
+    let fix = match (args.device.as_str(), args.dtype) {
+        _ if !args.tf32 => return Ok(()),
+        ("cpu", _) => "the processor's products are exact f32; leave it out, or add --device cuda:0 --dtype f32",
+        (_, ElementName::Bf16) => "products in bf16 are not rounded to TF32; leave it out, or add --dtype f32",
+        (_, ElementName::F32) => return Ok(()),
+    };
+    Err(Error::Input(format!("--tf32: {fix}")))
+}
+
 /// Moves `llama` to where the command line wants it.
 ///
 /// # Errors
-/// As [`choose`]; also when the model's sizes have no kernels.
+/// As [`choose`] and [`check`]; also when the model's sizes have no kernels.
 pub(crate) fn place(llama: &mut Llama, args: &DeviceArgs, settings: &Settings) -> Result<()> {
+    check(args)?;
     let device = choose(&args.device, settings)?;
-    if device.gpu().is_some() {
+    if let Some(gpu) = device.gpu() {
+        gpu.set_tf32(args.tf32);
         let dtype = match args.dtype {
             ElementName::Bf16 => Dtype::BF16,
             ElementName::F32 => Dtype::F32,

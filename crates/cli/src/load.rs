@@ -133,6 +133,7 @@ impl Opened {
         device: Option<&DeviceArgs>,
         settings: &Settings,
     ) -> Result<Llama> {
+        device.map_or(Ok(()), device::check)?;
         if let Some(args) = device.filter(|args| args.device != "cpu") {
             if compute == Some(ComputeName::Int8) {
                 return Err(Error::Input(

@@ -144,6 +144,9 @@ fn what_cannot_be_generated_is_refused() {
     refused(&["generate", "--model", "smolm2-135m-instruct", "x"], 2, "nearest known names are smollm2-135m-instruct");
     refused(&["generate", "--model", folder, &"word ".repeat(400)], 2, "only 255 fit into the context");
     refused(&["generate", "--model", folder, ""], 2, "the prompt is empty");
+    refused(&["generate", "--model", folder, "--tf32", "x"], 2, "--tf32: the processor's products are exact f32");
+    let on_gpu = ["generate", "--model", folder, "--device", "cuda:0", "--tf32", "x"];
+    refused(&on_gpu, 2, "--tf32: products in bf16 are not rounded to TF32");
     refused(&["generate", "--model", folder, "--top-p", "1.5", "x"], 2, "top_p = 1.5 is not allowed");
     refused(&["generate", "--model", folder, "--max-new-tokens", "0", "x"], 2, "at least 1");
     refused(&["generate", "--model", folder, "--chat-template", "x.jinja", "x"], 2, "no use without --chat");

@@ -125,6 +125,9 @@ fn a_gpu_is_planned_for_without_one() {
     assert!(line(&[]).ends_with(" bf16"));
     assert!(line(&["--set", "dtype=f32"]).ends_with(" f32"));
     assert!(line(&["--set", "model.storage=nf4"]).ends_with(" nf4"));
+    let products =
+        |sets: &[&str]| run(&[&["plan", &config, "--set", "dtype=f32"], sets].concat()).stdout.contains("TF32");
+    assert!(!products(&[]) && products(&["--set", "training.tf32=true"]));
 }
 
 #[test]

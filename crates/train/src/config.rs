@@ -179,6 +179,10 @@ pub struct TrainingArguments {
     pub num_train_epochs: f64,
     /// Steps in all; -1 = as `num_train_epochs` says.
     pub max_steps: i64,
+    /// On a GPU in `dtype = "f32"`: matrix products may round their factors to TF32 (8 bits of exponent, 10 of mantissa), which tensor
+    /// cores are fast with; sums and everything that is no matrix product, attention among it, stay f32. Products are exact when not
+    /// set. Refused where it would change nothing: with `device = "cpu"`, and in `bf16`.
+    pub tf32: bool,
     /// The optimizer: `adamw` keeps its two moments in f32 (8 bytes a trained weight), `adamw_8bit` in 8 bits (2 bytes).
     pub optim: Optim,
     /// AdamW's decoupled weight decay; norms and biases never decay.
@@ -217,6 +221,7 @@ impl Default for TrainingArguments {
             recompute: None,
             num_train_epochs: 3.0,
             max_steps: -1,
+            tf32: false,
             optim: Optim::AdamW,
             weight_decay: 0.0,
             adam_beta1: 0.9,
@@ -457,6 +462,15 @@ impl Config {
         if self.device == "cpu" && self.dtype == Some(ElementType::Bf16) {
             return fail("dtype", "\"bf16\"".into(), "the processor computes in f32; leave it out, or set a device");
         }
+        if t.tf32 && self.device == "cpu" {
+            let fix =
+                "the processor's products are exact f32; leave it out, or set device = \"cuda:0\" and dtype = \"f32\"";
+            return fail("training.tf32", "true".into(), fix);
+        }
+        if t.tf32 && self.element() != Dtype::F32 {
+            let fix = "products in bf16 are not rounded to TF32; leave it out, or set dtype = \"f32\"";
+            return fail("training.tf32", "true".into(), fix);
+        }
         if self.device != "cpu" && self.compute == Compute::Int8 {
             return fail(
                 "compute",
@@ -539,12 +553,18 @@ mod tests {
         assert_eq!(parse(&[]).unwrap().device, "cpu");
         assert_eq!(parse(&["device=cuda:1"]).unwrap().element(), Dtype::BF16);
         assert_eq!(parse(&["device=auto", "dtype=f32"]).unwrap().element(), Dtype::F32);
+        assert!(!parse(&["device=cuda:0", "dtype=f32"]).unwrap().training.tf32);
+        assert!(parse(&["device=cuda:0", "dtype=f32", "training.tf32=true"]).unwrap().training.tf32);
         for (sets, says) in [
             (&["device=gpu"][..], "device"),
             (&["device=cuda:"], "device"),
             (&["dtype=bf16"], "the processor computes in f32"),
             (&["device=cuda:0", "compute=int8"], "compute"),
             (&["device=cuda:0", "dtype=f16"], "dtype"),
+            (&["training.tf32=true"], "training.tf32 = true is not allowed; the processor's"),
+            (&["training.tf32=true", "dtype=f32"], "training.tf32 = true is not allowed; the processor's"),
+            (&["training.tf32=true", "device=cuda:0"], "training.tf32 = true is not allowed; products in bf16"),
+            (&["training.tf32=true", "device=auto", "dtype=bf16"], "set dtype = \"f32\""),
         ] {
             let message = parse(sets).unwrap_err().to_string();
             assert!(message.contains(says), "{sets:?}: {message}");

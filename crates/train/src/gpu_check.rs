@@ -28,6 +28,9 @@ pub enum Size {
 
 /// Sums of thousands of products in another order than the processor's, measured by the largest element.
 const F32_BOUND: f64 = 2e-5;
+/// TF32 keeps 10 bits behind the leading one: if the rest is cut off, each factor is off by up to 1e-3 and both together by half of
+/// that each on average.
+const TF32_BOUND: f64 = 2.5e-3;
 /// bf16 has 8 bits: half a step of the largest element, and rounding on the way.
 const BF16_BOUND: f64 = 1e-2;
 
@@ -172,6 +175,20 @@ impl Lab<'_> {
             vec![y, d_x, d_w, d_bias]
         })?;
         let (w, x) = (self.random(&[n, k]), self.random(&[t, k]));
+        if let Some(gpu) = self.device.gpu().filter(|_| self.dtype == Dtype::F32) {
+            let [mut want, mut got, mut exact] = [(); 3].map(|()| Tensor::default());
+            linear::matmul(&x, &w, 1.0, &mut want, Into::Overwrite);
+            let [x, w] = [&x, &w].map(|t| t.to_device(self.device, self.dtype));
+            gpu.set_tf32(true);
+            linear::matmul(&x, &w, 1.0, &mut got, Into::Overwrite);
+            gpu.set_tf32(false);
+            linear::matmul(&x, &w, 1.0, &mut exact, Into::Overwrite);
+            self.device.synchronize()?;
+            for (check, y, bound) in [("linear in TF32", &got, TF32_BOUND), ("linear after TF32", &exact, F32_BOUND)] {
+                let error = crate::selftest::of_largest(y.to_host().data(), want.data());
+                (self.observe)(Check { model: "f32".into(), check, compared: "output".into(), error, bound });
+            }
+        }
         let packed = Packed::nf4(&w, true);
         let (mut want, mut got) = (Tensor::default(), Tensor::default());
         linear::forward(&x, &packed.to_tensor().into(), 1.0, &mut want, Into::Overwrite);

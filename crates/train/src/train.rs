@@ -210,7 +210,8 @@ impl<'a, 'o> Run<'a, 'o> {
                 MetricsWriter::resume(&metrics_file, state.step)?
             }
         };
-        if job.device.gpu().is_some() {
+        if let Some(gpu) = job.device.gpu() {
+            gpu.set_tf32(config.training.tf32);
             job.model.check_device(config.element())?;
             job.model.move_to(job.device, config.element());
             optimizer = optimizer.to_device(job.device);

@@ -103,5 +103,18 @@ fn a_run_on_the_device_follows_the_processor_and_resumes() {
         let file = |outcome: &Outcome| std::fs::read(outcome.weights.join("adapter_model.safetensors")).unwrap();
         assert!(file(&resumed) == file(&outcome), "{dtype}: the adapters differ");
     }
+    // TF32 only for the run that asks for it.
+    let mut rounded = config(&folder.path().join("tf32"), "cuda:0", Some("f32"), 4);
+    rounded.training.tf32 = true;
+    run(&rounded, &device, false);
+    let exact = config(&folder.path().join("exact"), "cuda:0", Some("f32"), 4);
+    run(&exact, &device, false);
+    let [rounded, exact, before] =
+        [&rounded, &exact, &config(&folder.path().join("f32"), "cuda:0", None, 4)].map(curve);
+    assert_eq!(exact, before);
+    assert!(rounded.iter().zip(&exact).all(|(a, b)| a != b), "{rounded:?} {exact:?}");
+    for ((loss, norm), (want_loss, want_norm)) in rounded.iter().zip(&want) {
+        assert!((loss / want_loss - 1.0).abs() < 1e-2 && (norm / want_norm - 1.0).abs() < 1e-2, "{rounded:?} {want:?}");
+    }
     device.synchronize().unwrap();
 }

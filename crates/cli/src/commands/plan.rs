@@ -240,7 +240,8 @@ impl Facts {
         if config.compute == Compute::Int8 {
             llama.compute_int8(true)?;
         }
-        if device.gpu().is_some() {
+        if let Some(gpu) = device.gpu() {
+            gpu.set_tf32(config.training.tf32);
             llama.check_device(config.element())?;
             llama.move_to(device, config.element());
         }
@@ -373,7 +374,10 @@ impl Output {
             ),
             match settled.place {
                 Place::Cpu => row("workspace", m.workspace, format!("{} threads", num_threads())),
-                Place::Gpu { .. } => row("workspace", m.workspace, "with that of cuBLASLt".to_owned()),
+                Place::Gpu { .. } => {
+                    let products = if settled.config.training.tf32 { ", products in TF32" } else { "" };
+                    row("workspace", m.workspace, format!("with that of cuBLASLt{products}"))
+                }
             },
             match settled.place {
                 Place::Cpu => row("program", m.baseline, "with tokenizer and data".to_owned()),

@@ -1,4 +1,4 @@
-//! Matrix products by cuBLASLt: bf16 or f32 operands, sums in f32; the algorithm for a shape is asked for once.
+//! Matrix products by cuBLASLt: bf16 or f32 operands, the latter as they are or, if asked for, rounded to TF32; sums in f32; the algorithm for a shape is asked for once.
 //!
 //! cuBLASLt's matrices are column-major. A row-major matrix is the transpose of the column-major one with the same
 //! memory, so cᵀ = bᵀ aᵀ is asked for: the operands change places and nothing is copied.
@@ -59,6 +59,15 @@ struct Key {
     sizes: [usize; 3],
     operands: [Operand; 3],
     accumulates: bool,
+    tf32: bool,
+}
+
+impl Key {
+    /// How cuBLASLt computes: f32 operands are exact unless TF32 is asked for.
+    fn compute(&self) -> u32 {
+        use lt::cublasComputeType_t::{CUBLAS_COMPUTE_32F, CUBLAS_COMPUTE_32F_FAST_TF32};
+        (if self.tf32 { CUBLAS_COMPUTE_32F_FAST_TF32 } else { CUBLAS_COMPUTE_32F }) as u32
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -118,11 +127,12 @@ impl CublasLt {
         Ok(Self { state: Mutex::new(State { handle: ptr::null_mut(), plans: HashMap::new(), workspace: 0 }), api })
     }
 
-    /// Asks for the product on `stream`; `allocate` gives the workspace at the first one. A context must be current.
+    /// Asks for the product on `stream`, with f32 operands rounded to TF32 if `tf32`; `allocate` gives the workspace at the first one. A context must be current.
     #[allow(unsafe_code)]
     pub(super) fn gemm(
         &self,
         gemm: &Gemm<'_>,
+        tf32: bool,
         stream: *mut c_void,
         allocate: impl FnOnce(usize) -> Result<u64, Error>,
     ) -> Result<(), Error> {
@@ -140,6 +150,7 @@ impl CublasLt {
             sizes: [gemm.m, gemm.n, gemm.k],
             operands: [&gemm.a, &gemm.b, &gemm.c].map(Operand::new),
             accumulates: gemm.beta != 0.0,
+            tf32,
         };
         if !state.plans.contains_key(&key) {
             let plan = self.plan(state.handle, &key)?;
@@ -181,8 +192,7 @@ impl CublasLt {
         let f32s = lt::cudaDataType_t::CUDA_R_32F as u32;
         let mut desc = ptr::null_mut();
         // SAFETY: descriptions live as long as the plan, which lives as long as the library.
-        let status =
-            unsafe { (self.api.desc_create)(&mut desc, lt::cublasComputeType_t::CUBLAS_COMPUTE_32F as u32, f32s) };
+        let status = unsafe { (self.api.desc_create)(&mut desc, key.compute(), f32s) };
         check("cublasLtMatmulDescCreate", status)?;
         use lt::cublasLtMatmulDescAttributes_t::{CUBLASLT_MATMUL_DESC_TRANSA, CUBLASLT_MATMUL_DESC_TRANSB};
         for (attribute, operand) in [(CUBLASLT_MATMUL_DESC_TRANSA, b), (CUBLASLT_MATMUL_DESC_TRANSB, a)] {

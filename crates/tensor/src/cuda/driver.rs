@@ -398,9 +398,9 @@ impl Driver {
         Ok(Handle(loaded))
     }
 
-    pub(super) fn gemm(&self, gemm: &Gemm<'_>) -> Result<(), Error> {
+    pub(super) fn gemm(&self, gemm: &Gemm<'_>, tf32: bool) -> Result<(), Error> {
         let stream = self.enter()?;
-        self.cublas.gemm(gemm, stream, |bytes| self.allocate(bytes))
+        self.cublas.gemm(gemm, tf32, stream, |bytes| self.allocate(bytes))
     }
 }
 

@@ -77,13 +77,14 @@ int nvrtcDestroyProgram(void **p) { return 0; }
 const CUBLASLT: &str = r#"
 #include <stdlib.h>
 #include <string.h>
-typedef struct { int transposed[2]; } Desc;
+typedef struct { int transposed[2]; unsigned compute; } Desc;
 typedef struct { unsigned type; unsigned long long rows, cols; long long ld; } Layout;
 int cublasLtCreate(void **h) { *h = (void *)5; return 0; }
 int cublasLtDestroy(void *h) { return 0; }
 int cublasLtMatmulDescCreate(void **d, unsigned compute, unsigned scale) {
     *d = calloc(1, sizeof(Desc));
-    return compute != 68 || scale != 0;
+    ((Desc *)*d)->compute = compute;
+    return (compute != 68 && compute != 77) || scale != 0;
 }
 int cublasLtMatmulDescSetAttribute(void *d, unsigned a, const int *v, size_t n) {
     if (n != 4) return 1;
@@ -108,12 +109,20 @@ int cublasLtMatmulAlgoGetHeuristic(void *h, void *d, Layout *a, Layout *b, Layou
     *count = a->rows != 1;
     return n != 1 || c != e;
 }
-static float at(const float *x, Layout *l, int i, int j) { return x[i + j * l->ld]; }
+/* With CUBLAS_COMPUTE_32F_FAST_TF32 (77) factors lose their last 13 bits; bf16 (14) is never asked for that way. */
+static unsigned kept;
+static float at(const float *x, Layout *l, int i, int j) {
+    union { float x; unsigned bits; } value = {x[i + j * l->ld]};
+    value.bits &= kept;
+    return value.x;
+}
 int cublasLtMatmul(void *h, Desc *d, const float *alpha, const float *a, Layout *la, const float *b, Layout *lb,
                    const float *beta, const float *c, Layout *lc, float *out, Layout *lo, const void *algo, void *workspace,
                    size_t bytes, void *stream) {
     int k = d->transposed[0] ? la->rows : la->cols;
     if (c != out || !workspace || bytes != 32 << 20 || stream != (void *)2) return 1;
+    if (la->type == 14) return d->compute != 68;
+    kept = d->compute == 77 ? ~0x1FFFu : ~0u;
     for (int i = 0; i < lc->rows; i++)
         for (int j = 0; j < lc->cols; j++) {
             float sum = 0;
@@ -353,4 +362,30 @@ fn products_in_every_order() {
         &device.synchronize().unwrap_err().to_string(),
         &["cublasLtMatmulAlgoGetHeuristic", "sizes: [1, 1, 1]"],
     );
+}
+
+/// TF32 is for f32 products, and only while it is asked for: shapes that were planned before are planned again.
+#[test]
+fn tf32_only_where_it_is_asked_for() {
+    let (_fakes, device) = whole("tf32", "0");
+    let gpu = device.gpu().unwrap();
+    // Products with 1: exactly the first factor, or what TF32 keeps of it.
+    let fine = 1.0 + f32::EPSILON;
+    let [a, b] = [fine, 1.0].map(|x| Tensor::from_slice(&[2, 2], &[x, 0.0, x, 0.0]).to_device(&device, Dtype::F32));
+    let product = || {
+        let c = Tensor::zeros_on(&device, Dtype::F32, &[2, 2]);
+        let (ma, mb) = (super::linear::matrix(&a), super::linear::matrix(&b).t());
+        gpu.gemm(&Gemm { m: 2, n: 2, k: 2, alpha: 1.0, a: ma, b: mb, beta: 0.0, c: super::linear::matrix(&c) });
+        c.to_host().data().to_vec()
+    };
+    assert_eq!(product(), [fine; 4]);
+    gpu.set_tf32(true);
+    assert_eq!(product(), [1.0; 4]);
+    // The library of the test refuses bf16 products that ask for it.
+    let [a16, c16] = [(); 2].map(|()| Tensor::zeros_on(&device, Dtype::BF16, &[2, 2]));
+    let [ma, mc] = [&a16, &c16].map(super::linear::matrix);
+    gpu.gemm(&Gemm { m: 2, n: 2, k: 2, alpha: 1.0, a: ma, b: ma, beta: 0.0, c: mc });
+    gpu.set_tf32(false);
+    assert_eq!(product(), [fine; 4]);
+    device.synchronize().unwrap();
 }

@@ -236,8 +236,12 @@ impl Emulator {
         Ok(path)
     }
 
-    pub(super) fn gemm(&self, gemm: &Gemm<'_>) -> Result<(), Error> {
-        let (a, b) = (values(&gemm.a, gemm.m, gemm.k), values(&gemm.b, gemm.k, gemm.n));
+    pub(super) fn gemm(&self, gemm: &Gemm<'_>, tf32: bool) -> Result<(), Error> {
+        let (mut a, mut b) = (values(&gemm.a, gemm.m, gemm.k), values(&gemm.b, gemm.k, gemm.n));
+        if tf32 {
+            // Cut off, which is the worst that rounding to TF32 can be.
+            a.iter_mut().chain(&mut b).for_each(|x| *x = f32::from_bits(x.to_bits() & !0x1FFF));
+        }
         for i in 0..gemm.m {
             for j in 0..gemm.n {
                 let at = gemm.c.at(gemm.c.offset + i * gemm.c.stride + j);

@@ -70,6 +70,7 @@ pub struct Gpu {
     /// Small tables that launches have uploaded, so that what all layers need is sent once.
     tables: Mutex<Vec<(Vec<u32>, Arc<Buffer>)>>,
     poisons: AtomicBool,
+    tf32: AtomicBool,
 }
 
 /// Tables that are kept for further launches.
@@ -153,7 +154,8 @@ impl Gpu {
     }
 
     fn new(backend: Backend) -> Arc<Self> {
-        Arc::new(Self { backend, failure: OnceLock::new(), tables: Mutex::default(), poisons: AtomicBool::new(false) })
+        let [poisons, tf32] = [(); 2].map(|()| AtomicBool::new(false));
+        Arc::new(Self { backend, failure: OnceLock::new(), tables: Mutex::default(), poisons, tf32 })
     }
 
     /// The device's name.
@@ -179,6 +181,12 @@ impl Gpu {
     /// Whether new memory holds NaN from now on, so that an operation that does not write all of its output is seen.
     pub fn poison(&self, poisons: bool) {
         self.poisons.store(poisons, Ordering::Relaxed);
+    }
+
+    /// Whether products of f32 matrices may round their factors to TF32 (10 bits behind the leading one instead of 23) from now on; sums
+    /// stay f32. Off at first. What is no product of matrices, attention among it, stays exact.
+    pub fn set_tf32(&self, tf32: bool) {
+        self.tf32.store(tf32, Ordering::Relaxed);
     }
 
     /// Waits for the device.
@@ -243,8 +251,9 @@ impl Gpu {
     /// Asks for a matrix product; an empty result is nothing to do.
     pub(crate) fn gemm(&self, gemm: &Gemm<'_>) {
         gemm.check();
+        let tf32 = gemm.a.dtype == Dtype::F32 && self.tf32.load(Ordering::Relaxed);
         if gemm.m > 0 && gemm.n > 0 {
-            self.attempt(|| backend!(self, gemm(gemm)));
+            self.attempt(|| backend!(self, gemm(gemm, tf32)));
         }
     }
 }
