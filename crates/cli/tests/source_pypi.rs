@@ -45,6 +45,7 @@ impl Place {
             pip_args: ["--no-index", "--no-cache-dir", "--find-links", index.to_str().unwrap()]
                 .map(str::to_owned)
                 .into(),
+            objects: Vec::new(),
         };
         Some(Self { folder, settings })
     }

@@ -115,7 +115,8 @@ pub enum ElementType {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct ModelConfig {
-    /// A folder, a `.gguf` file, `hf:org/name[@revision]`, `pypi:package==version/path`, or a known short name.
+    /// A folder, a `.gguf` file, `hf:org/name[@revision]`, `s3://bucket/prefix` (`gs://`, `az://`), `https://host/file.gguf`,
+    /// `pypi:package==version/path`, or a known short name.
     pub source: String,
     /// PEFT folder of an adapter to go on training; its rank and targets then replace those of `[lora]`.
     pub adapter: Option<PathBuf>,

@@ -3,7 +3,7 @@
 use crate::args::PrepareArgs;
 use crate::error::{Error, Result};
 use crate::load::{self, Opened};
-use crate::source::Settings;
+use crate::source::{self, Settings};
 use crate::terminal;
 use indicatif::ProgressBar;
 use std::path::Path;
@@ -47,12 +47,12 @@ pub(crate) fn load_config(file: &Path, overrides: &[String]) -> Result<Config> {
     Ok(Config::parse(&text, &file.display().to_string(), overrides)?)
 }
 
-/// Fetches what the data options name by `hf:` or `pypi:` and puts the local paths in their place.
+/// Fetches what the data options name by `hf:`, `s3://` and the like, and puts the local paths in their place.
 pub(crate) fn local(options: &PrepareOptions, settings: &Settings) -> Result<PrepareOptions> {
     let mut options = options.clone();
     for (split, places) in options.places_mut() {
         for place in std::mem::take(places) {
-            if place.starts_with("hf:") || place.starts_with("pypi:") {
+            if source::is_remote(&place) {
                 let found = load::data_files(&place, split.name(), settings)?;
                 places.extend(found.iter().map(|path| path.display().to_string()));
             } else {

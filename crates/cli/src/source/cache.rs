@@ -68,7 +68,7 @@ impl Lock {
 }
 
 /// `key` as one file name: readable, and unlike for unlike keys.
-fn file_name_of(key: &str) -> String {
+pub(super) fn file_name_of(key: &str) -> String {
     let readable: String =
         key.chars().take(80).map(|c| if c.is_ascii_alphanumeric() || "._-=".contains(c) { c } else { '-' }).collect();
     format!("{readable}-{}", &hex(&Sha256::digest(key))[..8])

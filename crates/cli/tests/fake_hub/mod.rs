@@ -276,6 +276,7 @@ impl Place {
             hf_token: None,
             home: None,
             pip_args: Vec::new(),
+            objects: Vec::new(),
         };
         Self { folder, settings }
     }
