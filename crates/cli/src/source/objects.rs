@@ -198,7 +198,6 @@ impl Place {
         for folder in [&files, &done, &parts] {
             cache::create_folder(folder)?;
         }
-        let old = Manifest::read(&manifest_path);
         let mut entries = Vec::new();
         let mut missing = Vec::new();
         for object in &objects {
@@ -214,14 +213,23 @@ impl Place {
                 None => missing.push(object),
             }
         }
-        let gone = |entry: &&Entry| !objects.iter().any(|object| object.path == entry.path);
-        let gone: Vec<Entry> = old.iter().flat_map(|old| &old.files).filter(gone).cloned().collect();
-        if !missing.is_empty() || !gone.is_empty() {
+        // What was brought, also by a fetch that broke off, and is not there any more, or not in this version.
+        let wanted: BTreeSet<String> = objects.iter().map(Object::id).collect();
+        let records = fs::read_dir(&done).map_err(io_error("cannot read", &done))?.flatten();
+        let old: Vec<PathBuf> = records
+            .filter(|record| !wanted.contains(&*record.file_name().to_string_lossy()))
+            .map(|record| record.path())
+            .collect();
+        if !missing.is_empty() || !old.is_empty() {
             // Until the end the folder is neither the old state nor the new one.
             remove(&manifest_path)?;
         }
-        for entry in gone {
-            remove(&files.join(&entry.path))?;
+        for record in old {
+            let entries = Manifest::read(&record).map_or_else(Vec::new, |record| record.files);
+            for entry in entries.iter().filter(|entry| !objects.iter().any(|object| object.path == entry.path)) {
+                remove(&files.join(&entry.path))?;
+            }
+            remove(&record)?;
         }
         for object in missing {
             let part = parts.join(object.id());
@@ -239,12 +247,6 @@ impl Place {
             let entry = Entry::of(&files, object.path.clone(), Some(sha256))?;
             Manifest { source: self.spec(), files: vec![entry.clone()] }.write(&done.join(object.id()))?;
             entries.push(entry);
-        }
-        let wanted: BTreeSet<String> = objects.iter().map(Object::id).collect();
-        for record in fs::read_dir(&done).map_err(io_error("cannot read", &done))?.flatten() {
-            if !wanted.contains(&*record.file_name().to_string_lossy()) {
-                remove(&record.path())?;
-            }
         }
         // All has arrived, so what is left is of versions that are gone.
         fs::remove_dir_all(&parts).map_err(io_error("cannot remove", &parts))?;
