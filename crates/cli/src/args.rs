@@ -61,7 +61,7 @@ pub struct ModelArgs {
     /// smollm2-135m-instruct.
     #[arg(long, value_name = "SOURCE")]
     pub model: String,
-    /// PEFT folder of a LoRA adapter to put on top (a path or hf:org/name).
+    /// PEFT folder of a LoRA adapter to put on top (a path, hf:org/name, s3://bucket/prefix).
     #[arg(long, value_name = "SOURCE")]
     pub adapter: Option<String>,
     /// Jinja file to use instead of the model's own chat template.

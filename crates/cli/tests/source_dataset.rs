@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used, reason = "the whole file is a test")]
 
+mod apart;
 mod fake_hub;
 
 use fake_hub::{File, Hub, MAIN, Mood, OLD, Place, is_input};

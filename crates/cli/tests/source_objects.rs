@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used, clippy::print_stdout, reason = "the whole file is a test")]
 
+mod apart;
 mod tiny;
 
 use std::{
@@ -30,15 +31,8 @@ impl Place {
     fn new(objects: &[(&str, &str)]) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let settings = Settings {
-            cache: folder.path().join("cache"),
-            offline: false,
-            hf_endpoint: "http://127.0.0.1:9".to_owned(),
-            hf_cache: folder.path().join("hf"),
-            hf_token_file: folder.path().join("token"),
-            hf_token: None,
-            home: None,
-            pip_args: Vec::new(),
             objects: objects.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect(),
+            ..apart::settings(folder.path())
         };
         Self { folder, settings }
     }
@@ -334,6 +328,12 @@ fn a_fetch_that_broke_off_goes_on_where_it_stopped() {
     assert!(start >= 1000, "the first bytes are not asked for again: {log:?}");
     assert!(path.ends_with("big.bin") && place.resolve(&spec).unwrap().origin.ends_with("/texts/big.bin"));
     assert_eq!(place.fetched(&spec).1, [""; 0], "nothing has changed");
+
+    // Another query is another file; another signature is not.
+    let of = |query: &str| place.fetched(&format!("{}/texts/big.bin?{query}", server.address));
+    let (one, two) = (of("id=1&X-Amz-Signature=a"), of("id=2&X-Amz-Signature=a"));
+    assert!(one.0 != two.0 && one.1 == two.1 && one.0 != path);
+    assert_eq!(of("id=1&X-Amz-Signature=b"), (one.0, Vec::new()));
 
     // Other content in place of what was begun.
     let place = Place::new(&[]);

@@ -2,6 +2,8 @@
 
 #![allow(clippy::unwrap_used, clippy::print_stdout, reason = "the whole file is a test")]
 
+mod apart;
+
 use std::{
     fs::{self, File},
     io::Write,
@@ -35,17 +37,10 @@ impl Place {
         let index = folder.path().join("index");
         fs::create_dir(&index).unwrap();
         let settings = Settings {
-            cache: folder.path().join("cache"),
-            offline: false,
-            hf_endpoint: "http://127.0.0.1:9".to_owned(),
-            hf_cache: folder.path().join("hf"),
-            hf_token_file: folder.path().join("token"),
-            hf_token: None,
-            home: None,
             pip_args: ["--no-index", "--no-cache-dir", "--find-links", index.to_str().unwrap()]
                 .map(str::to_owned)
                 .into(),
-            objects: Vec::new(),
+            ..apart::settings(folder.path())
         };
         Some(Self { folder, settings })
     }

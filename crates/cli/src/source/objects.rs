@@ -146,18 +146,30 @@ impl Place {
     }
 
     fn folder(&self, settings: &Settings) -> PathBuf {
-        // Two buckets of one name on two servers are two buckets.
+        // Two buckets of one name on two servers are two buckets, and two queries two files.
         let of = |key: &str| settings.objects.iter().find(|(name, _)| name == key).map_or("", |(_, value)| value);
         let server = match self.kind {
             Kind::S3 => of("AWS_ENDPOINT_URL_S3").to_owned() + of("AWS_ENDPOINT_URL") + of("AWS_ENDPOINT"),
             Kind::Azure => of("AZURE_STORAGE_ACCOUNT_NAME").to_owned() + of("AZURE_STORAGE_ENDPOINT"),
-            Kind::Google | Kind::Web => String::new(),
+            Kind::Google => String::new(),
+            // The query may choose the content. A signature does not, and it is another one each time.
+            Kind::Web => self.query_without_signature(),
         };
         let mut name = cache::file_name_of(&self.spec());
         if !server.is_empty() {
             name = format!("{name}-{}", &cache::hex(&Sha256::digest(server))[..8]);
         }
         settings.cache.join("objects").join(name)
+    }
+
+    /// The query of an address, without the parameters of signatures of S3 and Google.
+    fn query_without_signature(&self) -> String {
+        let query = self.root.split_once('?').map_or("", |(_, query)| query);
+        let signs = |part: &str| {
+            let part = part.to_ascii_lowercase();
+            ["x-amz-", "x-goog-"].iter().any(|start| part.starts_with(start))
+        };
+        query.split('&').filter(|part| !signs(part)).collect::<Vec<_>>().join("&")
     }
 
     /// The copy of one object, or the folder of those below a prefix.
@@ -215,6 +227,7 @@ impl Place {
         }
         // What was brought, also by a fetch that broke off, and is not there any more, or not in this version.
         let wanted: BTreeSet<String> = objects.iter().map(Object::id).collect();
+        let paths: BTreeSet<&str> = objects.iter().map(|object| &*object.path).collect();
         let records = fs::read_dir(&done).map_err(io_error("cannot read", &done))?.flatten();
         let old: Vec<PathBuf> = records
             .filter(|record| !wanted.contains(&*record.file_name().to_string_lossy()))
@@ -226,7 +239,7 @@ impl Place {
         }
         for record in old {
             let entries = Manifest::read(&record).map_or_else(Vec::new, |record| record.files);
-            for entry in entries.iter().filter(|entry| !objects.iter().any(|object| object.path == entry.path)) {
+            for entry in entries.iter().filter(|entry| !paths.contains(&*entry.path)) {
                 remove(&files.join(&entry.path))?;
             }
             remove(&record)?;
@@ -381,10 +394,13 @@ impl Place {
                     ..GetOptions::default()
                 };
                 match store.get_opts(&object.location, options).await {
-                    Ok(answer) if answer.meta.size != size => Some(object_store::Error::Precondition {
-                        path: object.path.clone(),
-                        source: "its size changed while it was fetched".into(),
-                    }),
+                    // A server may not look at the condition, and a weak ETag cannot be one.
+                    Ok(answer) if answer.meta.size != size || answer.meta.e_tag != object.meta.e_tag => {
+                        Some(object_store::Error::Precondition {
+                            path: object.path.clone(),
+                            source: "its size or ETag changed while it was fetched".into(),
+                        })
+                    }
                     Ok(answer) => {
                         let mut stream = answer.into_stream();
                         loop {

@@ -1,6 +1,7 @@
 //! A hub inside a test: what its client asks for, how it misbehaves, and a place for what is fetched.
 #![allow(dead_code, unreachable_pub, reason = "each test uses a part of it")]
 
+use crate::apart;
 use sha2::{Digest, Sha256};
 use std::{
     collections::BTreeMap,
@@ -267,17 +268,7 @@ pub struct Place {
 impl Place {
     pub fn new(hub: &Hub) -> Self {
         let folder = tempfile::tempdir().unwrap();
-        let settings = Settings {
-            cache: folder.path().join("cache"),
-            offline: false,
-            hf_endpoint: format!("http://{}", hub.address),
-            hf_cache: folder.path().join("hf/hub"),
-            hf_token_file: folder.path().join("hf/token"),
-            hf_token: None,
-            home: None,
-            pip_args: Vec::new(),
-            objects: Vec::new(),
-        };
+        let settings = Settings { hf_endpoint: format!("http://{}", hub.address), ..apart::settings(folder.path()) };
         Self { folder, settings }
     }
 
