@@ -1,6 +1,6 @@
 //! From what the user calls a model to weights, tokenizer, template and end tokens: one way for every command.
 
-use crate::args::{ComputeName, DeviceArgs};
+use crate::args::{ComputeName, DeviceArgs, ModelArgs};
 use crate::device;
 use crate::error::{Error, Result};
 use crate::source::{self, Settings};
@@ -8,8 +8,9 @@ use crate::terminal;
 use serde_json::Value;
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
-use tunesmith_model::{AdapterFile, Checkpoint, GgufMetadata, Llama, Storage};
+use tunesmith_model::{AdapterConfig, AdapterFile, Checkpoint, Config, GgufMetadata, Llama, Storage};
 use tunesmith_text::{ChatTemplate, GgufVocabulary, Tokenizer};
+use tunesmith_train::config::ModelConfig;
 
 /// A model's files, looked at but with no weight read, and everything about its text.
 pub struct Opened {
@@ -23,6 +24,43 @@ pub struct Opened {
     pub tokenizer: Tokenizer,
     /// The chat template: the one given, else the model's own.
     pub template: Option<ChatTemplate>,
+    /// Ids of tokens that a configuration adds to the model's.
+    pub new_tokens: Vec<u32>,
+}
+
+/// Opens the model of a configuration, with the tokens that it adds or that its adapter has.
+///
+/// # Errors
+/// As [`open`]; a token that cannot be added.
+pub(crate) fn open_configured(model: &ModelConfig, settings: &Settings) -> Result<Opened> {
+    let mut opened = open(&model.source, model.chat_template.as_deref(), settings)?;
+    for (field, texts, special) in
+        [("model.add_special_tokens", &model.add_special_tokens, true), ("model.add_tokens", &model.add_tokens, false)]
+    {
+        if !texts.is_empty() {
+            let ids = opened.tokenizer.add_tokens(texts, special).map_err(|e| match e {
+                tunesmith_text::Error::Input(why) => Error::Input(format!("{field}: {why}")),
+                other => other.into(),
+            })?;
+            opened.new_tokens.extend(ids);
+        }
+    }
+    if let Some(folder) = &model.adapter {
+        opened.speak_as(folder, model.chat_template.as_deref())?;
+    }
+    Ok(opened)
+}
+
+/// Opens a model named on the command line, with the tokens that its adapter has.
+///
+/// # Errors
+/// As [`open`].
+pub(crate) fn open_with_adapter(args: &ModelArgs, settings: &Settings) -> Result<Opened> {
+    let mut opened = open(&args.model, args.chat_template.as_deref(), settings)?;
+    if let Some(adapter) = &args.adapter {
+        opened.speak_as(&resolve(adapter, settings)?.path, args.chat_template.as_deref())?;
+    }
+    Ok(opened)
 }
 
 /// Resolves `spec`, fetching it if need be, and opens its files.
@@ -40,8 +78,7 @@ pub fn open(spec: &str, chat_template: Option<&Path>, settings: &Settings) -> Re
         let text = std::fs::read_to_string(file).map_err(|e| Error::io("cannot read", file, e))?;
         tokenizer.set_chat_template(Some(text));
     }
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).ok().and_then(|d| i64::try_from(d.as_secs()).ok());
-    let template = ChatTemplate::of(&tokenizer, now)?;
+    let template = template_of(&tokenizer)?;
     let vocab = checkpoint.config().vocab_size;
     if tokenizer.vocab_size() > vocab {
         return Err(Error::Input(format!(
@@ -49,7 +86,19 @@ pub fn open(spec: &str, chat_template: Option<&Path>, settings: &Settings) -> Re
             tokenizer.vocab_size()
         )));
     }
-    Ok(Opened { spec: spec.to_owned(), origin: resolved.origin, checkpoint, tokenizer, template })
+    Ok(Opened {
+        spec: spec.to_owned(),
+        origin: resolved.origin,
+        checkpoint,
+        tokenizer,
+        template,
+        new_tokens: Vec::new(),
+    })
+}
+
+fn template_of(tokenizer: &Tokenizer) -> Result<Option<ChatTemplate>> {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).ok().and_then(|d| i64::try_from(d.as_secs()).ok());
+    Ok(ChatTemplate::of(tokenizer, now)?)
 }
 
 /// The tokenizer of `spec`: a model, or a folder that has a tokenizer and no model. With it the metadata of a GGUF file.
@@ -98,6 +147,29 @@ fn with_bar<T>(fetch: impl FnOnce(&mut dyn FnMut(source::Progress<'_>)) -> T) ->
 }
 
 impl Opened {
+    /// The model's configuration with rows for all tokens.
+    pub(crate) fn model(&self) -> Config {
+        let config = self.checkpoint.config();
+        Config { vocab_size: config.vocab_size.max(self.tokenizer.vocab_size()), ..config.clone() }
+    }
+
+    /// Takes over the tokenizer and the template that lie beside the adapter in `folder`, when the adapter has tokens of its
+    /// own; `template` was given by the user and stays.
+    fn speak_as(&mut self, folder: &Path, template: Option<&Path>) -> Result<()> {
+        // What else is wrong with the adapter is said where it is read whole.
+        let has_tokens = AdapterConfig::read(folder).is_ok_and(|config| !config.trainable_token_indices.is_empty());
+        if !has_tokens || !folder.join("tokenizer.json").exists() {
+            return Ok(());
+        }
+        let mut tokenizer = Tokenizer::from_folder(folder)?;
+        if template.is_some() {
+            tokenizer.set_chat_template(self.tokenizer.chat_template().map(str::to_owned));
+        }
+        self.template = template_of(&tokenizer)?;
+        self.tokenizer = tokenizer;
+        Ok(())
+    }
+
     /// Reads the weights; matrices are kept as `storage` says.
     ///
     /// # Errors

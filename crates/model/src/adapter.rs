@@ -8,6 +8,7 @@ use crate::{
     config::Fields,
     export::{Dtype, write_json, write_safetensors},
     import::{WeightFile, decode, few, read_text, safetensors_header},
+    token_rows::{self, TOKEN_MODULES, TokenIndices, token_rows_name},
 };
 use regex::Regex;
 use serde_json::{Map, Value, json};
@@ -86,6 +87,8 @@ pub struct AdapterConfig {
     pub alpha_pattern: BTreeMap<String, f64>,
     /// Scale by alpha / sqrt(r) instead of alpha / r.
     pub use_rslora: bool,
+    /// Tokens whose rows the adapter has, by matrix (`embed_tokens`, `lm_head`), ascending; PEFT's `trainable_token_indices`.
+    pub trainable_token_indices: TokenIndices,
     pub base_model_name_or_path: Option<String>,
     pub revision: Option<String>,
     pub task_type: Option<String>,
@@ -104,6 +107,7 @@ impl Default for AdapterConfig {
             rank_pattern: BTreeMap::new(),
             alpha_pattern: BTreeMap::new(),
             use_rslora: false,
+            trainable_token_indices: TokenIndices::new(),
             base_model_name_or_path: None,
             revision: None,
             task_type: Some("CAUSAL_LM".into()),
@@ -112,6 +116,19 @@ impl Default for AdapterConfig {
 }
 
 impl AdapterConfig {
+    /// Reads the config of the adapter in the folder `dir`.
+    ///
+    /// # Errors
+    /// As [`AdapterConfig::from_json`]; when there is none.
+    pub fn read(dir: &Path) -> Result<Self> {
+        let file = dir.join(CONFIG_FILE);
+        if !file.exists() {
+            let why = if dir.exists() { "it holds no adapter_config.json" } else { "no such folder" };
+            return Err(Error::Input(format!("{} is no adapter: {why}", dir.display())));
+        }
+        Self::from_json(&read_text(&file)?, &file.display().to_string())
+    }
+
     /// Reads `text`, the content of an `adapter_config.json` that messages call `file`. Unknown keys are passed over.
     ///
     /// # Errors
@@ -152,6 +169,7 @@ impl AdapterConfig {
             })?,
             alpha_pattern: pattern(&fields, "alpha_pattern", "a number", Value::as_f64)?,
             use_rslora: fields.flag("use_rslora")?,
+            trainable_token_indices: token_indices(&fields)?,
             base_model_name_or_path: fields.text("base_model_name_or_path")?.map(str::to_owned),
             revision: fields.text("revision")?.map(str::to_owned),
             task_type: fields.text("task_type")?.map(str::to_owned),
@@ -231,6 +249,14 @@ impl AdapterConfig {
         (if self.use_rslora { alpha / rank.sqrt() } else { alpha / rank }) as f32
     }
 
+    /// PEFT's two ways to write it: a list where only the embedding has rows, an object otherwise.
+    fn token_indices_json(&self) -> Value {
+        match self.trainable_token_indices.get("embed_tokens") {
+            Some(ids) if self.trainable_token_indices.len() == 1 => json!(ids),
+            _ => json!(self.trainable_token_indices),
+        }
+    }
+
     /// The `adapter_config.json`: sorted keys, and only those that PEFT has had for long, so that old readers accept it.
     pub fn to_json(&self) -> Value {
         let mut value = json!({
@@ -254,15 +280,49 @@ impl AdapterConfig {
             "revision": self.revision,
             "target_modules": self.target_modules.json(),
             "task_type": self.task_type,
+            "trainable_token_indices": self.token_indices_json(),
             "use_dora": false,
             "use_rslora": self.use_rslora,
         });
+        // Old readers refuse what they do not know: it is written where it says something.
+        if self.trainable_token_indices.is_empty()
+            && let Some(map) = value.as_object_mut()
+        {
+            map.remove("trainable_token_indices");
+        }
         if let Some(excluded) = &self.exclude_modules {
             value["exclude_modules"] = excluded.json();
         }
         value.sort_all_objects();
         value
     }
+}
+
+/// A list means the embedding, and a head that is tied to it.
+fn token_indices(fields: &Fields) -> Result<TokenIndices> {
+    const KEY: &str = "trainable_token_indices";
+    let wrong = |value: &Value| fields.wrong(KEY, value, "a list of token ids, or an object of such lists");
+    let ids = |value: &Value| {
+        let ids = value.as_array().and_then(|list| {
+            list.iter().map(|id| id.as_u64().and_then(|id| u32::try_from(id).ok())).collect::<Option<Vec<u32>>>()
+        });
+        ids.ok_or_else(|| wrong(value))
+    };
+    let mut indices = TokenIndices::new();
+    match fields.get(KEY) {
+        None => {}
+        Some(Value::Object(map)) => {
+            for (module, list) in map {
+                // PEFT takes full paths too.
+                let module = module.strip_prefix("model.").unwrap_or(module);
+                indices.insert(module.to_owned(), ids(list)?);
+            }
+        }
+        Some(list) => drop(indices.insert("embed_tokens".into(), ids(list)?)),
+    }
+    indices.retain(|_, ids| !ids.is_empty());
+    token_rows::check(&indices).map_err(|what| fields.error(&what))?;
+    Ok(indices)
 }
 
 /// PEFT declares alpha as an integer, and some readers insist.
@@ -329,7 +389,6 @@ fn check_supported(fields: &Fields) -> Result<()> {
         "use_bdlora",
         "modules_to_save",
         "layer_replication",
-        "trainable_token_indices",
         "target_parameters",
         "alora_invocation_tokens",
         "arrow_config",
@@ -361,6 +420,8 @@ pub struct AdapterFile {
     pub config: AdapterConfig,
     /// Module path (`model.layers.0.self_attn.q_proj`) to A \[r, in\] and B \[out, r\].
     pub tensors: BTreeMap<String, (Tensor, Tensor)>,
+    /// Rows [n, d] of the tokens of `trainable_token_indices`, by matrix.
+    pub token_rows: BTreeMap<String, Tensor>,
     path: PathBuf,
 }
 
@@ -371,12 +432,7 @@ impl AdapterFile {
     /// [`Error::Input`] when something is missing, damaged, contradictory or not supported; [`Error::Io`] when the
     /// machine fails.
     pub fn open(dir: &Path) -> Result<Self> {
-        let config_file = dir.join(CONFIG_FILE);
-        if !config_file.exists() {
-            let why = if dir.exists() { "it holds no adapter_config.json" } else { "no such folder" };
-            return Err(Error::Input(format!("{} is no adapter: {why}", dir.display())));
-        }
-        let config = AdapterConfig::from_json(&read_text(&config_file)?, &config_file.display().to_string())?;
+        let config = AdapterConfig::read(dir)?;
         let path = dir.join(WEIGHTS_FILE);
         if !path.exists() && dir.join("adapter_model.bin").exists() {
             return Err(Error::Input(format!(
@@ -387,7 +443,19 @@ impl AdapterFile {
         let file = WeightFile::open(path.clone())?;
         let shown = path.display();
         let mut halves: BTreeMap<String, [Option<Tensor>; 2]> = BTreeMap::new();
+        let mut token_rows = BTreeMap::new();
         for (name, stored) in safetensors_header(&file, 0)? {
+            if let Some(module) = rows_of(&name) {
+                let count = config.trainable_token_indices.get(module).map_or(0, Vec::len);
+                if stored.shape.len() != 2 || stored.shape[0] != count {
+                    return Err(Error::Input(format!(
+                        "{shown}: {name} has the shape {:?}, but {CONFIG_FILE} names {count} tokens of {module}",
+                        stored.shape
+                    )));
+                }
+                token_rows.insert(module.to_owned(), decode(&file, &name, &stored)?);
+                continue;
+            }
             let (module, half) = module_of(&name).ok_or_else(|| unknown_tensor(&path, &name))?;
             if stored.shape.len() != 2 {
                 return Err(Error::Input(format!("{shown}: {name} has the shape {:?}, not a matrix's", stored.shape)));
@@ -415,10 +483,13 @@ impl AdapterFile {
             }
             tensors.insert(module, (a, b));
         }
+        if let Some(module) = config.trainable_token_indices.keys().find(|module| !token_rows.contains_key(*module)) {
+            return Err(Error::Input(format!("{shown} has no {}, which {CONFIG_FILE} names", token_rows_name(module))));
+        }
         if tensors.is_empty() {
             return Err(Error::Input(format!("{shown} holds no tensors")));
         }
-        Ok(Self { config, tensors, path })
+        Ok(Self { config, tensors, token_rows, path })
     }
 
     /// Checks that the adapter was made for a model like `model`: every adapted module exists and has the right shape,
@@ -449,6 +520,20 @@ impl AdapterFile {
                 )));
             }
         }
+        for (module, rows) in &self.token_rows {
+            if module == "lm_head" && model.tie_word_embeddings {
+                return Err(Error::Input(format!(
+                    "{file} was made for another model: it has rows of lm_head, which is the embedding here"
+                )));
+            }
+            if rows.cols() != model.hidden_size {
+                return Err(Error::Input(format!(
+                    "{file} was made for another model: its rows of {module} have {} elements, but here they have {}",
+                    rows.cols(),
+                    model.hidden_size
+                )));
+            }
+        }
         let mut absent: Vec<&str> = shapes.keys().map(String::as_str).collect();
         absent.retain(|module| self.config.matches(module) && !self.tensors.contains_key(*module));
         if !absent.is_empty() {
@@ -460,6 +545,12 @@ impl AdapterFile {
         }
         Ok(())
     }
+}
+
+/// The matrix whose rows a tensor of this name has.
+fn rows_of(name: &str) -> Option<&'static str> {
+    let name = name.strip_suffix(".default").unwrap_or(name);
+    TOKEN_MODULES.into_iter().find(|module| name == token_rows_name(module))
 }
 
 /// Module path of a tensor name, and 0 for A or 1 for B.
@@ -498,7 +589,32 @@ pub fn save_adapter<'a, S: AsRef<str>>(
     config: &AdapterConfig,
     pairs: impl IntoIterator<Item = (S, &'a Tensor, &'a Tensor)>,
 ) -> Result<()> {
+    save_adapter_with_rows(dir, config, pairs, [])
+}
+
+/// As [`save_adapter`], with the rows [n, d] of the config's `trainable_token_indices` by matrix.
+///
+/// # Errors
+/// As [`save_adapter`]; rows that contradict the config.
+pub fn save_adapter_with_rows<'a, S: AsRef<str>>(
+    dir: &Path,
+    config: &AdapterConfig,
+    pairs: impl IntoIterator<Item = (S, &'a Tensor, &'a Tensor)>,
+    rows: impl IntoIterator<Item = (&'a str, &'a Tensor)>,
+) -> Result<()> {
     let mut tensors: BTreeMap<String, &Tensor> = BTreeMap::new();
+    let mut missing = config.trainable_token_indices.clone();
+    for (module, rows) in rows {
+        let count = missing.remove(module).map_or(0, |ids| ids.len());
+        if rows.rows() != count {
+            let have = rows.rows();
+            return Err(Error::Failure(format!("{module} has {have} rows of tokens, but the config names {count}")));
+        }
+        tensors.insert(token_rows_name(module), rows);
+    }
+    if let Some(module) = missing.keys().next() {
+        return Err(Error::Failure(format!("the rows of tokens of {module} are missing")));
+    }
     for (module, a, b) in pairs {
         let module = module.as_ref();
         let rank = config.rank_for(module);

@@ -15,6 +15,13 @@ impl Llama {
             let message = "trains, and what trains cannot be rounded to 8 bits; compute in f32, or train an adapter";
             return Err(Error::Input(format!("{} {message}", p.name)));
         }
+        if !self.token_rows.is_empty() {
+            return Err(Error::Input(
+                "the adapter has rows of added tokens, which are not rounded to 8 bits; compute in f32, or merge the adapter \
+                 first"
+                    .into(),
+            ));
+        }
         let mut weights: Vec<usize> = self.linears().map(|l| l.weight).collect();
         if self.head == self.embed {
             let head = Int8Weight::new(&self.parameters[self.head].value.to_tensor(), backward);

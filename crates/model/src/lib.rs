@@ -16,8 +16,9 @@ pub mod llama;
 mod lora;
 pub mod memory;
 mod sequences;
+pub mod token_rows;
 
-pub use adapter::{AdapterConfig, AdapterFile, Modules, save_adapter};
+pub use adapter::{AdapterConfig, AdapterFile, Modules, save_adapter, save_adapter_with_rows};
 pub use batch::{Batch, largest_part};
 pub use cache::KvCache;
 pub use config::{Config, Rope, RopeScaling};

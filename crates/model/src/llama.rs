@@ -8,6 +8,7 @@ mod layer;
 mod placement;
 pub(crate) mod together;
 
+use crate::token_rows::TokenRows;
 use crate::{Checkpoint, Config, Recompute, Result, Storage, batch::Batch};
 use layer::{ForwardBuffers, KeptActivations, Masks, Pass};
 use rayon::prelude::*;
@@ -88,6 +89,8 @@ pub struct Llama {
     pub(crate) int8_head: Option<Weight>,
     frequencies: Vec<f32>,
     pub(crate) adapter: Option<crate::AdapterConfig>,
+    /// Rows of the embedding and of the head that the adapter has.
+    pub(crate) token_rows: Vec<TokenRows>,
     adapter_enabled: bool,
 }
 
@@ -321,6 +324,7 @@ impl Llama {
             int8_head: None,
             frequencies,
             adapter: None,
+            token_rows: Vec::new(),
             adapter_enabled: true,
             parameters,
         }
@@ -359,6 +363,7 @@ impl Llama {
     /// Turns the attached adapter off (the model is then the base model, to the bit) or on again.
     pub fn enable_adapter(&mut self, enabled: bool) {
         self.adapter_enabled = enabled;
+        self.place_token_rows(enabled);
     }
 
     fn heads(&self) -> attention::Heads {
@@ -443,11 +448,19 @@ impl Llama {
         let Workspace { inputs_td, layers, made, dropped, .. } = ws;
         let Workspace { stream_td, angles, h_nd, rstd_n, normed_nd, losses, head, back, .. } = ws;
         let targets = &batch.targets;
+        // Rows of their own are parameters behind the matrices.
+        let (matrices, others) = gradients.tensors.split_at_mut(self.head.max(self.embed) + 1);
+        let head_rows = self.token_rows.iter().find(|rows| rows.matrix == self.head);
+        let d_rows = head_rows.and_then(|rows| {
+            let d_w = others[rows.rows - matrices.len()].as_mut()?;
+            Some(linear_cross_entropy::HeadRows { ids: &rows.ids, d_w })
+        });
         let sums = linear_cross_entropy::Gradients {
             scale: options.scale,
             weights: batch.weights(),
             d_h: &mut back.d_normed_nd,
-            d_w: gradients.tensors[self.head].as_mut(),
+            d_w: matrices[self.head].as_mut(),
+            d_rows,
         };
         let smoothing = options.label_smoothing;
         linear_cross_entropy::forward_backward(normed_nd, self.head_weight(), targets, smoothing, head, losses, sums);
@@ -480,11 +493,17 @@ impl Llama {
         if let Some(d_table) = gradients.tensors[self.embed].as_mut() {
             embedding::backward(&back.d_stream_td, &batch.ids, d_table);
         }
+        if let Some(rows) = self.token_rows.iter().find(|rows| rows.matrix == self.embed)
+            && let Some(d_rows) = gradients.tensors[rows.rows].as_mut()
+        {
+            embedding::backward_rows(&back.d_stream_td, &batch.ids, &rows.ids, d_rows);
+        }
     }
 
     /// Nothing below this layer trains, so the backward pass may stop there.
     fn lowest_trained_layer(&self) -> usize {
-        if self.parameters[self.embed].trained {
+        let rows = self.token_rows.iter().find(|rows| rows.matrix == self.embed);
+        if self.parameters[self.embed].trained || rows.is_some_and(|rows| self.parameters[rows.rows].trained) {
             return 0;
         }
         let trains = |i: usize| self.parameters[i].trained;

@@ -41,6 +41,7 @@ impl Llama {
                 self.push_pair(i, module, a, b, &config, trained);
             }
         }
+        self.attach_token_rows(file.token_rows, &config.trainable_token_indices, trained)?;
         self.adapter = Some(config);
         Ok(())
     }
@@ -143,6 +144,7 @@ impl Llama {
         if self.computes_int8() {
             return Err(crate::int8::values_are_gone("the base model"));
         }
+        self.enable_adapter(true);
         if self.adapter.take().is_none() {
             return Err(Error::Input("there is no adapter to merge".into()));
         }
@@ -161,6 +163,8 @@ impl Llama {
                 self.parameters[weight].value = merged.into();
             }
         }
+        // Rows of tokens are in their matrices already.
+        self.token_rows.clear();
         self.parameters.retain(|p| !p.name.starts_with("base_model."));
         Ok(())
     }

@@ -238,6 +238,7 @@ fn cross_entropy_forward_backward(bencher: Bencher<'_, '_>, head_trains: bool) {
             weights: None,
             d_h: &mut d_h,
             d_w: head_trains.then_some(&mut d_w),
+            d_rows: None,
         };
         linear_cross_entropy::forward_backward(black_box(&h), &w, &targets, 0.0, &mut scratch, &mut loss, gradients);
     });

@@ -11,6 +11,7 @@ use std::{
     path::Path,
     sync::{Arc, OnceLock},
 };
+use tokenizers::AddedToken;
 
 /// The texts of a tokenizer's special tokens, as a chat template sees them.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
@@ -142,6 +143,41 @@ impl Tokenizer {
             chat_template,
             model_max_length: None,
         })
+    }
+
+    /// Adds tokens behind the vocabulary and returns their ids. They are recognised wherever they stand in a text; `special` ones
+    /// can be left out when ids become text. After an error the tokenizer is what it was.
+    ///
+    /// # Errors
+    /// A token that is empty, given twice, or in the vocabulary already.
+    pub fn add_tokens(&mut self, texts: &[String], special: bool) -> Result<Vec<u32>> {
+        let mut inner = (*self.inner).clone();
+        let mut ids = Vec::new();
+        for (at, text) in texts.iter().enumerate() {
+            if text.trim().is_empty() {
+                return Err(Error::Input(format!("{text:?} cannot be added as a token: it has nothing but blanks")));
+            }
+            if texts[..at].contains(text) {
+                return Err(Error::Input(format!("{text:?} is given twice; take one out of the list")));
+            }
+            if let Some(id) = inner.token_to_id(text) {
+                return Err(Error::Input(format!(
+                    "{text:?} cannot be added as a token: it is one already (id {id}); take it out of the list"
+                )));
+            }
+            let token = AddedToken::from(text.as_str(), special).normalized(false);
+            let added = if special { inner.add_special_tokens([token]) } else { inner.add_tokens([token]) };
+            added.map_err(failure)?;
+            let id = inner.token_to_id(text).filter(|id| *id as usize >= self.vocab_size);
+            ids.push(id.ok_or_else(|| Error::Failure(format!("the tokenizer did not take the token {text:?}")))?);
+        }
+        self.vocab_size = ids.iter().max().map_or(self.vocab_size, |&highest| highest as usize + 1);
+        let added = inner.get_added_vocabulary().get_added_tokens_decoder();
+        self.is_added = (0..self.vocab_size as u32).map(|id| added.contains_key(&id)).collect();
+        self.inner = Arc::new(inner);
+        // Made again for the new vocabulary; clones made before keep theirs.
+        self.bulk = Arc::default();
+        Ok(ids)
     }
 
     /// Token ids of `text`. Special tokens written out in the text are recognised; `add_special` also adds those that
@@ -466,6 +502,38 @@ mod tests {
         fs::write(folder.path().join("tokenizer_config.json"), "[]").unwrap();
         let text = Tokenizer::from_folder(folder.path()).unwrap_err().to_string();
         assert!(text.contains("tokenizer_config.json") && text.contains("JSON object"), "{text}");
+    }
+
+    #[test]
+    fn added_tokens_follow_the_vocabulary_and_are_kept() {
+        for (mut tokenizer, has_encoder) in [(tokenizer(), true), (llama_tokenizer(), false)] {
+            let (size, without) = (tokenizer.vocab_size() as u32, tokenizer.fingerprint().unwrap());
+            let ids = tokenizer.add_tokens(&["<|call|>".into()], true).unwrap();
+            assert_eq!(ids, [size]);
+            let ids = tokenizer.add_tokens(&["frobnicate".into(), "東京".into()], false).unwrap();
+            assert_eq!(ids, [size + 1, size + 2]);
+            assert_eq!(tokenizer.vocab_size() as u32, size + 3);
+            let text = "he frobnicate<|call|>東京";
+            let folder = tempfile::tempdir().unwrap();
+            tokenizer.save(folder.path()).unwrap();
+            let read = Tokenizer::from_folder(folder.path()).unwrap();
+            for tokenizer in [&tokenizer, &read] {
+                let found = tokenizer.encode(text, false).unwrap();
+                assert_eq!(found.iter().filter(|id| **id >= size).count(), 3, "{found:?}");
+                assert_eq!(tokenizer.for_bulk().is_ok(), has_encoder);
+                assert_eq!(tokenizer.encode(text, false).unwrap(), found);
+                assert!(tokenizer.decode(&found, true).unwrap().ends_with("frobnicate東京"));
+            }
+            // Prepared data are known by this: with other tokens they are other data.
+            assert_eq!(read.fingerprint().unwrap(), tokenizer.fingerprint().unwrap());
+            assert_ne!(read.fingerprint().unwrap(), without);
+            let mut refused =
+                |texts: [&str; 2]| tokenizer.add_tokens(&texts.map(str::to_owned), false).unwrap_err().to_string();
+            assert!(refused(["new", "<|call|>"]).contains("it is one already"));
+            assert!(refused(["new", " "]).contains("nothing but blanks"));
+            assert!(refused(["new", "new"]).contains("given twice"));
+            assert_eq!(tokenizer.token_to_id("new").filter(|id| *id >= size), None);
+        }
     }
 
     #[test]

@@ -14,7 +14,8 @@ use std::collections::{BTreeMap, HashMap};
 use std::fs::{self, File};
 use std::io::{Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
-use tunesmith_model::{AdapterFile, Checkpoint, Llama, SaveOptions, save_adapter, save_model};
+use tunesmith_model::token_rows::token_rows_name;
+use tunesmith_model::{AdapterFile, Checkpoint, Llama, SaveOptions, save_adapter_with_rows, save_model};
 use tunesmith_tensor::{MappedFile, Tensor};
 use tunesmith_text::{BlockStream, Tokenizer};
 
@@ -66,7 +67,10 @@ impl Contents<'_> {
     /// About how many bytes the checkpoint takes on the disk, rounded up.
     fn num_bytes(&mut self) -> u64 {
         let weights: usize = match self.model.adapter() {
-            Some(_) => self.model.adapter_tensors().map(|(_, a, b)| a.len() + b.len()).sum(),
+            Some(_) => {
+                let rows: usize = self.model.adapter_token_rows().map(|(_, rows)| rows.len()).sum();
+                rows + self.model.adapter_tensors().map(|(_, a, b)| a.len() + b.len()).sum::<usize>()
+            }
             None => self.model.num_params(),
         };
         let moments: usize = match &mut self.training {
@@ -120,7 +124,9 @@ pub fn save(to: &Path, mut contents: Contents<'_>) -> Result<()> {
     match contents.model.adapter() {
         Some(config) => {
             let tensors: Vec<_> = contents.model.host_adapter_tensors().collect();
-            save_adapter(&folder, config, tensors.iter().map(|(module, a, b)| (*module, &**a, &**b)))?;
+            let rows: Vec<_> = contents.model.adapter_token_rows().collect();
+            let pairs = tensors.iter().map(|(module, a, b)| (*module, &**a, &**b));
+            save_adapter_with_rows(&folder, config, pairs, rows.iter().map(|(module, rows)| (*module, &**rows)))?;
         }
         None => {
             let model = contents.model;
@@ -261,7 +267,11 @@ pub fn restore_weights(folder: &Path, model: &mut Llama) -> Result<()> {
     let mut adapter: HashMap<String, Tensor> = HashMap::new();
     let mut base = None;
     if model.adapter().is_some() {
-        for (module, (a, b)) in AdapterFile::open(folder)?.tensors {
+        let file = AdapterFile::open(folder)?;
+        for (module, rows) in file.token_rows {
+            adapter.insert(token_rows_name(&module), rows);
+        }
+        for (module, (a, b)) in file.tensors {
             adapter.insert(format!("base_model.model.{module}.lora_A.weight"), a);
             adapter.insert(format!("base_model.model.{module}.lora_B.weight"), b);
         }
@@ -286,6 +296,7 @@ pub fn restore_weights(folder: &Path, model: &mut Llama) -> Result<()> {
             }
         }
     }
+    model.place_token_rows(true);
     Ok(())
 }
 

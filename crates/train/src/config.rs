@@ -122,6 +122,11 @@ pub struct ModelConfig {
     pub adapter: Option<PathBuf>,
     /// File of a Jinja chat template to use instead of the model's own.
     pub chat_template: Option<PathBuf>,
+    /// Special tokens to add to the vocabulary, such as `["<|call|>"]`: never cut into pieces, and left out of generated text.
+    /// The embedding and the head get rows for them, which begin at the mean of all rows and train with either method.
+    pub add_special_tokens: Vec<String>,
+    /// Other tokens to add in the same way: words that are to be one token.
+    pub add_tokens: Vec<String>,
     /// How the frozen matrices are kept in memory: `f32` (the fastest), `stored` (as the file has them: 16-bit floats, blocks
     /// of a GGUF file; the same results for less memory) or `nf4` (rounded to 4 bits when loaded: QLoRA).
     #[schemars(with = "String")]
@@ -452,6 +457,29 @@ impl Config {
                 "method = \"full\" changes the weights, which int8 rounds; use compute = \"f32\" or method = \"lora\"",
             );
         }
+        if let Some(token) = self.model.add_special_tokens.iter().chain(&self.model.add_tokens).next() {
+            let field =
+                if self.model.add_special_tokens.is_empty() { "model.add_tokens" } else { "model.add_special_tokens" };
+            let value = format!("[{token:?}, ...]");
+            if self.model.adapter.is_some() {
+                return fail(
+                    field,
+                    value,
+                    "with model.adapter the tokens are those that it was trained with; merge it first, and add tokens to \
+                     the merged model",
+                );
+            }
+            if self.method == Method::Lora && self.device.starts_with("cuda") {
+                return fail(
+                    field,
+                    value,
+                    "an adapter's rows of tokens train on the processor only; use device = \"cpu\", or method = \"full\"",
+                );
+            }
+            if self.compute == Compute::Int8 {
+                return fail(field, value, "rows of added tokens are not rounded to 8 bits; use compute = \"f32\"");
+            }
+        }
         let is_gpu = self.device.strip_prefix("cuda:").is_some_and(|number| number.parse::<usize>().is_ok());
         if !is_gpu && self.device != "cpu" && self.device != "auto" {
             return fail(
@@ -622,6 +650,17 @@ mod tests {
         }
         let text = error(MINIMAL, &["data.streaming=true"]);
         assert!(text.contains("training.max_steps = -1 is not allowed") && text.contains("data.streaming"), "{text}");
+        for (more, says) in [
+            ("model.adapter=a", "merge it first"),
+            ("device=cuda:0", "use device = \"cpu\""),
+            ("compute=int8", "use compute = \"f32\""),
+        ] {
+            let message = error(MINIMAL, &["model.add_tokens=[\"x\"]", more]);
+            assert!(
+                message.contains("model.add_tokens = [\"x\", ...] is not allowed") && message.contains(says),
+                "{message}"
+            );
+        }
         assert!(error(MINIMAL, &["model.storage=q5"]).contains("unknown variant `q5`"));
         assert!(error(MINIMAL, &["model.storage=nf4", "method=full"]).contains("model.storage = nf4 is not allowed"));
         assert!(error(MINIMAL, &["compute=int4"]).contains("int4"));

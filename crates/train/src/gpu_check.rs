@@ -256,6 +256,7 @@ impl Lab<'_> {
                 weights: Some(&weights),
                 d_h: &mut d_h,
                 d_w: Some(&mut d_w),
+                d_rows: None,
             };
             linear_cross_entropy::forward_backward(&x[0], &weight, &targets, 0.1, &mut scratch, &mut loss, gradients);
             vec![Tensor::from_slice(&[loss.len()], &loss), d_h, d_w]

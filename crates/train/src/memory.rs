@@ -236,6 +236,8 @@ impl Inputs<'_> {
             for a in adapter_ranks(model, adapter) {
                 trained.extend(a.shape.map(|extent| a.rank * extent));
             }
+            let rows = adapter.trainable_token_indices.values();
+            trained.extend(rows.map(|ids| ids.len() * model.hidden_size));
             adapters = trained.iter().map(|len| self.place.trained_weight(*len)).sum();
         }
         if self.config.method == Method::Full {

@@ -201,6 +201,7 @@ impl AdamW {
                 }
             }
         }
+        model.place_token_rows(true);
     }
 
     /// Updates made so far.

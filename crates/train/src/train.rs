@@ -83,7 +83,8 @@ pub struct Outcome {
     pub elapsed_s: f64,
 }
 
-/// The adapter that trains as `config` says, if one does: a new one on the model named `base`, or a saved one.
+/// The adapter that trains as `config` says, if one does: a new one on the model named `base`, or a saved one. The rows of added
+/// tokens are not in it yet ([`Llama::train_tokens`]).
 ///
 /// # Errors
 /// When a saved adapter cannot be read.
@@ -106,15 +107,24 @@ pub fn adapter_config(config: &Config, base: &str) -> Result<Option<AdapterConfi
     }
 }
 
-/// Makes train in `model` what `config` says: every weight, a new adapter, or an adapter that was saved before.
+/// Makes train in `model` what `config` says: every weight, a new adapter, or an adapter that was saved before; and the rows of
+/// `new_tokens`, which have been added to the vocabulary.
 ///
 /// # Errors
 /// When the adapter's targets match nothing, or a saved one does not fit the model.
-pub fn prepare_model(config: &Config, base: &str, model: &mut Llama) -> Result<()> {
+pub fn prepare_model(config: &Config, base: &str, new_tokens: &[u32], model: &mut Llama) -> Result<()> {
     match (&config.model.adapter, adapter_config(config, base)?) {
-        (_, None) => model.train_all(),
+        (_, None) => {
+            model.add_tokens(new_tokens)?;
+            model.train_all();
+        }
         (Some(folder), Some(_)) => model.attach_adapter(AdapterFile::open(folder)?, true)?,
-        (None, Some(adapter)) => model.add_adapter(&adapter, config.seed)?,
+        (None, Some(adapter)) => {
+            model.add_adapter(&adapter, config.seed)?;
+            if !new_tokens.is_empty() {
+                model.train_tokens(new_tokens)?;
+            }
+        }
     }
     if config.compute == Compute::Int8 {
         model.compute_int8(true)?;

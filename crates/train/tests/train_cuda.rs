@@ -49,7 +49,7 @@ fn run(config: &Config, device: &Device, resume: bool) -> Outcome {
     let data = config.output_dir.join("data");
     let report: Report = prepare(&data, &config.data, &tokenizer, template.as_ref(), &mut |_| ()).unwrap();
     let mut model = Llama::load(&Checkpoint::open(&folder).unwrap(), Storage::F32, |_, _| ()).unwrap();
-    prepare_model(config, "tiny", &mut model).unwrap();
+    prepare_model(config, "tiny", &[], &mut model).unwrap();
     let job = Job {
         config,
         model: &mut model,

@@ -138,7 +138,7 @@ fn curve(folder: &Path, name: &str, sets: &[&str]) -> Vec<(f64, f64, u64)> {
     let data = output.join("data");
     let report = prepare(&data, &config.data, &tokenizer, template.as_ref(), &mut |_| ()).unwrap();
     let mut llama = Llama::load(&Checkpoint::open(&model).unwrap(), Storage::F32, |_, _| ()).unwrap();
-    prepare_model(&config, "tiny", &mut llama).unwrap();
+    prepare_model(&config, "tiny", &[], &mut llama).unwrap();
     let job = Job {
         config: &config,
         model: &mut llama,

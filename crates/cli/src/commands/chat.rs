@@ -89,7 +89,7 @@ impl Conversation {
 }
 
 pub(crate) fn run(args: &ChatArgs, settings: &Settings) -> Result<()> {
-    let opened = load::open(&args.model.model, args.model.chat_template.as_deref(), settings)?;
+    let opened = load::open_with_adapter(&args.model, settings)?;
     let sampling = sampling(&args.sampling, opened.checkpoint.generation_config())?;
     let end_tokens = opened.end_tokens()?;
     let template = opened.template()?;

@@ -11,10 +11,10 @@ use tunesmith_text::{Check, Diagnosis, examine};
 
 pub(crate) fn run(args: &DoctorArgs, settings: &Settings) -> Result<ExitCode> {
     let config = prepare::load_config(&args.config, &args.set)?;
-    let opened = load::open(&config.model.source, config.model.chat_template.as_deref(), settings)?;
+    let opened = load::open_configured(&config.model, settings)?;
     let options = prepare::local(&config.data, settings)?;
     let bar = terminal::bytes_bar("looking at all rows");
-    let rows = opened.checkpoint.config().vocab_size;
+    let rows = opened.model().vocab_size;
     let found = examine(&options, &opened.tokenizer, opened.template.as_ref(), rows, &mut |p| prepare::show(&bar, p));
     bar.finish_and_clear();
     let found = found?;

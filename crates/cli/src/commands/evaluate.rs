@@ -47,7 +47,7 @@ pub(crate) struct Evaluation {
 
 pub(crate) fn run(args: &EvaluateArgs, settings: &Settings) -> Result<()> {
     device::check(&args.device)?;
-    let opened = load::open(&args.model.model, args.model.chat_template.as_deref(), settings)?;
+    let opened = load::open_with_adapter(&args.model, settings)?;
     let folder = tempfile::tempdir().map_err(|e| Error::io("cannot create a folder in", &std::env::temp_dir(), e))?;
     let split = data(args, &opened, folder.path(), settings)?;
     let prompts = prompts(&split, &opened.tokenizer, args.samples)?;

@@ -50,7 +50,7 @@ pub(crate) fn run(args: &GenerateArgs, settings: &Settings) -> Result<()> {
         (None, Some("-")) => vec![from_stdin()?],
         (None, prompt) => vec![prompt.unwrap_or_default().to_owned()],
     };
-    let opened = load::open(&args.model.model, args.model.chat_template.as_deref(), settings)?;
+    let opened = load::open_with_adapter(&args.model, settings)?;
     let sampling = sampling(&args.sampling, opened.checkpoint.generation_config())?;
     let end_tokens = opened.end_tokens()?;
     let encode = |prompt: &String| {

@@ -1,20 +1,26 @@
 //! `tunesmith merge`: an adapter into its base model, as a Hugging Face folder.
 
-use crate::args::{DtypeName, MergeArgs};
+use crate::args::{DtypeName, MergeArgs, ModelArgs};
 use crate::error::{Error, Result};
 use crate::load::{self, Opened};
 use crate::source::Settings;
 use crate::terminal;
 use std::borrow::Cow;
 use std::fs;
-use tunesmith_model::{AdapterFile, Dtype, SaveOptions, save_model};
+use tunesmith_model::token_rows::{TOKEN_MODULES, grown, vocabulary_for};
+use tunesmith_model::{AdapterFile, Config, Dtype, SaveOptions, save_model};
 use tunesmith_tensor::ops::linear;
 use tunesmith_text::Tokenizer;
 
 pub(crate) fn run(args: &MergeArgs, settings: &Settings) -> Result<()> {
-    let opened = load::open(&args.model, None, settings)?;
-    let adapter = AdapterFile::open(&load::resolve(&args.adapter, settings)?.path)?;
+    let folder = load::resolve(&args.adapter, settings)?.path;
+    let adapter = AdapterFile::open(&folder)?;
+    let model = ModelArgs { model: args.model.clone(), adapter: Some(args.adapter.clone()), chat_template: None };
+    let opened = load::open_with_adapter(&model, settings)?;
     let checkpoint = &opened.checkpoint;
+    let old = checkpoint.config();
+    let vocab_size = vocabulary_for(&adapter.config.trainable_token_indices, old.vocab_size);
+    let config = Config { vocab_size, ..old.clone() };
     adapter.check_against(checkpoint.config())?;
     let dtype = match args.dtype {
         DtypeName::F32 => Dtype::F32,
@@ -35,15 +41,24 @@ pub(crate) fn run(args: &MergeArgs, settings: &Settings) -> Result<()> {
             let scale = adapter.config.scaling_for(module);
             linear::matmul_input_gradient(b, a, scale, &mut weight, linear::Into::Accumulate);
         }
+        if vocab_size > old.vocab_size && weight.shape() == [old.vocab_size, old.hidden_size] && is_token_matrix(name) {
+            weight = grown(&weight, vocab_size);
+        }
+        let rows = adapter.token_rows.iter().find(|(matrix, _)| ends_with_matrix(name, matrix));
+        if let Some((matrix, rows)) = rows {
+            for (row, id) in adapter.config.trainable_token_indices[matrix].iter().enumerate() {
+                weight.row_mut(*id as usize).copy_from_slice(rows.row(row));
+            }
+        }
         bar.inc(1);
         Ok(Cow::Owned(weight))
     };
     let options = SaveOptions { dtype, extra_files: &files, ..SaveOptions::default() };
-    let saved = save_model(&args.out, checkpoint.config(), checkpoint.generation_config(), weight, &options);
+    let saved = save_model(&args.out, &config, checkpoint.generation_config(), weight, &options);
     bar.finish_and_clear();
     saved?;
 
-    let params = checkpoint.config().num_params();
+    let params = config.num_params();
     println!(
         "{}: {} weights ({}, {}), {} of them changed by {}; {} tensors and the tokenizer",
         args.out.display(),
@@ -64,9 +79,20 @@ pub(crate) fn run(args: &MergeArgs, settings: &Settings) -> Result<()> {
     Ok(())
 }
 
-/// Number of base weights that the adapter adds to.
+/// Whether a weight has a row for each token.
+fn is_token_matrix(name: &str) -> bool {
+    TOKEN_MODULES.iter().any(|matrix| ends_with_matrix(name, matrix))
+}
+
+/// Whether `name` is the weight of the module `matrix`.
+fn ends_with_matrix(name: &str, matrix: &str) -> bool {
+    name.strip_suffix(".weight").is_some_and(|path| path == matrix || path.ends_with(&format!(".{matrix}")))
+}
+
+/// Number of weights that the adapter adds to or replaces.
 fn changed(adapter: &AdapterFile) -> usize {
-    adapter.tensors.values().map(|(a, b)| a.cols() * b.rows()).sum()
+    let rows: usize = adapter.token_rows.values().map(|rows| rows.len()).sum();
+    rows + adapter.tensors.values().map(|(a, b)| a.cols() * b.rows()).sum::<usize>()
 }
 
 /// The tokenizer's files, so that they are in the folder from its first moment on.

@@ -10,6 +10,7 @@ use serde::Serialize;
 use std::path::Path;
 use std::time::Instant;
 use tunesmith_model::memory::{AdapterRank, adapter_ranks};
+use tunesmith_model::token_rows::token_indices;
 use tunesmith_model::{AdapterConfig, Batch, Config as Model, Gradients, Llama, LossOptions, Storage, Workspace};
 use tunesmith_tensor::{Device, num_threads, rng::Rng};
 use tunesmith_text::{Message, PreparedSplit, Report, Split};
@@ -26,7 +27,7 @@ const GROWTH: u64 = 8_000_000;
 pub(crate) fn run(args: &PlanArgs, settings: &Settings) -> Result<()> {
     let config = super::prepare::load_config(&args.config, &args.set)?;
     config.check_trainable()?;
-    let opened = load::open(&config.model.source, config.model.chat_template.as_deref(), settings)?;
+    let opened = load::open_configured(&config.model, settings)?;
     let folder = config.output_dir.join("data");
     let data = super::prepare::prepare(&config.data, &opened, &folder, settings)?;
     // A plan needs no GPU, only the time of a step does.
@@ -37,9 +38,9 @@ pub(crate) fn run(args: &PlanArgs, settings: &Settings) -> Result<()> {
     };
     let on_gpu = !matches!(device, Ok(Device::Cpu));
     let facts = Facts::gather(&config, &opened, &data, &folder, on_gpu)?;
-    let settled = facts.settle(&config, &opened, false)?;
+    let settled = facts.settle(&config, false)?;
     let time = match device {
-        Ok(device) => Some(facts.measure(&settled, opened.checkpoint.config(), &device)?),
+        Ok(device) => Some(facts.measure(&settled, &facts.model, &device)?),
         Err(reason) => {
             eprintln!("the time of a step is not known, since {} cannot be used: {reason}", config.device);
             None
@@ -62,6 +63,8 @@ pub(crate) fn run(args: &PlanArgs, settings: &Settings) -> Result<()> {
 
 /// What planning knows of a run besides its configuration: nothing here needs the weights.
 pub(crate) struct Facts {
+    /// The model with rows for added tokens.
+    model: Model,
     adapter: Option<AdapterConfig>,
     data: DataShape,
     /// Part of the tokens that carry loss.
@@ -116,8 +119,28 @@ impl Facts {
             (weights, loading, baseline) = (bytes, 0, 0);
             other_weights = other_weights.map(|(other, _)| (other, on(other).0));
         }
+        let model = opened.model();
+        let mut adapter = adapter_config(config, &opened.base_name())?;
+        if let Some(adapter) = adapter.as_mut().filter(|_| !opened.new_tokens.is_empty()) {
+            adapter.trainable_token_indices = token_indices(&model, &opened.new_tokens);
+        }
+        let rows = adapter.as_ref().map_or(0, |adapter| adapter.trainable_token_indices.len());
+        let grown = model.vocab_size > checkpoint.config().vocab_size;
+        let all = if model.tie_word_embeddings { 1 } else { 2 };
+        let matrices = if grown { all } else { rows };
+        // Added tokens are refused for a GPU.
+        if matrices > 0 && !on_gpu {
+            // They become dense, and one after the other is there twice while it grows.
+            let matrix = 4 * (model.vocab_size * model.hidden_size) as u64;
+            let with_rows = |storage, bytes: u64| {
+                bytes - checkpoint.token_matrix_bytes(storage, matrices) + matrices as u64 * matrix
+            };
+            weights = with_rows(storage, weights);
+            other_weights = other_weights.map(|(other, bytes)| (other, with_rows(other, bytes)));
+            loading = loading.max(matrix);
+        }
         Ok(Self {
-            adapter: adapter_config(config, &opened.base_name())?,
+            adapter,
             data: DataShape::of(config, &train?, &validation?)?,
             place,
             trained_share: match config.data.streaming {
@@ -128,6 +151,7 @@ impl Facts {
                 }
             },
             weights,
+            model,
             other_weights: other_weights.to_vec(),
             loading,
             baseline,
@@ -156,14 +180,14 @@ impl Facts {
     ///
     /// # Errors
     /// When nothing fits below the limit.
-    pub(crate) fn settle(&self, config: &Config, opened: &Opened, resume: bool) -> Result<Settled> {
-        let inputs = self.inputs(config, opened.checkpoint.config());
+    pub(crate) fn settle(&self, config: &Config, resume: bool) -> Result<Settled> {
+        let inputs = self.inputs(config, &self.model);
         let asked = inputs.plan();
         let Some(limit) = config.memory_limit() else {
             return Ok(Settled { config: config.clone(), plan: asked, place: self.place, chosen: None });
         };
         if let Some(config) = resume.then(|| as_begun(config)).flatten() {
-            let plan = self.inputs(&config, opened.checkpoint.config()).plan();
+            let plan = self.inputs(&config, &self.model).plan();
             return Ok(Settled { config, plan, place: self.place, chosen: None });
         }
         let plan = inputs.fit(limit)?;

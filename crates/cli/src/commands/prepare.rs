@@ -28,7 +28,7 @@ pub(crate) fn run(args: &PrepareArgs, settings: &Settings) -> Result<()> {
         Some(file) => load_config(file, &overrides)?,
         None => Config::parse("", "the command line", &overrides)?,
     };
-    let opened = load::open(&config.model.source, config.model.chat_template.as_deref(), settings)?;
+    let opened = load::open_configured(&config.model, settings)?;
     let out = args.out.clone().unwrap_or_else(|| config.output_dir.join("data"));
     let report = prepare(&config.data, &opened, &out, settings)?;
     if let Some(n) = args.preview {

@@ -21,7 +21,7 @@ use tunesmith_train::config::{Compute, Config, Method};
 use tunesmith_train::memory::format_bytes;
 use tunesmith_train::metrics::{MetricRecord, read_metrics};
 use tunesmith_train::report::{self, ModelFacts, RunReport, SplitCounts};
-use tunesmith_train::train::{Event, Job, Outcome, prepare_model, train};
+use tunesmith_train::train::{Event, Job, Outcome, adapter_config, prepare_model, train};
 
 /// Tokens of a side-by-side sample in the report.
 const SAMPLE_TOKENS: usize = 80;
@@ -33,7 +33,7 @@ static STOP: AtomicBool = AtomicBool::new(false);
 
 pub(crate) fn run(args: &TrainArgs, settings: &Settings) -> Result<()> {
     let config = super::prepare::load_config(&args.config, &args.set)?;
-    let opened = load::open(&config.model.source, config.model.chat_template.as_deref(), settings)?;
+    let opened = load::open_configured(&config.model, settings)?;
     let done = train_and_report(&config, &opened, args.resume, settings)?;
     let model = &config.model.source;
     match config.method {
@@ -63,11 +63,17 @@ pub(crate) fn train_and_report(config: &Config, opened: &Opened, resume: bool, s
     }
     // Before the data, which may take long.
     let device = device::choose(&config.device, settings)?;
+    if device.gpu().is_some() && trains_token_rows(config, opened)? {
+        return Err(Error::Input(format!(
+            "device = {:?} chose a GPU, but an adapter's rows of tokens train on the processor only; use device = \"cpu\", or \
+             method = \"full\" with model.add_tokens",
+            config.device
+        )));
+    }
     let data_folder = dir.join("data");
     let data = super::prepare::prepare(&config.data, opened, &data_folder, settings)?;
     print!("{}", super::prepare::describe(&data));
-    let settled =
-        Facts::gather(config, opened, &data, &data_folder, device.gpu().is_some())?.settle(config, opened, resume)?;
+    let settled = Facts::gather(config, opened, &data, &data_folder, device.gpu().is_some())?.settle(config, resume)?;
     let (config, plan) = (&settled.config, settled.plan);
     match &settled.chosen {
         Some(chosen) => println!("{chosen}"),
@@ -79,7 +85,7 @@ pub(crate) fn train_and_report(config: &Config, opened: &Opened, resume: bool, s
     write_run_files(config, opened, &data, resume)?;
 
     let mut model = opened.llama(config.model.storage)?;
-    prepare_model(config, &opened.base_name(), &mut model)?;
+    prepare_model(config, &opened.base_name(), &opened.new_tokens, &mut model)?;
     let num_trained = model.num_trained();
     let outcome = run_loop(config, opened, &mut model, &device, &data, &data_folder, resume)?;
     if !outcome.finished {
@@ -258,6 +264,12 @@ impl Watcher {
     }
 }
 
+/// Whether an adapter trains that has rows of tokens.
+fn trains_token_rows(config: &Config, opened: &Opened) -> Result<bool> {
+    let adapter = adapter_config(config, "")?;
+    Ok(adapter.is_some_and(|adapter| !opened.new_tokens.is_empty() || !adapter.trainable_token_indices.is_empty()))
+}
+
 /// Base and tuned on the test split (on the validation split if there is no test split), with the split's name.
 fn compare(
     config: &Config,
@@ -284,6 +296,7 @@ fn compare(
             let device = model.device();
             drop(model);
             let mut base = opened.llama(Storage::F32)?;
+            base.add_tokens(&opened.new_tokens)?;
             base.move_to(&device, dtype);
             score(&base, "scoring the base model")?
         }

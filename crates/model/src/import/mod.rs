@@ -183,6 +183,12 @@ impl Checkpoint {
         (bytes, largest)
     }
 
+    /// Bytes of the embedding, and with `count` 2 of the head too, as [`Checkpoint::load`] keeps them.
+    pub fn token_matrix_bytes(&self, storage: Storage, count: usize) -> u64 {
+        let names = ["model.embed_tokens.weight", "lm_head.weight"].into_iter().take(count);
+        names.filter_map(|name| self.source.tensors.get(name)).map(|s| kept_bytes(s, storage) as u64).sum()
+    }
+
     /// Bytes of all weights after [`crate::Llama::compute_int8`], and the most that there are while it works.
     pub fn int8_bytes(&self, storage: Storage) -> [u64; 2] {
         let config = self.config();

@@ -148,7 +148,7 @@ fn head_and_loss() {
                 let (h, w) = (place(&h), Weight::from(place(&w)));
                 let (mut scratch, mut loss, mut d_h) = (Scratch::default(), Vec::new(), Tensor::default());
                 let mut d_w = Tensor::zeros_on(&h.device(), Dtype::F32, &[vocab, d]);
-                let gradients = Gradients { scale: 0.25, weights, d_h: &mut d_h, d_w: Some(&mut d_w) };
+                let gradients = Gradients { scale: 0.25, weights, d_h: &mut d_h, d_w: Some(&mut d_w), d_rows: None };
                 linear_cross_entropy::forward_backward(&h, &w, &targets, smoothing, &mut scratch, &mut loss, gradients);
                 let mut only = Vec::new();
                 linear_cross_entropy::forward(&h, &w, &targets, smoothing, &mut scratch, &mut only);

@@ -31,6 +31,22 @@ pub fn backward(d_x: &Tensor, ids: &[u32], d_table: &mut Tensor) {
     }
 }
 
+/// `d_rows` [n, d] += `d_x` [T, d] where `ids` [T] is one of `rows` [n], which ascend: the gradient of a part of the table.
+///
+/// # Panics
+/// On a GPU.
+pub fn backward_rows(d_x: &Tensor, ids: &[u32], rows: &[u32], d_rows: &mut Tensor) {
+    assert_eq!((d_x.rows(), d_x.cols(), rows.len()), (ids.len(), d_rows.cols(), d_rows.rows()));
+    assert!(d_x.gpu().is_none(), "single rows train on the processor");
+    for (t, id) in ids.iter().enumerate() {
+        if let Ok(row) = rows.binary_search(id) {
+            for (sum, g) in d_rows.row_mut(row).iter_mut().zip(d_x.row(t)) {
+                *sum += g;
+            }
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -50,5 +66,8 @@ mod tests {
         let mut d_table = Tensor::zeros(&[5, 3]);
         backward(&d_x, &ids, &mut d_table);
         check("d_table", table.data(), d_table.data(), 1e-6, |t| weighted(&naive(t), d_x.data()));
+        let mut d_rows = Tensor::zeros(&[2, 3]);
+        backward_rows(&d_x, &ids, &[1, 3], &mut d_rows);
+        assert_eq!((d_rows.row(0), d_rows.row(1)), (&[0.0; 3][..], d_table.row(3)));
     }
 }

@@ -20,13 +20,14 @@ pub fn chunk_rows(vocab: usize) -> usize {
 #[derive(Debug, Default)]
 pub struct Scratch {
     logits: Tensor,
+    columns: Tensor,
     device: cuda::cross_entropy::Scratch,
 }
 
 impl Scratch {
     /// Bytes of memory held.
     pub fn num_bytes(&self) -> usize {
-        self.logits.capacity_bytes() + self.device.num_bytes()
+        self.logits.capacity_bytes() + self.columns.capacity_bytes() + self.device.num_bytes()
     }
 }
 
@@ -45,6 +46,16 @@ pub struct Gradients<'a> {
     pub d_h: &'a mut Tensor,
     /// `d_w` [V, d], added to; `None` when the head is frozen.
     pub d_w: Option<&'a mut Tensor>,
+    /// The gradient of single rows of the head; `None` when none train by themselves.
+    pub d_rows: Option<HeadRows<'a>>,
+}
+
+/// Rows of the head that train while the rest is frozen (on the processor).
+pub struct HeadRows<'a> {
+    /// Which rows [n].
+    pub ids: &'a [u32],
+    /// Their gradient [n, d], added to.
+    pub d_w: &'a mut Tensor,
 }
 
 /// As [`forward`], and the gradients of `scale` · Σ weight · loss in the same pass over the chunks. `loss` itself stays unweighted.
@@ -76,6 +87,7 @@ fn run(
     assert!(weights.is_none_or(|weights| weights.len() == n), "one weight a row");
     loss.resize(n, 0.0);
     if let Some(gpu) = h.gpu() {
+        assert!(gradients.as_ref().is_none_or(|g| g.d_rows.is_none()), "single rows train on the processor");
         return cuda::cross_entropy::run(gpu, h, w, targets, smoothing, &mut scratch.device, loss, gradients);
     }
     if let Some(g) = &mut gradients {
@@ -98,6 +110,15 @@ fn run(
             input_gradient_rows(scratch.logits.data(), w, 1.0, None, d_h, Into::Overwrite);
             if let Some(d_w) = g.d_w.as_deref_mut() {
                 weight_gradient_rows(scratch.logits.data(), h, 1.0, d_w);
+            }
+            if let Some(HeadRows { ids, d_w }) = &mut g.d_rows {
+                // The columns of these rows, as if the head had no others.
+                scratch.columns.resize(&[rows, ids.len()]);
+                let all = scratch.logits.data().chunks(vocab);
+                for (columns, logits) in scratch.columns.data_mut().chunks_mut(ids.len()).zip(all) {
+                    columns.iter_mut().zip(*ids).for_each(|(column, id)| *column = logits[*id as usize]);
+                }
+                weight_gradient_rows(scratch.columns.data(), h, 1.0, d_w);
             }
         }
     }
@@ -134,7 +155,11 @@ mod tests {
             let (mut scratch, mut loss) = (Scratch::default(), Vec::new());
             let (mut d_h, mut d_w) = (Tensor::default(), Tensor::zeros(&[vocab, d]));
             let weights_given = weighted.then_some(&weights[..]);
-            let gradients = Gradients { scale: 0.25, weights: weights_given, d_h: &mut d_h, d_w: Some(&mut d_w) };
+            let ids = [1, vocab as u32 - 1];
+            let mut d_two = Tensor::zeros(&[2, d]);
+            let d_rows = Some(HeadRows { ids: &ids, d_w: &mut d_two });
+            let gradients =
+                Gradients { scale: 0.25, weights: weights_given, d_h: &mut d_h, d_w: Some(&mut d_w), d_rows };
             forward_backward(&h, &w, &targets, eps, &mut scratch, &mut loss, gradients);
             let (h64, w64) = (to_f64(h.data()), to_f64(w.tensor().data()));
             let total = |h: &[f64], w: &[f64]| {
@@ -144,6 +169,9 @@ mod tests {
             check_close("loss", &loss, &naive(&h64, &w64, &targets, eps as f64, d), 1e-6);
             check("d_h", h.data(), d_h.data(), 1e-5, |h| total(h, &w64));
             check("d_w", w.tensor().data(), d_w.data(), 1e-5, |w| total(&h64, w));
+            for (row, id) in ids.iter().enumerate() {
+                check_close("rows", d_two.row(row), &to_f64(d_w.row(*id as usize)), 1e-6);
+            }
             let mut only = Vec::new();
             forward(&h, &w, &targets, eps, &mut scratch, &mut only);
             assert_eq!(only, loss);
@@ -158,14 +186,14 @@ mod tests {
         let w = Weight::Dense(Tensor::from_slice(&[vocab, d], &rng.normals(vocab * d, 1.0)));
         let targets: Vec<u32> = (0..n).map(|_| rng.below(vocab as u32)).collect();
         let (mut scratch, mut loss, mut d_h) = (Scratch::default(), Vec::new(), Tensor::default());
-        let gradients = Gradients { scale: 1.0, weights: None, d_h: &mut d_h, d_w: None };
+        let gradients = Gradients { scale: 1.0, weights: None, d_h: &mut d_h, d_w: None, d_rows: None };
         forward_backward(&h, &w, &targets, 0.0, &mut scratch, &mut loss, gradients);
         check_close("loss", &loss, &naive(&to_f64(h.data()), &to_f64(w.tensor().data()), &targets, 0.0, d), 1e-6);
         assert_eq!(d_h.shape(), [n, d]);
         let last = d_h.row(n - 1).to_vec();
         let h_last = Tensor::from_slice(&[1, d], h.row(n - 1));
         let mut d_last = Tensor::default();
-        let gradients = Gradients { scale: 1.0, weights: None, d_h: &mut d_last, d_w: None };
+        let gradients = Gradients { scale: 1.0, weights: None, d_h: &mut d_last, d_w: None, d_rows: None };
         forward_backward(&h_last, &w, &targets[n - 1..], 0.0, &mut scratch, &mut loss, gradients);
         check_close("last row", &last, &to_f64(d_last.data()), 1e-5);
     }

@@ -364,8 +364,13 @@ impl<'a> Step<'a> {
         let (mut scratch, mut loss) = (linear_cross_entropy::Scratch::default(), Vec::new());
         let (mut d_h, mut d_w) = (Tensor::default(), self.full.then(|| Tensor::zeros(&[vocab, d])));
         let seconds = best(|| {
-            let gradients =
-                linear_cross_entropy::Gradients { scale: 1e-3, weights: None, d_h: &mut d_h, d_w: d_w.as_mut() };
+            let gradients = linear_cross_entropy::Gradients {
+                scale: 1e-3,
+                weights: None,
+                d_h: &mut d_h,
+                d_w: d_w.as_mut(),
+                d_rows: None,
+            };
             let (scratch, loss) = (&mut scratch, &mut loss);
             linear_cross_entropy::forward_backward(black_box(&h), &w, &targets, 0.0, scratch, loss, gradients);
         });
