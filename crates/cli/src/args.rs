@@ -1,7 +1,16 @@
 //! The arguments of every command.
 
+use clap::builder::{OsStringValueParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use std::path::PathBuf;
+
+/// A place on this machine to write to; an address would become a folder of that name.
+fn local_path() -> impl TypedValueParser<Value = PathBuf> {
+    OsStringValueParser::new().try_map(|text| match text.to_string_lossy().contains("://") {
+        true => Err("this is written to local paths only: name one, and copy it to the bucket afterwards"),
+        false => Ok(PathBuf::from(text)),
+    })
+}
 
 /// Fine-tune, evaluate and run LLaMA-family models: one binary, from raw text to tuned weights.
 #[derive(Debug, Parser)]
@@ -96,7 +105,7 @@ pub enum ElementName {
 #[derive(Args, Debug)]
 pub struct QuickstartArgs {
     /// Folder for data, run and report.
-    #[arg(long, default_value = "quickstart", value_name = "FOLDER")]
+    #[arg(long, default_value = "quickstart", value_name = "FOLDER", value_parser = local_path())]
     pub dir: PathBuf,
     /// Training steps; without it, as many as fit into about three minutes on this machine.
     #[arg(long)]
@@ -133,7 +142,7 @@ pub struct InitArgs {
     #[arg(long, value_name = "FILE")]
     pub config: PathBuf,
     /// What to write: a file that ends in .gguf, or else a Hugging Face folder. Must not exist.
-    #[arg(long, value_name = "PATH")]
+    #[arg(long, value_name = "PATH", value_parser = local_path())]
     pub out: PathBuf,
     /// Encoding of the matrices. Weights are made and written piece by piece: the model is never whole in memory.
     #[arg(long, value_enum, default_value = "f32")]
@@ -158,7 +167,7 @@ pub struct PrepareArgs {
     #[arg(long, value_name = "PATH")]
     pub data: Vec<String>,
     /// Folder to write to [default: OUTPUT_DIR/data].
-    #[arg(long, value_name = "FOLDER")]
+    #[arg(long, value_name = "FOLDER", value_parser = local_path())]
     pub out: Option<PathBuf>,
     /// Set a field of the configuration, such as --set data.max_length=512; may be repeated.
     #[arg(long, value_name = "KEY=VALUE")]
@@ -200,7 +209,7 @@ pub struct TokenizerTrainArgs {
     #[arg(long, value_name = "KEY=VALUE")]
     pub set: Vec<String>,
     /// Folder to write to; must not exist or be empty.
-    #[arg(long, value_name = "FOLDER")]
+    #[arg(long, value_name = "FOLDER", value_parser = local_path())]
     pub out: PathBuf,
     /// Tokens in all: 256 bytes, the special tokens, and what is learned.
     #[arg(long, value_name = "N")]
@@ -237,7 +246,7 @@ pub struct DoctorArgs {
     #[arg(long, value_name = "KEY=VALUE")]
     pub set: Vec<String>,
     /// Write what was found as JSON to this file, or to standard output for `-`.
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", value_parser = local_path())]
     pub json: Option<PathBuf>,
 }
 
@@ -250,7 +259,7 @@ pub struct PlanArgs {
     #[arg(long, value_name = "KEY=VALUE")]
     pub set: Vec<String>,
     /// Write the plan as JSON to this file, or to standard output for `-`.
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", value_parser = local_path())]
     pub json: Option<PathBuf>,
 }
 
@@ -262,7 +271,7 @@ pub struct TrainArgs {
     /// Set a field of the configuration, such as --set training.max_steps=100; may be repeated.
     #[arg(long, value_name = "KEY=VALUE")]
     pub set: Vec<String>,
-    /// Go on from the newest whole checkpoint in output_dir (starts anew if there is none).
+    /// Go on from the newest whole checkpoint in output_dir, or in the bucket of `upload` (starts anew if there is none).
     #[arg(long)]
     pub resume: bool,
 }
@@ -345,10 +354,10 @@ pub struct EvaluateArgs {
     #[arg(long, default_value_t = 1000, value_name = "N")]
     pub resamples: usize,
     /// Write everything as JSON.
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", value_parser = local_path())]
     pub json: Option<PathBuf>,
     /// Write an HTML report.
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", value_parser = local_path())]
     pub report: Option<PathBuf>,
 }
 
@@ -467,7 +476,7 @@ pub struct MergeArgs {
     /// The adapter to merge into it.
     #[arg(long, value_name = "SOURCE")]
     pub adapter: String,
-    /// Folder to write; must not exist or be empty.
+    /// Folder to write, or prefix of a bucket (s3://bucket/prefix, gs://, az://); must not exist or be empty.
     #[arg(long, value_name = "FOLDER")]
     pub out: PathBuf,
     /// Number format of the written weights.
@@ -517,7 +526,7 @@ pub struct VerifyArgs {
     #[arg(long, default_value_t = 12, value_name = "N")]
     pub show: usize,
     /// Write every comparison as JSON.
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", value_parser = local_path())]
     pub json: Option<PathBuf>,
 }
 
@@ -531,7 +540,7 @@ pub struct SelftestArgs {
     #[arg(long, value_enum, default_value = "f32", requires = "model")]
     pub storage: StorageName,
     /// Write every check as one line of JSON to this file, or to standard output for `-` (then without the table).
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", value_parser = local_path())]
     pub json: Option<PathBuf>,
 }
 
@@ -546,7 +555,7 @@ pub struct GpuCheckArgs {
     #[arg(long)]
     pub seed: Option<u64>,
     /// Write every check as one line of JSON to this file, or to standard output for `-` (then without the table).
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", value_parser = local_path())]
     pub json: Option<PathBuf>,
 }
 
@@ -603,7 +612,7 @@ pub struct GpuBenchArgs {
     #[arg(long)]
     pub no_decode: bool,
     /// Write the result as one line of JSON to this file, or to standard output for `-` (then without the table).
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", value_parser = local_path())]
     pub json: Option<PathBuf>,
 }
 
@@ -657,7 +666,7 @@ pub struct BenchMachineArgs {
     #[arg(long, default_value_t = 512)]
     pub seq: usize,
     /// Print one line of JSON to this file, or to standard output for `-`.
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", value_parser = local_path())]
     pub json: Option<PathBuf>,
 }
 
@@ -692,7 +701,7 @@ pub struct BenchGenerateArgs {
     #[arg(long, default_value_t = 4, value_name = "N")]
     pub repeat: usize,
     /// Print one line of JSON to this file, or to standard output for `-`.
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", value_parser = local_path())]
     pub json: Option<PathBuf>,
 }
 
@@ -731,6 +740,6 @@ pub struct BenchTrainArgs {
     #[arg(long, value_name = "PATH")]
     pub data: Vec<String>,
     /// Print one line of JSON to this file, or to standard output for `-`.
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", value_parser = local_path())]
     pub json: Option<PathBuf>,
 }

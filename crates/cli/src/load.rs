@@ -124,7 +124,8 @@ pub(crate) fn data_files(spec: &str, split: &str, settings: &Settings) -> Result
     with_bar(|progress| source::data_files(spec, split, settings, progress))
 }
 
-fn with_bar<T>(fetch: impl FnOnce(&mut dyn FnMut(source::Progress<'_>)) -> T) -> T {
+/// Does something with a bar for what is fetched.
+pub(crate) fn with_bar<T>(fetch: impl FnOnce(&mut dyn FnMut(source::Progress<'_>)) -> T) -> T {
     let mut bar: Option<(String, indicatif::ProgressBar)> = None;
     let found = fetch(&mut |progress| {
         if bar.as_ref().is_none_or(|(what, _)| what != progress.what) {

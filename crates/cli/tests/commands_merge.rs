@@ -2,8 +2,10 @@
 
 #![allow(clippy::unwrap_used, clippy::print_stdout, reason = "the whole file is a test")]
 
+mod moto;
 mod tiny;
 
+use moto::Moto;
 use tiny::{fixture, refused, run};
 use tunesmith_model::{AdapterFile, Checkpoint, Llama, Storage};
 use tunesmith_text::Tokenizer;
@@ -90,4 +92,51 @@ fn an_adapter_of_another_model_is_refused_before_anything_is_written() {
     refused(&["merge", "--model", &adapter, "--adapter", &adapter, "--out", out], 2, "is an adapter, not a model");
     refused(&["merge", "--model", base, "--adapter", &adapter], 2, "--out");
     assert_eq!(std::fs::read_dir(place.path()).unwrap().count(), 0);
+}
+
+#[test]
+fn a_merged_model_goes_to_a_bucket() {
+    let Some(moto) = Moto::start() else { return };
+    moto.put("models", b"");
+    let model = tiny::model("tiny-llama3");
+    let (base, adapter) = (model.path().to_str().unwrap(), fixture("tiny-llama3/lora_final"));
+    let place = tempfile::tempdir().unwrap();
+    let here = place.path().join("merged");
+    let cache = place.path().join("cache");
+    let merge = |out: &str| {
+        let mut command = tiny::binary();
+        command.env_remove("TUNESMITH_OFFLINE").env("TUNESMITH_CACHE", &cache).envs(moto.variables());
+        let output = command.args(["merge", "--model", base, "--adapter", &adapter, "--out", out]).output().unwrap();
+        (
+            output.status.code().unwrap(),
+            String::from_utf8(output.stdout).unwrap(),
+            String::from_utf8(output.stderr).unwrap(),
+        )
+    };
+    assert_eq!(merge(here.to_str().unwrap()).0, 0);
+    let (code, stdout, stderr) = merge("s3://models/merged/");
+    assert!(code == 0 && stdout.starts_with("s3://models/merged"), "{stdout}{stderr}");
+    let names: Vec<String> =
+        std::fs::read_dir(&here).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+    assert_eq!(moto.keys("models", "").len(), names.len());
+    for name in names {
+        let there = moto.get(&format!("models/merged/{name}"));
+        assert!(there == Some(std::fs::read(here.join(&name)).unwrap()), "{name}");
+    }
+    let left = std::fs::read_dir(&cache).unwrap().filter(|e| e.as_ref().unwrap().file_name() != "locks").count();
+    assert_eq!(left, 0, "what was made on the way is gone");
+    let (code, _, stderr) = merge("s3://models/merged");
+    assert!(code == 2 && stderr.contains("s3://models/merged is not empty"), "{stderr}");
+    let (code, _, stderr) = merge("s3://nobody/merged");
+    assert!(code == 2 && stderr.contains("there is no such bucket"), "{stderr}");
+
+    // What is written to local paths only.
+    for args in [
+        &["init", "--config", "c.json", "--out", "s3://b/a"][..],
+        &["prepare", "--model", base, "--data", "a.jsonl", "--out", "gs://b/a"],
+        &["quickstart", "--dir", "s3://b/a"],
+        &["selftest", "--json", "az://b/a"],
+    ] {
+        refused(args, 2, "local paths only");
+    }
 }

@@ -3,17 +3,17 @@
 #![allow(clippy::unwrap_used, clippy::print_stdout, reason = "the whole file is a test")]
 
 mod apart;
+mod moto;
 mod tiny;
 
+use moto::Moto;
 use std::{
     fs,
     io::{BufRead, BufReader, Write},
     net::{TcpListener, TcpStream},
     path::{Path, PathBuf},
-    process::{Child, Command, Stdio},
     sync::{Arc, Mutex},
     thread,
-    time::{Duration, Instant},
 };
 use tempfile::TempDir;
 use tunesmith::{
@@ -62,85 +62,6 @@ fn fails(result: Result<Resolved>, code: u8, said: &str) -> String {
         "should say {said:?} with {code}: {error:?}"
     );
     error.to_string()
-}
-
-/// Until credentials are checked, moto asks for the form of a signature alone.
-const OWNER: &str =
-    "AWS4-HMAC-SHA256 Credential=who/20260101/us-east-1/s3/aws4_request, SignedHeaders=host, Signature=0";
-
-/// moto in a process of its own; killed at the end.
-struct Moto {
-    child: Child,
-    address: String,
-}
-
-impl Drop for Moto {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
-impl Moto {
-    /// `None` where the network is off.
-    fn start() -> Option<Self> {
-        if std::env::var_os("TUNESMITH_OFFLINE").is_some() || std::env::var_os("HF_HUB_OFFLINE").is_some() {
-            println!("skipped: TUNESMITH_OFFLINE (or HF_HUB_OFFLINE) is set, and this test installs moto");
-            return None;
-        }
-        let packages = Path::new(env!("CARGO_TARGET_TMPDIR")).join("moto-5.2.5");
-        if !packages.is_dir() {
-            // Whole or not at all, so that a test that was stopped leaves nothing that looks whole.
-            let fresh = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
-            let pip = Command::new("python3")
-                .args(["-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--root-user-action=ignore"])
-                .arg("--target")
-                .arg(fresh.path())
-                .args(["moto[s3]==5.2.5", "flask==3.1.3", "flask-cors==6.0.5"])
-                .output()
-                .unwrap();
-            assert!(pip.status.success(), "{}", String::from_utf8_lossy(&pip.stderr));
-            fs::rename(fresh.keep(), &packages).unwrap();
-        }
-        // A port that was free just now.
-        let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
-        let child = Command::new("python3")
-            .args(["-m", "moto.server", "-H", "127.0.0.1", "-p", &port.to_string()])
-            .env("PYTHONPATH", &packages)
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .spawn()
-            .unwrap();
-        let moto = Self { child, address: format!("http://127.0.0.1:{port}") };
-        let since = Instant::now();
-        while TcpStream::connect(("127.0.0.1", port)).is_err() {
-            assert!(since.elapsed() < Duration::from_secs(120), "moto does not start");
-            thread::sleep(Duration::from_millis(50));
-        }
-        Some(moto)
-    }
-
-    fn put(&self, path: &str, bytes: &[u8]) {
-        ureq::put(format!("{}/{path}", self.address)).header("Authorization", OWNER).send(bytes).unwrap();
-    }
-
-    fn delete(&self, path: &str) {
-        ureq::delete(format!("{}/{path}", self.address)).header("Authorization", OWNER).call().unwrap();
-    }
-
-    /// From now on credentials are checked, and nobody has any.
-    fn lock(&self) {
-        ureq::post(format!("{}/moto-api/reset-auth", self.address)).send("0").unwrap();
-    }
-
-    fn variables(&self) -> Vec<(&str, &str)> {
-        vec![
-            ("AWS_ENDPOINT_URL", self.address.as_str()),
-            ("AWS_ACCESS_KEY_ID", "who"),
-            ("AWS_SECRET_ACCESS_KEY", "ever"),
-            ("AWS_REGION", "us-east-1"),
-        ]
-    }
 }
 
 #[test]

@@ -222,10 +222,17 @@ pub fn sha256(path: &Path) -> Result<String> {
     }
 }
 
+/// The files that a marker lists, with the SHA-256 of each; `None` when `marker` is none.
+pub fn listed(marker: &[u8]) -> Option<BTreeMap<String, String>> {
+    let hashes: BTreeMap<String, String> = serde_json::from_slice(marker).ok()?;
+    // Markers may come from elsewhere, and what they list is looked for and written below a folder.
+    let is_plain = |name: &String| !name.starts_with('.') && !name.contains(['/', '\\', ':']) && name != MARKER;
+    (!hashes.is_empty() && hashes.keys().all(is_plain)).then_some(hashes)
+}
+
 /// Whether `folder` is a whole checkpoint: every file that its marker lists is there with the hash that it had.
 pub fn is_complete(folder: &Path) -> bool {
-    let Ok(marker) = fs::read_to_string(folder.join(MARKER)) else { return false };
-    let Ok(hashes) = serde_json::from_str::<BTreeMap<String, String>>(&marker) else { return false };
+    let Some(hashes) = fs::read(folder.join(MARKER)).ok().and_then(|marker| listed(&marker)) else { return false };
     hashes.iter().all(|(name, hash)| sha256(&folder.join(name)).is_ok_and(|h| h == *hash))
 }
 
@@ -246,17 +253,34 @@ pub fn newest(checkpoints: &Path) -> Option<PathBuf> {
     list(checkpoints).into_iter().rev().map(|(_, path)| path).find(|path| is_complete(path))
 }
 
+/// Of checkpoints of these ascending `steps` the oldest beyond `keep`, but never that of step `best`.
+pub fn surplus(steps: &[u64], keep: usize, best: Option<u64>) -> Vec<u64> {
+    let mut others: Vec<u64> = steps.iter().copied().filter(|step| Some(*step) != best).collect();
+    others.truncate(others.len().saturating_sub(keep));
+    others
+}
+
 /// Deletes the oldest checkpoints beyond `keep`, but never the one of step `best`.
 ///
 /// # Errors
 /// When a folder cannot be deleted.
 pub fn prune(checkpoints: &Path, keep: usize, best: Option<u64>) -> Result<()> {
     let found = list(checkpoints);
-    let others: Vec<_> = found.iter().filter(|(step, _)| Some(*step) != best).collect();
-    for (_, path) in &others[..others.len().saturating_sub(keep)] {
+    let old = surplus(&found.iter().map(|(step, _)| *step).collect::<Vec<_>>(), keep, best);
+    for (_, path) in found.iter().filter(|(step, _)| old.contains(step)) {
         fs::remove_dir_all(path).map_err(|e| Error::io("cannot delete the old checkpoint", path, e))?;
     }
     Ok(())
+}
+
+/// Where the run stood when the checkpoint in `folder` was made.
+///
+/// # Errors
+/// When it cannot be read.
+pub fn read_state(folder: &Path) -> Result<RunState> {
+    let path = folder.join(STATE);
+    let text = fs::read_to_string(&path).map_err(|e| Error::io("cannot read", &path, e))?;
+    serde_json::from_str(&text).map_err(|e| Error::Input(format!("{}: {e}", path.display())))
 }
 
 /// Puts the weights saved in `folder` into `model`, which has the same tensors, one after the other.
@@ -305,9 +329,7 @@ pub fn restore_weights(folder: &Path, model: &mut Llama) -> Result<()> {
 /// # Errors
 /// When a file is missing or does not fit the model.
 pub fn restore_training(folder: &Path, model: &Llama, optimizer: &mut AdamW) -> Result<RunState> {
-    let path = folder.join(STATE);
-    let text = fs::read_to_string(&path).map_err(|e| Error::io("cannot read", &path, e))?;
-    let state: RunState = serde_json::from_str(&text).map_err(|e| Error::Input(format!("{}: {e}", path.display())))?;
+    let state = read_state(folder)?;
     let path = folder.join(OPTIMIZER);
     let cannot = |e| Error::io("cannot read", &path, e);
     let map = MappedFile::open(&path).map_err(cannot)?;
@@ -340,6 +362,22 @@ pub fn restore_training(folder: &Path, model: &Llama, optimizer: &mut AdamW) -> 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_best_one_is_kept_besides_the_newest() {
+        assert_eq!(surplus(&[1, 2, 3, 4], 2, None), [1, 2]);
+        assert_eq!(surplus(&[1, 2, 3, 4], 2, Some(1)), [2]);
+        assert_eq!(surplus(&[1, 2, 3, 4], 2, Some(4)), [1]);
+        assert!(surplus(&[1, 2], 3, None).is_empty() && surplus(&[], 1, Some(7)).is_empty());
+    }
+
+    #[test]
+    fn a_marker_lists_plain_names_alone() {
+        assert_eq!(listed(br#"{"a.safetensors": "00"}"#).unwrap().len(), 1);
+        for bad in ["", "{", "[]", "{}", r#"{"../a": "0"}"#, r#"{"a/b": "0"}"#, r#"{"complete.json": "0"}"#] {
+            assert!(listed(bad.as_bytes()).is_none(), "{bad}");
+        }
+    }
 
     #[test]
     fn a_disk_without_room_is_named_with_what_is_missing() {

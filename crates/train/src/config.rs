@@ -18,8 +18,11 @@ pub const VERSION: u32 = 1;
 pub struct Config {
     /// Version of the configuration schema.
     pub version: u32,
-    /// Folder of the run: checkpoints, metrics, report, final weights.
+    /// Local folder of the run: checkpoints, metrics, report, final weights.
     pub output_dir: PathBuf,
+    /// Prefix of a bucket that gets a copy of the run while it trains, such as `s3://bucket/runs/a` (`gs://`, `az://`);
+    /// `train --resume` goes on from there on any machine.
+    pub upload: Option<String>,
     /// What trains: `lora` (adapters on frozen weights) or `full` (every weight).
     pub method: Method,
     /// How frozen weights multiply: `f32`, or `int8` (rounded to 8 bits, as are their inputs and incoming gradients: faster,
@@ -65,6 +68,7 @@ impl Default for Config {
         Self {
             version: VERSION,
             output_dir: PathBuf::from("runs/run"),
+            upload: None,
             method: Method::Lora,
             compute: Compute::F32,
             device: "cpu".to_owned(),
@@ -349,6 +353,26 @@ impl Config {
         };
         if self.version != VERSION {
             return fail("version", self.version.to_string(), &format!("this program reads version {VERSION}"));
+        }
+        for (field, path, fix) in [
+            ("output_dir", Some(&self.output_dir), "it is a local folder; to have the run in a bucket too, set upload"),
+            ("model.adapter", self.model.adapter.as_ref(), "it is a local folder; fetch the adapter and give its path"),
+            (
+                "model.chat_template",
+                self.model.chat_template.as_ref(),
+                "it is a local file; fetch it and give its path",
+            ),
+        ] {
+            let shown = path.map(|path| path.display().to_string()).filter(|shown| shown.contains("://"));
+            if let Some(shown) = shown {
+                return fail(field, format!("{shown:?}"), fix);
+            }
+        }
+        if let Some(upload) = &self.upload
+            && !["s3://", "gs://", "az://"].iter().any(|start| upload.starts_with(start))
+        {
+            let fix = "it must be s3://bucket/prefix, gs://bucket/prefix or az://container/prefix";
+            return fail("upload", format!("{upload:?}"), fix);
         }
         if self.model.source.is_empty() {
             return fail(
@@ -648,6 +672,17 @@ mod tests {
             let message = error(MINIMAL, &[set]);
             assert!(message.contains(field) && message.contains("is not allowed"), "{set}: {message}");
         }
+        for (set, said) in [
+            ("output_dir=s3://b/run", "output_dir = \"s3://b/run\" is not allowed; it is a local folder"),
+            ("model.adapter=gs://b/a", "model.adapter = \"gs://b/a\" is not allowed"),
+            ("model.chat_template=https://h/a", "model.chat_template = \"https://h/a\" is not allowed"),
+            ("upload=runs/a", "upload = \"runs/a\" is not allowed; it must be s3://"),
+            ("upload=https://h/a", "upload = \"https://h/a\" is not allowed"),
+        ] {
+            let message = error(MINIMAL, &[set]);
+            assert!(message.contains(said), "{set}: {message}");
+        }
+        assert!(Config::parse(MINIMAL, "c.toml", &["upload=az://c/a".to_owned()]).is_ok());
         let text = error(MINIMAL, &["data.streaming=true"]);
         assert!(text.contains("training.max_steps = -1 is not allowed") && text.contains("data.streaming"), "{text}");
         for (more, says) in [

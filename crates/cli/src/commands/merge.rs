@@ -3,16 +3,37 @@
 use crate::args::{DtypeName, MergeArgs, ModelArgs};
 use crate::error::{Error, Result};
 use crate::load::{self, Opened};
-use crate::source::Settings;
+use crate::source::{Bucket, Settings};
 use crate::terminal;
 use std::borrow::Cow;
-use std::fs;
+use std::fs::{self, File};
+use std::path::Path;
+use tempfile::TempDir;
 use tunesmith_model::token_rows::{TOKEN_MODULES, grown, vocabulary_for};
 use tunesmith_model::{AdapterFile, Config, Dtype, SaveOptions, save_model};
 use tunesmith_tensor::ops::linear;
 use tunesmith_text::Tokenizer;
 
 pub(crate) fn run(args: &MergeArgs, settings: &Settings) -> Result<()> {
+    let bucket = args.out.to_str().filter(|out| out.contains("://"));
+    let bucket = bucket.map(|out| Bucket::open("--out", out, settings)).transpose()?;
+    let stage = match &bucket {
+        None => None,
+        Some(bucket) => {
+            bucket.check()?;
+            if !bucket.children("")?.is_empty() {
+                let address = bucket.address("");
+                return Err(Error::Input(format!(
+                    "{address} is not empty: name a prefix below which there is nothing"
+                )));
+            }
+            let cache = &settings.cache;
+            fs::create_dir_all(cache).map_err(|e| Error::io("cannot create", cache, e))?;
+            let stage = tempfile::Builder::new().prefix("merged-").tempdir_in(cache);
+            Some(stage.map_err(|e| Error::io("cannot create a folder in", cache, e))?)
+        }
+    };
+    let out = stage.as_ref().map_or(&*args.out, TempDir::path);
     let folder = load::resolve(&args.adapter, settings)?.path;
     let adapter = AdapterFile::open(&folder)?;
     let model = ModelArgs { model: args.model.clone(), adapter: Some(args.adapter.clone()), chat_template: None };
@@ -54,9 +75,16 @@ pub(crate) fn run(args: &MergeArgs, settings: &Settings) -> Result<()> {
         Ok(Cow::Owned(weight))
     };
     let options = SaveOptions { dtype, extra_files: &files, ..SaveOptions::default() };
-    let saved = save_model(&args.out, &config, checkpoint.generation_config(), weight, &options);
+    let saved = save_model(out, &config, checkpoint.generation_config(), weight, &options);
     bar.finish_and_clear();
     saved?;
+    if let (Some(bucket), Some(stage)) = (&bucket, stage)
+        && let Err(error) = upload(bucket, stage.path())
+    {
+        // Merging may have taken long.
+        let kept = stage.keep();
+        return Err(Error::Failure(format!("{error}. The merged model is in {}", kept.display())));
+    }
 
     let params = config.num_params();
     println!(
@@ -87,6 +115,26 @@ fn is_token_matrix(name: &str) -> bool {
 /// Whether `name` is the weight of the module `matrix`.
 fn ends_with_matrix(name: &str, matrix: &str) -> bool {
     name.strip_suffix(".weight").is_some_and(|path| path == matrix || path.ends_with(&format!(".{matrix}")))
+}
+
+/// Sends the files of `folder`, the configuration last: without it the others are no model.
+fn upload(bucket: &Bucket, folder: &Path) -> Result<()> {
+    let cannot = |e| Error::io("cannot read", folder, e);
+    let mut names = Vec::new();
+    for entry in fs::read_dir(folder).map_err(cannot)? {
+        names.push(entry.map_err(cannot)?.file_name().to_string_lossy().into_owned());
+    }
+    names.sort_by_key(|name| (name == "config.json", name.clone()));
+    let bar = terminal::count_bar("uploading files", names.len() as u64);
+    for name in &names {
+        let path = folder.join(name);
+        let file = File::open(&path).map_err(|e| Error::io("cannot read", &path, e))?;
+        let len = file.metadata().map_err(|e| Error::io("cannot read", &path, e))?.len();
+        bucket.put(name, &file, len, &path)?;
+        bar.inc(1);
+    }
+    bar.finish_and_clear();
+    Ok(())
 }
 
 /// Number of weights that the adapter adds to or replaces.

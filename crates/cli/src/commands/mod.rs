@@ -17,6 +17,7 @@ pub(crate) mod quickstart;
 pub(crate) mod selftest;
 pub(crate) mod tokenizer;
 pub(crate) mod train;
+mod upload;
 pub(crate) mod verify;
 
 use crate::error::{Error, Result};

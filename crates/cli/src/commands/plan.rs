@@ -4,7 +4,7 @@ use crate::args::PlanArgs;
 use crate::device;
 use crate::error::{Error, Result};
 use crate::load::{self, Opened};
-use crate::source::Settings;
+use crate::source::{Settings, UPLOAD_MEMORY};
 use crate::terminal;
 use serde::Serialize;
 use std::path::Path;
@@ -110,7 +110,8 @@ impl Facts {
             let [after, most] = checkpoint.int8_bytes(storage);
             (weights, loading) = (after, most - after);
         }
-        let (mut place, mut baseline) = (Place::Cpu, resident() + GROWTH);
+        let uploads = if config.upload.is_some() { UPLOAD_MEMORY } else { 0 };
+        let (mut place, mut baseline) = (Place::Cpu, resident() + GROWTH + uploads);
         if on_gpu {
             let dtype = config.element();
             let on = |storage| checkpoint.gpu_weights(storage, dtype, config.method == Method::Full);

@@ -1,7 +1,8 @@
 //! `tunesmith train`: load, prepare, train, compare, report.
 
 use super::evaluate::{self, Evaluation};
-use super::plan::{Facts, peak_resident};
+use super::plan::{Facts, Settled, peak_resident};
+use super::upload::{Upload, Uploader};
 use crate::args::TrainArgs;
 use crate::device;
 use crate::error::{Error, Result};
@@ -70,24 +71,43 @@ pub(crate) fn train_and_report(config: &Config, opened: &Opened, resume: bool, s
             config.device
         )));
     }
+    let upload = Upload::open(config, resume, settings)?;
     let data_folder = dir.join("data");
     let data = super::prepare::prepare(&config.data, opened, &data_folder, settings)?;
     print!("{}", super::prepare::describe(&data));
     let settled = Facts::gather(config, opened, &data, &data_folder, device.gpu().is_some())?.settle(config, resume)?;
-    let (config, plan) = (&settled.config, settled.plan);
     match &settled.chosen {
         Some(chosen) => println!("{chosen}"),
         None => {
             let of = device.gpu().map_or(String::new(), |gpu| format!(" of {}", gpu.name()));
-            println!("memory{of}: {} at the peak", format_bytes(plan.total));
+            println!("memory{of}: {} at the peak", format_bytes(settled.plan.total));
         }
     }
-    write_run_files(config, opened, &data, resume)?;
+    write_run_files(&settled.config, opened, &data, resume)?;
+    let uploads = upload.map(Upload::start).transpose()?;
+    let done = train_and_compare(&settled, opened, &device, &data, &data_folder, resume, uploads.as_ref());
+    match uploads {
+        Some(uploads) => uploads.finish(done),
+        None => done,
+    }
+}
 
+/// All that follows the preparations.
+fn train_and_compare(
+    settled: &Settled,
+    opened: &Opened,
+    device: &Device,
+    data: &Report,
+    data_folder: &Path,
+    resume: bool,
+    uploads: Option<&Uploader>,
+) -> Result<Done> {
+    let (config, plan) = (&settled.config, settled.plan);
+    let dir = &config.output_dir;
     let mut model = opened.llama(config.model.storage)?;
     prepare_model(config, &opened.base_name(), &opened.new_tokens, &mut model)?;
     let num_trained = model.num_trained();
-    let outcome = run_loop(config, opened, &mut model, &device, &data, &data_folder, resume)?;
+    let outcome = run_loop(config, opened, &mut model, device, data, data_folder, resume, uploads)?;
     if !outcome.finished {
         println!(
             "stopped after step {} of {}; saved {}; go on with --resume",
@@ -103,14 +123,14 @@ pub(crate) fn train_and_report(config: &Config, opened: &Opened, resume: bool, s
         model = opened.llama(config.model.storage)?;
         model.attach_adapter(AdapterFile::open(&outcome.weights)?, false)?;
     }
-    let evaluation = compare(config, opened, model, &data, &data_folder)?;
+    let evaluation = compare(config, opened, model, data, data_folder)?;
     device.synchronize().map_err(tunesmith_train::Error::from)?;
     if let Some((_, evaluation)) = &evaluation {
         print!("\n{}", evaluate::describe(evaluation));
         evaluate::write_json(&dir.join("evaluation.json"), evaluation)?;
     }
     let file = dir.join("report.html");
-    report::write(&file, &html(config, opened, &data, num_trained, evaluation)?)?;
+    report::write(&file, &html(config, opened, data, num_trained, evaluation)?)?;
     println!("\nweights: {}\nreport:  {}", outcome.weights.display(), file.display());
     if let Some(gpu) = device.gpu() {
         let (peak, planned) = (format_bytes(gpu.memory().1 as u64), format_bytes(plan.total));
@@ -171,6 +191,7 @@ fn run_loop(
     data: &Report,
     data_folder: &Path,
     resume: bool,
+    uploads: Option<&Uploader>,
 ) -> Result<Outcome> {
     // A handler that is there already (a second training in one process) does the same.
     let _ = ctrlc::set_handler(|| {
@@ -193,7 +214,7 @@ fn run_loop(
         resume,
         stop: &STOP,
     };
-    let mut watcher = Watcher { bar: ProgressBar::hidden(), max_steps: 0, printed: 0 };
+    let mut watcher = Watcher { bar: ProgressBar::hidden(), max_steps: 0, printed: 0, uploads };
     let outcome = train(job, &mut |event| watcher.see(event));
     watcher.bar.finish_and_clear();
     Ok(outcome?)
@@ -201,13 +222,14 @@ fn run_loop(
 
 /// Shows a run on the terminal: a bar with the last step, a line for everything else. Without a terminal, a line for
 /// about every hundredth of the run.
-struct Watcher {
+struct Watcher<'a> {
     bar: ProgressBar,
     max_steps: u64,
     printed: u64,
+    uploads: Option<&'a Uploader>,
 }
 
-impl Watcher {
+impl Watcher<'_> {
     fn line(&self, text: &str) {
         if self.bar.is_hidden() {
             println!("{text}");
@@ -217,6 +239,12 @@ impl Watcher {
     }
 
     fn see(&mut self, event: Event<'_>) {
+        for news in self.uploads.into_iter().flat_map(Uploader::news) {
+            match news.is_warning {
+                true => self.bar.suspend(|| eprintln!("warning: {}", news.text)),
+                false => self.line(&news.text),
+            }
+        }
         match event {
             Event::Started { step, max_steps, num_trained_parameters, num_blocks } => {
                 self.max_steps = max_steps;
@@ -233,7 +261,12 @@ impl Watcher {
             }
             Event::Evaluating(done, all) => self.bar.set_message(format!("evaluating {done}/{all}")),
             Event::Saving(folder) => self.bar.set_message(format!("saving {}", folder.display())),
-            Event::Saved(folder) => self.line(&format!("saved {}", folder.display())),
+            Event::Saved(folder) => {
+                self.line(&format!("saved {}", folder.display()));
+                if let Some(uploads) = self.uploads {
+                    uploads.wake();
+                }
+            }
             Event::Record(record) => self.record(record),
         }
     }

@@ -5,6 +5,7 @@
 //! the network is used only for what is not there, and never when [`Settings::offline`] is set.
 
 mod archive;
+mod bucket;
 mod cache;
 mod dataset;
 mod hub;
@@ -17,6 +18,7 @@ mod settings;
 use crate::error::{Error, Result};
 use std::path::PathBuf;
 
+pub use bucket::{Bucket, UPLOAD_MEMORY};
 pub use settings::Settings;
 
 /// How specs are written, for help texts and error messages.

@@ -36,7 +36,7 @@ const ATTEMPTS: u32 = 3;
 
 /// Which protocol.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Kind {
+pub(super) enum Kind {
     S3,
     Google,
     Azure,
@@ -46,21 +46,21 @@ enum Kind {
 /// `s3://bucket/key`, `gs://bucket/key`, `az://container/key` or `https://host/path/file`
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Place {
-    kind: Kind,
+    pub(super) kind: Kind,
     /// As the user wrote it; of an address, with its query.
     spec: String,
     /// The bucket or container; the whole address of a file on the web.
     root: String,
     /// The object, the prefix or the pattern below the bucket; the name of a file on the web. Not escaped.
-    key: String,
+    pub(super) key: String,
 }
 
 /// One object to bring.
-struct Object {
-    location: Key,
+pub(super) struct Object {
+    pub(super) location: Key,
     /// Where it belongs, below the folder of the copy; forward slashes.
-    path: String,
-    meta: ObjectMeta,
+    pub(super) path: String,
+    pub(super) meta: ObjectMeta,
 }
 
 impl Object {
@@ -77,7 +77,7 @@ impl Object {
     }
 
     /// A file name for this version of it.
-    fn id(&self) -> String {
+    pub(super) fn id(&self) -> String {
         let version = self.version().unwrap_or_default();
         cache::hex(&Sha256::digest(format!("{}\n{version}", self.path)))[..32].to_owned()
     }
@@ -268,7 +268,7 @@ impl Place {
     }
 
     /// The client of the protocol, with the variables that the providers' own tools read.
-    fn store(&self, settings: &Settings) -> object_store::Result<Box<dyn ObjectStore>> {
+    pub(super) fn store(&self, settings: &Settings) -> object_store::Result<Box<dyn ObjectStore>> {
         // One provider of cryptography for the whole program; a second call finds it there.
         let _ = rustls::crypto::ring::default_provider().install_default();
         let client = ClientOptions::new()
@@ -364,7 +364,7 @@ impl Place {
     }
 
     /// Brings an object into `part`, going on where an earlier attempt or run stopped.
-    async fn download(
+    pub(super) async fn download(
         &self,
         store: &dyn ObjectStore,
         object: &Object,
@@ -440,6 +440,17 @@ impl Place {
 
     /// What went wrong, whose doing it was and the way out; and whether trying again may help.
     fn error(&self, error: object_store::Error, settings: &Settings) -> (Error, bool) {
+        self.explain(error, settings, "read and list it", "Check the network and try again: what has arrived is kept")
+    }
+
+    /// As [`Place::error`]; `rights` are those that the task needs, `way_on` is what to do when the network failed.
+    pub(super) fn explain(
+        &self,
+        error: object_store::Error,
+        settings: &Settings,
+        rights: &str,
+        way_on: &str,
+    ) -> (Error, bool) {
         let spec = self.spec();
         let way = match self.kind {
             Kind::S3 => {
@@ -464,8 +475,7 @@ impl Place {
             }
         };
         let has = |name: &str| settings.objects.iter().any(|(key, _)| key == name);
-        let forbidden =
-            || Error::Input(format!("{spec}: no permission (403): ask for the right to read and list it; {way}"));
+        let forbidden = || Error::Input(format!("{spec}: no permission (403): ask for the right to {rights}; {way}"));
         let unknown = || Error::Input(format!("{spec}: the server asks who you are (401): {way}"));
         let said = text(&error);
         // The answers to listing come as one kind of error, whatever their status.
@@ -478,7 +488,8 @@ impl Place {
                 (Error::Input(format!("{spec}: there is no such bucket (404): check the name and the server")), false)
             }
             object_store::Error::PermissionDenied { .. } => (forbidden(), false),
-            _ if status("403") => (forbidden(), false),
+            // Of one of many that are deleted together the answer has no status.
+            _ if status("403") || said.contains("AccessDenied") => (forbidden(), false),
             object_store::Error::Unauthenticated { .. } => (unknown(), false),
             _ if status("401") => (unknown(), false),
             object_store::Error::InvalidPath { source } => {
@@ -491,34 +502,30 @@ impl Place {
                 // Without credentials the client asks the machine it runs on, which only a cloud's own machine answers.
                 let asked_machine = said.contains("169.254.169.254") || said.contains("metadata.google.internal");
                 let no_account = self.kind == Kind::Azure && !has("AZURE_STORAGE_ACCOUNT_NAME");
-                if asked_machine || no_account {
+                let half = ["Missing AccessKeyId", "Missing SecretAccessKey"].iter().any(|half| said.contains(half));
+                if asked_machine || no_account || half {
                     return (Error::Input(format!("{spec}: no credentials were found: {way}")), false);
                 }
-                (
-                    Error::Failure(format!(
-                        "{spec}: {said}. Check the network and try again: what has arrived is kept"
-                    )),
-                    true,
-                )
+                (Error::Failure(format!("{spec}: {said}. {way_on}")), true)
             }
         }
     }
 }
 
 /// Whether a key stands for several.
-fn is_pattern(key: &str) -> bool {
+pub(super) fn is_pattern(key: &str) -> bool {
     key.contains(['*', '?', '['])
 }
 
 /// A relative path of ordinary names.
-fn is_plain(path: &str) -> bool {
+pub(super) fn is_plain(path: &str) -> bool {
     !path.contains('\\')
         && !path.chars().any(char::is_control)
         && path.split('/').all(|part| !matches!(part, "" | "." | ".."))
 }
 
 /// Removes a file; one that is not there is fine.
-fn remove(path: &Path) -> Result<()> {
+pub(super) fn remove(path: &Path) -> Result<()> {
     match fs::remove_file(path) {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(io_error("cannot remove", path)(error)),
         _ => Ok(()),
