@@ -153,7 +153,8 @@ struct Mood {
     status: Option<u16>,
 }
 
-/// A server of one file of 300,000 bytes under every address; it keeps the first line and the range of every request.
+/// A server of one file of 300,000 bytes under every address, of 40 MiB and a bit under those with `huge`; it keeps the first line
+/// and the start of the range of every request.
 struct Server {
     address: String,
     mood: Arc<Mutex<Mood>>,
@@ -161,7 +162,14 @@ struct Server {
 }
 
 fn content(changed: bool) -> Vec<u8> {
-    (0..300_000u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 13) as u8 ^ u8::from(changed)).collect()
+    bytes(300_000, changed)
+}
+
+/// Bytes of the large file.
+const HUGE: u32 = (40 << 20) + 5;
+
+fn bytes(len: u32, changed: bool) -> Vec<u8> {
+    (0..len).map(|i| (i.wrapping_mul(2_654_435_761) >> 13) as u8 ^ u8::from(changed)).collect()
 }
 
 impl Server {
@@ -193,14 +201,15 @@ impl Server {
 fn answer(mut stream: &TcpStream, mood: &Mutex<Mood>, log: &Mutex<Vec<String>>) -> std::io::Result<()> {
     let mut lines = BufReader::new(stream).lines();
     let first = lines.next().unwrap_or_else(|| Ok(String::new()))?;
-    let mut from = None;
+    let (mut from, mut to) = (None, None);
     for line in lines {
         let line = line?.to_ascii_lowercase();
         if line.is_empty() {
             break;
         }
         if let Some(range) = line.strip_prefix("range: bytes=") {
-            from = range.trim_end_matches('-').parse::<usize>().ok();
+            let (start, end) = range.split_once('-').unwrap_or((range, ""));
+            (from, to) = (start.parse::<usize>().ok(), end.parse::<usize>().ok());
         }
     }
     log.lock().unwrap().push(format!("{first} {}", from.unwrap_or(0)));
@@ -208,13 +217,12 @@ fn answer(mut stream: &TcpStream, mood: &Mutex<Mood>, log: &Mutex<Vec<String>>) 
     if let Some(status) = mood.status {
         return write!(stream, "HTTP/1.1 {status} No\r\nContent-Length: 0\r\nConnection: close\r\n\r\n");
     }
-    let all = content(mood.changed);
+    let all = if first.contains("huge") { bytes(HUGE, mood.changed) } else { content(mood.changed) };
     let from = from.filter(|_| !mood.whole_only);
-    let body = &all[from.unwrap_or(0)..];
+    let last = to.filter(|_| from.is_some()).unwrap_or(usize::MAX).min(all.len() - 1);
+    let body = &all[from.unwrap_or(0)..=last];
     let (status, range) = match from {
-        Some(from) => {
-            ("206 Partial Content", format!("Content-Range: bytes {from}-{}/{}\r\n", all.len() - 1, all.len()))
-        }
+        Some(from) => ("206 Partial Content", format!("Content-Range: bytes {from}-{last}/{}\r\n", all.len())),
         None => ("200 OK", String::new()),
     };
     write!(
@@ -275,6 +283,46 @@ fn a_fetch_that_broke_off_goes_on_where_it_stopped() {
     server.set(Mood { status: Some(403), ..Mood::default() });
     fails(place.resolve(&spec), 2, "no permission (403)");
     fails(place.resolve("https://h.example/a/"), 2, "folders on the web cannot be listed");
+}
+
+#[test]
+fn a_large_object_comes_in_ranges() {
+    let server = Server::start();
+    let spec = format!("{}/huge.bin", server.address);
+    let starts = |log: Vec<String>| {
+        let mut starts: Vec<usize> = log.iter().map(|line| line.rsplit(' ').next().unwrap().parse().unwrap()).collect();
+        starts.sort_unstable();
+        starts
+    };
+    let mib = |n: usize| n << 20;
+    let place = Place::new(&[]);
+    assert!(fs::read(place.fetched(&spec).0).unwrap() == bytes(HUGE, false));
+    // The first request asks what there is.
+    assert_eq!(starts(server.take_log()), [0, 0, mib(8), mib(16), mib(24), mib(32), mib(40)]);
+
+    // Ranges that break off, in one run and the next: what stands in the file is not asked for again.
+    let place = Place::new(&[]);
+    server.set(Mood { breaks_after: Some(mib(1)), ..Mood::default() });
+    fails(place.resolve(&spec), 1, "what has arrived is kept");
+    server.set(Mood::default());
+    assert!(fs::read(place.fetched(&spec).0).unwrap() == bytes(HUGE, false));
+
+    // Another state of the object is noticed in the middle, and the two are not mixed.
+    let place = Place::new(&[]);
+    server.take_log();
+    let mood = server.mood.clone();
+    let change = |event: source::Progress<'_>| {
+        if event.done_bytes == 8 << 20 {
+            mood.lock().unwrap().changed = true;
+        }
+    };
+    fails(source::resolve(&spec, &place.settings, &mut { change }), 1, "it changed while it was fetched");
+    assert!(fs::read(place.fetched(&spec).0).unwrap() == bytes(HUGE, true));
+
+    // A server that has no ranges is asked for the whole.
+    let place = Place::new(&[]);
+    server.set(Mood { whole_only: true, ..Mood::default() });
+    assert!(fs::read(place.fetched(&spec).0).unwrap() == bytes(HUGE, false));
 }
 
 #[test]

@@ -386,3 +386,27 @@ fn answer(stream: TcpStream, status: &str) -> std::io::Result<()> {
     reader.take(length).read_to_end(&mut Vec::new())?;
     write!(&stream, "HTTP/1.1 {status}\r\nContent-Length: 0\r\nETag: \"v\"\r\nConnection: close\r\n\r\n")
 }
+
+#[cfg(unix)]
+#[test]
+fn control_c_uploads_what_it_saves() {
+    let Some(moto) = Moto::start() else { return };
+    moto.put("runs", b"");
+    let setup = Setup::new(&moto);
+    let set = ["upload=s3://runs/a", "training.save_steps=0", "training.eval_steps=0", "training.max_steps=100000"];
+    let child = setup.command("run", &set).spawn().unwrap();
+    let metrics = setup.dir("run/metrics.jsonl");
+    wait_for("a step", || fs::read_to_string(&metrics).is_ok_and(|metrics| metrics.lines().count() > 3));
+    assert!(Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap().success());
+    let stopped = ran(child);
+    assert_eq!(stopped.code, 130, "{stopped:?}");
+    let before = curve(&setup.dir("run"));
+    let step = format!("step-{}", before.len());
+    assert!(stopped.stdout.contains(&format!("uploaded s3://runs/a/checkpoints/{step}\n")), "{stopped:?}");
+    is_copied(&moto, "a", &setup.dir("run"), &format!("checkpoints/{step}"));
+    let more = format!("training.max_steps={}", before.len() + 2);
+    let resumed = setup.resume("other", &[&set[..3], &[&more]].concat());
+    assert_eq!(resumed.code, 0, "{resumed:?}");
+    let after = curve(&setup.dir("other"));
+    assert_eq!((after.len(), &after[..before.len()]), (before.len() + 2, &before[..]));
+}

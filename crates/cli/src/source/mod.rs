@@ -12,6 +12,7 @@ mod hub;
 mod known;
 mod local;
 mod objects;
+mod pieces;
 mod pypi;
 mod settings;
 

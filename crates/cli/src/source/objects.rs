@@ -11,7 +11,7 @@ use super::{
 use crate::error::{Error, Result};
 use futures_util::{StreamExt, TryStreamExt};
 use object_store::{
-    ClientOptions, GetOptions, GetRange, ObjectMeta, ObjectStore, ObjectStoreExt, RetryConfig,
+    ClientOptions, ObjectMeta, ObjectStore, ObjectStoreExt, RetryConfig,
     aws::{AmazonS3Builder, AmazonS3ConfigKey},
     azure::{AzureConfigKey, MicrosoftAzureBuilder},
     gcp::{GoogleCloudStorageBuilder, GoogleConfigKey},
@@ -374,6 +374,7 @@ impl Place {
     ) -> Result<()> {
         let size = object.meta.size;
         let what = format!("fetching {}", object.path);
+        let mut in_ranges = object.goes_in_ranges();
         let mut attempt = 1;
         loop {
             let mut have = fs::metadata(part).map_or(0, |part| part.len());
@@ -384,39 +385,23 @@ impl Place {
             let mut file =
                 File::options().create(true).append(true).open(part).map_err(io_error("cannot write", part))?;
             progress(Progress { what: &what, done_bytes: have, total_bytes: Some(size) });
-            let failed = if have == size {
-                None
-            } else {
-                let options = GetOptions {
-                    if_match: object.meta.e_tag.clone().filter(|etag| !etag.starts_with("W/")),
-                    range: (have > 0).then_some(GetRange::Offset(have)),
-                    ..GetOptions::default()
-                };
-                match store.get_opts(&object.location, options).await {
-                    // A server may not look at the condition, and a weak ETag cannot be one.
-                    Ok(answer) if answer.meta.size != size || answer.meta.e_tag != object.meta.e_tag => {
-                        Some(object_store::Error::Precondition {
-                            path: object.path.clone(),
-                            source: "its size or ETag changed while it was fetched".into(),
-                        })
-                    }
-                    Ok(answer) => {
-                        let mut stream = answer.into_stream();
-                        loop {
-                            match stream.next().await {
-                                None => break None,
-                                Some(Err(error)) => break Some(error),
-                                Some(Ok(bytes)) => {
-                                    file.write_all(&bytes).map_err(io_error("cannot write", part))?;
-                                    have += bytes.len() as u64;
-                                    progress(Progress { what: &what, done_bytes: have, total_bytes: Some(size) });
-                                }
-                            }
+            let mut failed = None;
+            if have < size {
+                let mut pieces = object.pieces(store, have, in_ranges);
+                while let Some(piece) = pieces.next().await {
+                    match piece {
+                        Ok(bytes) => {
+                            file.write_all(&bytes).map_err(io_error("cannot write", part))?;
+                            have += bytes.len() as u64;
+                            progress(Progress { what: &what, done_bytes: have, total_bytes: Some(size) });
+                        }
+                        Err(error) => {
+                            failed = Some(error);
+                            break;
                         }
                     }
-                    Err(error) => Some(error),
                 }
-            };
+            }
             file.sync_all().map_err(io_error("cannot write", part))?;
             let (error, may_pass) = match failed {
                 None if have == size => return Ok(()),
@@ -426,6 +411,7 @@ impl Place {
                 Some(error @ object_store::Error::NotSupported { .. }) => {
                     // The server cannot go on in the middle.
                     remove(part)?;
+                    in_ranges = false;
                     (self.error(error, settings).0, true)
                 }
                 Some(error) => self.error(error, settings),
