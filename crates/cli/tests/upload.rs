@@ -16,8 +16,8 @@ use std::{
     path::{Path, PathBuf},
     process::{Child, Command},
     sync::{
-        Arc,
-        atomic::{AtomicUsize, Ordering},
+        Arc, Mutex,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
     },
     thread,
     time::{Duration, Instant},
@@ -105,7 +105,7 @@ fn checkpoints(run: &Path) -> BTreeSet<String> {
 fn wait_for(what: &str, mut there: impl FnMut() -> bool) {
     let start = Instant::now();
     while !there() {
-        assert!(start.elapsed() < Duration::from_secs(120), "{what} did not appear");
+        assert!(start.elapsed() < Duration::from_secs(300), "{what} did not appear");
         thread::sleep(Duration::from_millis(2));
     }
 }
@@ -409,4 +409,92 @@ fn control_c_uploads_what_it_saves() {
     assert_eq!(resumed.code, 0, "{resumed:?}");
     let after = curve(&setup.dir("other"));
     assert_eq!((after.len(), &after[..before.len()]), (before.len() + 2, &before[..]));
+}
+
+/// A door before a server: what is to be written below `checkpoints` waits while it is held.
+struct Door {
+    address: String,
+    held: Arc<AtomicBool>,
+    /// The first line of the first request that had to wait.
+    first: Arc<Mutex<Option<String>>>,
+}
+
+impl Door {
+    fn before(port: u16) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = format!("http://{}", listener.local_addr().unwrap());
+        let door = Self { address, held: Arc::new(AtomicBool::new(true)), first: Arc::default() };
+        let (held, first) = (door.held.clone(), door.first.clone());
+        // Ends with the process.
+        thread::spawn(move || {
+            for stream in listener.incoming().flatten() {
+                let (held, first) = (held.clone(), first.clone());
+                thread::spawn(move || pass(&stream, port, &held, &first).ok());
+            }
+        });
+        door
+    }
+}
+
+/// Passes one request on, and its answer back.
+fn pass(stream: &TcpStream, port: u16, held: &AtomicBool, first: &Mutex<Option<String>>) -> std::io::Result<()> {
+    let mut reader = BufReader::new(stream.try_clone()?);
+    let mut head = String::new();
+    while reader.read_line(&mut head)? > 2 {}
+    if head.starts_with("PUT") && head.contains("/checkpoints/") && held.load(Ordering::SeqCst) {
+        first.lock().unwrap().get_or_insert_with(|| head.lines().next().unwrap().to_owned());
+        while held.load(Ordering::SeqCst) {
+            thread::sleep(Duration::from_millis(2));
+        }
+    }
+    let server = TcpStream::connect(("127.0.0.1", port))?;
+    // One request a connection, so that each is looked at.
+    write!(&server, "{}Connection: close\r\n\r\n", head.trim_end_matches("\r\n").to_owned() + "\r\n")?;
+    let mut body = server.try_clone()?;
+    thread::spawn(move || std::io::copy(&mut reader, &mut body).ok());
+    std::io::copy(&mut &server, &mut &*stream)?;
+    stream.shutdown(std::net::Shutdown::Both)
+}
+
+#[test]
+fn training_does_not_wait_for_uploads() {
+    let Some(moto) = Moto::start() else { return };
+    moto.put("runs", b"");
+    let door = Door::before(moto.port());
+    let mut setup = Setup::new(&moto);
+    setup.variables.push(("AWS_ENDPOINT_URL".into(), door.address.clone()));
+    let set = [
+        "upload=s3://runs/a",
+        "training.max_steps=200",
+        "training.save_steps=4",
+        "training.eval_steps=0",
+        "training.save_total_limit=1",
+    ];
+    let child = setup.command("run", &set).spawn().unwrap();
+    let run = setup.dir("run");
+    wait_for("the last step", || {
+        fs::read_to_string(run.join("metrics.jsonl")).is_ok_and(|m| m.contains("\"step\":200,"))
+    });
+    wait_for("a request", || door.first.lock().unwrap().is_some());
+    let request = door.first.lock().unwrap().clone().unwrap();
+    let (_, rest) = request.split_once("/checkpoints/").unwrap();
+    let step = rest.split('/').next().unwrap();
+    // All steps were made while the first file of a checkpoint waited, and the run has deleted the checkpoint meanwhile.
+    wait_for("the rotation", || !run.join("checkpoints").join(step).exists());
+    assert_eq!(moto.keys("runs", "a/checkpoints/"), [""; 0]);
+    door.held.store(false, Ordering::SeqCst);
+    let ran = ran(child);
+    assert_eq!(ran.code, 0, "{ran:?}");
+    assert!(ran.stderr.is_empty(), "{ran:?}");
+    assert!(ran.stdout.contains(&format!("uploaded s3://runs/a/checkpoints/{step}\n")), "{ran:?}");
+    // Those that came and went meanwhile were passed over.
+    let uploads = ran.stdout.matches("uploaded s3://runs/a/checkpoints/").count();
+    assert!((2..=4).contains(&uploads), "{ran:?}");
+    for step in checkpoints(&run) {
+        is_copied(&moto, "a", &run, &format!("checkpoints/{step}"));
+    }
+    is_copied(&moto, "a", &run, "final");
+    let there: BTreeSet<String> =
+        moto.keys("runs", "a/checkpoints/").iter().map(|key| key.split('/').nth(2).unwrap().to_owned()).collect();
+    assert_eq!(there, checkpoints(&run));
 }

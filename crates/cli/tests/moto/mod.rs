@@ -76,6 +76,10 @@ impl Moto {
         moto
     }
 
+    pub(crate) fn port(&self) -> u16 {
+        self.port
+    }
+
     /// Ends the server; the port it had.
     pub(crate) fn stop(self) -> u16 {
         self.port
