@@ -277,12 +277,23 @@ pub(crate) fn products(level: Level, x: Rows<'_>, outputs: &[Option<Output<'_>>]
 
 /// Everything that `strip` covers.
 fn run_strip(level: Level, x: Rows<'_>, output: &Output<'_>, strip: Strip) {
+    // Codes of two a byte that the kernel does not read itself are spread out chunk by chunk.
+    match output.weights.nibble_zero.filter(|_| x.count > FEW_ROWS || !level.reads_nibbles()) {
+        Some(zero) => spread_strip(level, x, output, strip, zero),
+        None => walk_strip(level, x, output, strip, None, &mut []),
+    }
+}
+
+/// Its buffer would fill most of L1, so strips that need none have no part in it.
+#[inline(never)]
+fn spread_strip(level: Level, x: Rows<'_>, output: &Output<'_>, strip: Strip, zero: u8) {
+    walk_strip(level, x, output, strip, Some(zero), &mut [0; CHUNK * GROUP * STRIP_GROUPS]);
+}
+
+fn walk_strip(level: Level, x: Rows<'_>, output: &Output<'_>, strip: Strip, spread: Option<u8>, buffer: &mut [u8]) {
     let w = &output.weights;
     let (tile_rows, tile_groups) = level.tile();
     let streaming = x.count <= FEW_ROWS;
-    // Codes of two a byte that the kernel does not read itself are spread out chunk by chunk.
-    let spread = w.nibble_zero.filter(|_| !(streaming && level.reads_nibbles()));
-    let mut buffer = [0u8; CHUNK * GROUP * STRIP_GROUPS];
     let chunk_blocks = if streaming && spread.is_none() { w.blocks } else { (CHUNK / w.block_len).max(1) };
     let tile_groups = if streaming { 1 } else { tile_groups };
     let group_bytes = w.blocks * w.block_bytes();
@@ -299,7 +310,7 @@ fn run_strip(level: Level, x: Rows<'_>, output: &Output<'_>, strip: Strip) {
                         let packed = &w.codes[start + g * group_bytes..][..bytes];
                         spread_nibbles(packed, 128 - zero, &mut buffer[g * 2 * bytes..][..2 * bytes]);
                     }
-                    (&buffer[..], 2 * bytes)
+                    (&*buffer, 2 * bytes)
                 }
                 None => (&w.codes[start..], group_bytes),
             };
