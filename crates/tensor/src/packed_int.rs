@@ -428,7 +428,7 @@ impl PackedInt {
         });
     }
 
-    fn view(&self) -> Weights<'_> {
+    pub(crate) fn view(&self) -> Weights<'_> {
         Weights {
             columns: self.rows,
             blocks: self.blocks,

@@ -6,12 +6,17 @@
 //!
 //! Nothing depends on them: parts of a loop are claimed one by one, so a thread that is late, or busy with something else,
 //! only means that the others do more parts.
+//!
+//! Between two loops the memory would stand idle, and memory is what decoding waits for. [`read_ahead`] names what the next loop
+//! will read; waiting threads fetch it into their caches meanwhile. They then take parts from the front, where that begins,
+//! and the leader from the back.
 
 use rayon::prelude::*;
 use std::cell::Cell;
 use std::ptr;
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
+use std::sync::atomic::Ordering::{Relaxed, SeqCst};
+use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicUsize};
 
 /// One loop: its body, and how many parts it has.
 #[derive(Clone, Copy)]
@@ -25,14 +30,76 @@ struct Job {
 #[repr(align(128))]
 struct Counter(AtomicUsize);
 
+/// A stretch of memory that waiting threads fetch, each line once.
+#[derive(Default)]
+#[repr(align(128))]
+struct Ahead {
+    start: AtomicPtr<u8>,
+    len: AtomicUsize,
+    done: AtomicUsize,
+}
+
+/// Bytes of a cache line.
+const LINE: usize = 64;
+
+/// Bytes that a waiting thread fetches before it looks again whether it is needed.
+const FETCH: usize = 4 * LINE;
+
+/// Bytes fetched ahead at most: what certainly fits beside other things into a core's second cache.
+const MOST_AHEAD: usize = 384 << 10;
+
+impl Ahead {
+    /// Asks for the next few lines, without waiting for them.
+    fn fetch(&self) {
+        let len = self.len.load(Relaxed);
+        if self.done.load(Relaxed) >= len {
+            return;
+        }
+        let start = self.done.fetch_add(FETCH, Relaxed);
+        for offset in (start..len.min(start + FETCH)).step_by(LINE) {
+            prefetch(self.start.load(Relaxed).wrapping_add(offset));
+        }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[allow(unsafe_code)]
+fn prefetch(line: *const u8) {
+    use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+    // SAFETY: a hint, for whatever address: it reads nothing and cannot fail.
+    unsafe { _mm_prefetch::<_MM_HINT_T0>(line.cast()) }
+}
+
+/// Stable Rust has no hint for other processors.
+#[cfg(not(target_arch = "x86_64"))]
+fn prefetch(_line: *const u8) {}
+
+/// Names `bytes` as what the loop after the one that this thread runs next will read first. Threads that wait for it fetch them.
+pub(crate) fn read_ahead(bytes: &[u8]) {
+    if let Role::Leader(team) = ROLE.get() {
+        #[allow(unsafe_code)]
+        // SAFETY: it was this thread's role, which `scope` takes back before the team goes.
+        let Ahead { start, len, done } = unsafe { &(*team).ahead };
+        len.store(0, Relaxed);
+        start.store(bytes.as_ptr().cast_mut(), Relaxed);
+        done.store(0, Relaxed);
+        len.store(bytes.len().min(MOST_AHEAD), Relaxed);
+    }
+}
+
 /// The place where the thread that runs the chain and its helpers meet.
 struct Team {
     /// Odd while a job is open to helpers. Only the leader changes it.
     epoch: Counter,
     /// Helpers that are, or are about to be, inside the open job.
     inside: Counter,
-    /// The next part to be claimed.
-    next: Counter,
+    /// Parts that have been claimed.
+    claimed: Counter,
+    /// Of those, the ones that helpers claimed, which are the first ones.
+    front: Counter,
+    /// What the next loop will read. The three may be of different ranges for a moment: fetching what nobody reads, or what is
+    /// not there any more, does no harm.
+    ahead: Ahead,
     /// Set when the chain is at its end.
     ended: AtomicBool,
     /// Set when a helper's part panicked.
@@ -80,10 +147,11 @@ impl Drop for Acting {
 /// Turns of the spin loop before the thread offers its core to others.
 const SPINS: u32 = 20_000;
 
-/// Waits until `ready` says so.
-fn wait(ready: impl Fn() -> bool) {
+/// Waits until `ready` says so, and does `meanwhile` in between.
+fn wait(ready: impl Fn() -> bool, meanwhile: impl Fn()) {
     let mut spins = 0;
     while !ready() {
+        meanwhile();
         if spins < SPINS {
             spins += 1;
             std::hint::spin_loop();
@@ -106,7 +174,9 @@ pub fn scope<R: Send>(chain: impl FnOnce() -> R + Send) -> R {
     let team = Team {
         epoch: Counter::default(),
         inside: Counter::default(),
-        next: Counter::default(),
+        claimed: Counter::default(),
+        front: Counter::default(),
+        ahead: Ahead::default(),
         ended: AtomicBool::new(false),
         failed: AtomicBool::new(false),
         job: Cell::new(None),
@@ -161,25 +231,27 @@ fn run(team: *const Team, parts: usize, body: &(dyn Fn(usize) + Sync)) {
     // and `Open::drop` closes the job and waits for them before this function returns or unwinds.
     let body: *const (dyn Fn(usize) + Sync) = unsafe { std::mem::transmute(ptr::from_ref(body)) };
     team.job.set(Some(Job { body, parts }));
-    team.next.0.store(0, SeqCst);
+    team.claimed.0.store(0, SeqCst);
+    team.front.0.store(0, SeqCst);
     team.epoch.0.fetch_add(1, SeqCst);
     let open = Open(team);
     // SAFETY: `body` is borrowed by this function.
     let body = unsafe { &*body };
-    claim(team, parts, body);
+    let mut back = parts;
+    claim(team, parts, body, || {
+        back -= 1;
+        back
+    });
     drop(open);
     assert!(!team.failed.load(SeqCst), "a part of a loop panicked on another thread");
 }
 
-/// Works through unclaimed parts until there are none.
-fn claim(team: &Team, parts: usize, body: &(dyn Fn(usize) + Sync)) {
+/// Works through unclaimed parts until there are none. As many are handed out as there are, so that those that `next` takes from
+/// the front and from the back never meet.
+fn claim(team: &Team, parts: usize, body: &(dyn Fn(usize) + Sync), mut next: impl FnMut() -> usize) {
     let _in_loop = Acting::new(Role::InLoop);
-    loop {
-        let part = team.next.0.fetch_add(1, SeqCst);
-        if part >= parts {
-            return;
-        }
-        body(part);
+    while team.claimed.0.fetch_add(1, SeqCst) < parts {
+        body(next());
     }
 }
 
@@ -189,7 +261,7 @@ struct Open<'a>(&'a Team);
 impl Drop for Open<'_> {
     fn drop(&mut self) {
         self.0.epoch.0.fetch_add(1, SeqCst);
-        wait(|| self.0.inside.0.load(SeqCst) == 0);
+        wait(|| self.0.inside.0.load(SeqCst) == 0, || ());
     }
 }
 
@@ -213,7 +285,8 @@ impl Team {
         // The job that had no part left when this thread last looked.
         let mut finished = 0;
         loop {
-            wait(|| (is_open() && self.epoch.0.load(SeqCst) != finished) || self.ended.load(SeqCst));
+            let is_needed = || (is_open() && self.epoch.0.load(SeqCst) != finished) || self.ended.load(SeqCst);
+            wait(is_needed, || self.ahead.fetch());
             if self.ended.load(SeqCst) {
                 return;
             }
@@ -224,7 +297,7 @@ impl Team {
                 if let Some(job) = self.job.get() {
                     // SAFETY: counted in, and the job was open after that: the leader keeps the body alive until this
                     // thread has counted itself out (`Open::drop`).
-                    claim(self, job.parts, unsafe { &*job.body });
+                    claim(self, job.parts, unsafe { &*job.body }, || self.front.0.fetch_add(1, SeqCst));
                 }
                 finished = epoch;
             }
@@ -247,6 +320,8 @@ mod tests {
                     let mut sum = 0;
                     for parts in 0..300 {
                         let counts: Vec<AtomicU32> = (0..parts).map(|_| AtomicU32::new(0)).collect();
+                        // Gone before it is fetched, long, or nothing: a hint changes no result.
+                        read_ahead(&vec![0; parts * parts % 7 * 5000]);
                         for_each(parts, |part| {
                             counts[part].fetch_add(1, SeqCst);
                         });

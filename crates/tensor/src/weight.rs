@@ -152,6 +152,18 @@ impl Weight {
         }
     }
 
+    /// Says that the next parallel loop but one will read this weight, so that threads of a [`crate::team`] that wait can fetch its
+    /// beginning. Nothing where it is not read as it is.
+    pub fn read_ahead(&self) {
+        match self {
+            Self::Dense(dense) if dense.gpu().is_none() => crate::team::read_ahead(bytemuck::cast_slice(dense.data())),
+            Self::Packed(Packed { encoding: Encoding::Integers(integers), .. }) => {
+                crate::team::read_ahead(integers.view().codes)
+            }
+            _ => {}
+        }
+    }
+
     /// Whether the weight is kept as integers, whose products round what they multiply ([`Weight::to_integers`]).
     pub fn is_integers(&self) -> bool {
         matches!(self, Self::Packed(Packed { encoding: Encoding::Integers(_), .. }))

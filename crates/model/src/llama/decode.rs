@@ -79,13 +79,13 @@ impl Llama {
                 self.embed_tokens(piece, first..first + piece.len() as u32, buffers);
                 for l in 0..last {
                     self.attend(l, cache, buffers);
-                    self.finish_layer(&self.layers[l], buffers);
+                    self.finish_layer(l, buffers);
                 }
                 self.extend_cache(last, cache, buffers);
             };
             let mut end = |cache: &KvCache, buffers: &mut Buffers| {
                 self.attend_last(cache, num_keys, buffers);
-                self.finish_layer(&self.layers[last], buffers);
+                self.finish_layer(last, buffers);
                 self.logits_of_last(buffers, logits);
             };
             if !products::are_few(piece.len()) {
@@ -131,6 +131,7 @@ impl Llama {
         let Buffers { stream_td, normed_td, rstd_t, q_th, k_tk, v_tk, o_th, lse, xa_tr, rounded, angles, .. } = buffers;
         let layer = &self.layers[l];
         rmsnorm::forward(stream_td, self.tensor(layer.input_norm), self.config.rms_norm_eps, normed_td, rstd_t);
+        self.value(layer.linears[O].weight).read_ahead();
         self.products(layer, normed_td, &mut [(Q, q_th), (K, k_tk), (V, v_tk)], Overwrite, xa_tr, rounded);
         rope::forward(q_th, angles);
         rope::forward(k_tk, angles);
@@ -170,12 +171,20 @@ impl Llama {
     }
 
     /// From the output of attention to that of the layer.
-    pub(super) fn finish_layer(&self, layer: &Layer, buffers: &mut Buffers) {
+    pub(super) fn finish_layer(&self, l: usize, buffers: &mut Buffers) {
+        let layer = &self.layers[l];
+        let ahead = |layer: &Layer, i: usize| self.value(layer.linears[i].weight).read_ahead();
         let Buffers { stream_td, normed_td, rstd_t, o_th, gate_tf, up_tf, act_tf, xa_tr, rounded, .. } = buffers;
+        ahead(layer, GATE);
         self.products(layer, o_th, &mut [(O, stream_td)], Accumulate, xa_tr, rounded);
         rmsnorm::forward(stream_td, self.tensor(layer.post_norm), self.config.rms_norm_eps, normed_td, rstd_t);
+        ahead(layer, DOWN);
         self.products(layer, normed_td, &mut [(GATE, gate_tf), (UP, up_tf)], Overwrite, xa_tr, rounded);
         swiglu::forward(gate_tf, up_tf, act_tf);
+        match self.layers.get(l + 1) {
+            Some(next) => ahead(next, Q),
+            None => self.head_weight().read_ahead(),
+        }
         self.products(layer, act_tf, &mut [(DOWN, stream_td)], Accumulate, xa_tr, rounded);
     }
 

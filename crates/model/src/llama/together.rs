@@ -76,7 +76,7 @@ impl Llama {
         let counts: Vec<(usize, usize)> = parts.iter().map(|(place, ids)| (*place, ids.len())).collect();
         let (index, segments) = sequences.layout(&counts);
         self.embed_parts(parts, sequences, buffers);
-        for (l, layer) in self.layers.iter().enumerate() {
+        for l in 0..self.layers.len() {
             self.keys_and_values(l, buffers);
             let Buffers { q_th, k_tk, v_tk, o_th, .. } = buffers;
             sequences.attend(l, (&*q_th, &*k_tk, &*v_tk), &index, &segments, o_th);
@@ -88,7 +88,7 @@ impl Llama {
                     x.assign(&buffers.normed_td);
                 }
             }
-            self.finish_layer(layer, buffers);
+            self.finish_layer(l, buffers);
         }
         sequences.advance(&counts);
         let Buffers { stream_td, normed_td, rstd_t, .. } = buffers;
@@ -102,7 +102,7 @@ impl Llama {
         let Some(caches) = sequences.host_mut() else { panic!("the sequences are on a GPU") };
         let mut pass = || {
             let [mut q, mut k, mut v, mut o] = [(); 4].map(|()| Tensor::default());
-            for (l, layer) in self.layers.iter().enumerate() {
+            for l in 0..self.layers.len() {
                 self.keys_and_values(l, buffers);
                 let Buffers { q_th, k_tk, v_tk, o_th, attention, .. } = buffers;
                 o_th.resize(q_th.shape());
@@ -116,7 +116,7 @@ impl Llama {
                     cache.attend(l, &q, cache.len() + 1, &mut o, attention);
                     o_th.row_mut(i).copy_from_slice(o.data());
                 }
-                self.finish_layer(layer, buffers);
+                self.finish_layer(l, buffers);
             }
             let Buffers { stream_td, normed_td, rstd_t, rounded, .. } = buffers;
             rmsnorm::forward(stream_td, self.tensor(self.norm), self.config.rms_norm_eps, normed_td, rstd_t);
