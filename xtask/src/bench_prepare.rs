@@ -129,7 +129,8 @@ fn ours(binary: &Path, args: &Args, data: &Path, folder: &Path) -> Result<Ours> 
     }
     let mut command = Command::new(binary);
     command.args(["prepare", "--model", &args.model, "--data"]).arg(data).arg("--out").arg(&out);
-    command.args(["--set", "data.max_length=8192"]);
+    // The peer keeps every row: training rows that are held out too stay here as well.
+    command.args(["--set", "data.max_length=8192", "--set", "data.clean.leakage=keep"]);
     let start = Instant::now();
     let mut child = command
         .stdin(Stdio::null())
