@@ -15,7 +15,8 @@ use std::sync::{Mutex, OnceLock};
 use tunesmith::load::{self, Opened};
 use tunesmith::source::Settings;
 use tunesmith_model::{
-    AdapterConfig, AdapterFile, Batch, KvCache, Llama, Sampler, Sampling, Storage, Workspace, generate, save_adapter,
+    AdapterConfig, AdapterFile, Batch, Gradients, KvCache, Llama, LossOptions, Sampler, Sampling, Storage, Workspace,
+    generate, save_adapter,
 };
 use tunesmith_tensor::Tensor;
 use tunesmith_text::Message;
@@ -218,6 +219,31 @@ fn lora_curve() {
     let mut llama = real.opened.llama(Storage::F32).unwrap();
     llama.attach_adapter(AdapterFile::open(folder.path()).unwrap(), true).unwrap();
     assert_curve("lora", &mut llama, 0.0);
+
+    // The adapter as it is now, with the frozen weights rounded: the loss and the gradients stay where they were.
+    let (loss, gradients) = real_text_pass(&llama);
+    llama.compute_int8(true).unwrap();
+    let (int8_loss, int8_gradients) = real_text_pass(&llama);
+    let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum::<f64>();
+    let cosine =
+        dot(&gradients, &int8_gradients) / (dot(&gradients, &gradients) * dot(&int8_gradients, &int8_gradients)).sqrt();
+    println!("loss {loss} in f32, {int8_loss} in int8; cosine of all gradients {cosine}");
+    assert!((int8_loss / loss - 1.0).abs() < 0.005, "{loss} {int8_loss}");
+    assert!(cosine > 0.98 && cosine < 1.0, "{cosine}");
+}
+
+/// Loss a token of the texts of the forward cases, and all gradients one behind the other.
+fn real_text_pass(llama: &Llama) -> (f64, Vec<f32>) {
+    let mut batch = Batch::default();
+    for case in list(&facts()["forward"]) {
+        let ids = ids(&case["ids"]);
+        batch.push(&ids, &vec![true; ids.len()]);
+    }
+    let (mut ws, mut gradients) = (Workspace::default(), Gradients::new(llama));
+    let scale = 1.0 / batch.targets.len() as f32;
+    let options = LossOptions { scale, label_smoothing: 0.0, dropout_seed: None, step: 0, first_token: 0 };
+    let loss = llama.loss_and_gradients(&batch, options, &mut ws, &mut gradients);
+    (loss * f64::from(scale), gradients.tensors.iter().flatten().flat_map(|g| g.data().to_vec()).collect())
 }
 
 /// The adapter that the LoRA curve starts from, as a PEFT folder. It was drawn by a Mersenne Twister whose state at that
