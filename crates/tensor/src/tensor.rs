@@ -14,8 +14,12 @@ struct Line([f32; 16]);
 
 const LINE: usize = 16;
 
-/// Bytes from which a buffer is a mapping of its own instead of a piece of the heap.
-const LARGE: usize = 4 << 20;
+/// Bytes from which a buffer is a mapping of its own instead of a piece of the heap. Buffers of a layer grow by a little when a
+/// longer pass comes; on the heap each would leave a hole that none of the others, grown too, fits into.
+const LARGE: usize = 256 << 10;
+
+/// Bytes from which pages of 2 MB are asked for.
+const HUGE: usize = 4 << 20;
 
 /// Memory of the processor that is zero when it is new.
 enum Host {
@@ -33,7 +37,9 @@ impl Host {
         {
             // A wish: whatever the answer, the memory is there.
             #[cfg(target_os = "linux")]
-            let _ = pages.advise(memmap2::Advice::HugePage);
+            if bytes >= HUGE {
+                let _ = pages.advise(memmap2::Advice::HugePage);
+            }
             return Self::Pages(pages);
         }
         Self::Heap(bytemuck::zeroed_vec(lines))
