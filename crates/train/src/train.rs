@@ -83,13 +83,24 @@ pub struct Outcome {
     pub elapsed_s: f64,
 }
 
-/// The adapter that trains as `config` says, if one does: a new one on the model named `base`, or a saved one. The rows of added
-/// tokens are not in it yet ([`Llama::train_tokens`]).
+/// What a configuration names and has been looked up.
+#[derive(Clone, Debug, Default)]
+pub struct Start {
+    /// What an adapter calls the model that it belongs to.
+    pub base: String,
+    /// Folder of the adapter of `model.adapter`, on this machine.
+    pub adapter: Option<PathBuf>,
+    /// Tokens that have been added to the vocabulary.
+    pub new_tokens: Vec<u32>,
+}
+
+/// The adapter that trains as `config` says, if one does: a new one, or a saved one. The rows of added tokens are not in it yet
+/// ([`Llama::train_tokens`]).
 ///
 /// # Errors
 /// When a saved adapter cannot be read.
-pub fn adapter_config(config: &Config, base: &str) -> Result<Option<AdapterConfig>> {
-    match (config.method, &config.model.adapter) {
+pub fn adapter_config(config: &Config, start: &Start) -> Result<Option<AdapterConfig>> {
+    match (config.method, &start.adapter) {
         (Method::Full, _) => Ok(None),
         (Method::Lora, Some(folder)) => Ok(Some(AdapterFile::open(folder)?.config)),
         (Method::Lora, None) => {
@@ -99,7 +110,7 @@ pub fn adapter_config(config: &Config, base: &str) -> Result<Option<AdapterConfi
                 lora_alpha: lora.lora_alpha,
                 lora_dropout: lora.lora_dropout,
                 use_rslora: lora.use_rslora,
-                base_model_name_or_path: Some(base.to_owned()),
+                base_model_name_or_path: Some(start.base.clone()),
                 target_modules: Modules::List(lora.targets()),
                 ..AdapterConfig::default()
             }))
@@ -108,21 +119,21 @@ pub fn adapter_config(config: &Config, base: &str) -> Result<Option<AdapterConfi
 }
 
 /// Makes train in `model` what `config` says: every weight, a new adapter, or an adapter that was saved before; and the rows of
-/// `new_tokens`, which have been added to the vocabulary.
+/// new tokens.
 ///
 /// # Errors
 /// When the adapter's targets match nothing, or a saved one does not fit the model.
-pub fn prepare_model(config: &Config, base: &str, new_tokens: &[u32], model: &mut Llama) -> Result<()> {
-    match (&config.model.adapter, adapter_config(config, base)?) {
+pub fn prepare_model(config: &Config, start: &Start, model: &mut Llama) -> Result<()> {
+    match (&start.adapter, adapter_config(config, start)?) {
         (_, None) => {
-            model.add_tokens(new_tokens)?;
+            model.add_tokens(&start.new_tokens)?;
             model.train_all();
         }
         (Some(folder), Some(_)) => model.attach_adapter(AdapterFile::open(folder)?, true)?,
         (None, Some(adapter)) => {
             model.add_adapter(&adapter, config.seed)?;
-            if !new_tokens.is_empty() {
-                model.train_tokens(new_tokens)?;
+            if !start.new_tokens.is_empty() {
+                model.train_tokens(&start.new_tokens)?;
             }
         }
     }

@@ -9,7 +9,7 @@ use tunesmith_tensor::cuda::Gpu;
 use tunesmith_text::{ChatTemplate, Report, Tokenizer, prepare};
 use tunesmith_train::config::Config;
 use tunesmith_train::metrics::{MetricRecord, read_metrics};
-use tunesmith_train::train::{Job, Outcome, prepare_model, train};
+use tunesmith_train::train::{Job, Outcome, Start, prepare_model, train};
 
 fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../..")
@@ -49,7 +49,7 @@ fn run(config: &Config, device: &Device, resume: bool) -> Outcome {
     let data = config.output_dir.join("data");
     let report: Report = prepare(&data, &config.data, &tokenizer, template.as_ref(), &mut |_| ()).unwrap();
     let mut model = Llama::load(&Checkpoint::open(&folder).unwrap(), Storage::F32, |_, _| ()).unwrap();
-    prepare_model(config, "tiny", &[], &mut model).unwrap();
+    prepare_model(config, &Start::default(), &mut model).unwrap();
     let job = Job {
         config,
         model: &mut model,

@@ -10,7 +10,7 @@ use tunesmith_tensor::{Device, Dtype};
 use tunesmith_text::{ChatTemplate, Tokenizer, prepare};
 use tunesmith_train::config::Config;
 use tunesmith_train::metrics::{MetricRecord, read_metrics};
-use tunesmith_train::train::{Job, prepare_model, train};
+use tunesmith_train::train::{Job, Start, prepare_model, train};
 
 struct Reference(serde_json::Value);
 
@@ -138,7 +138,7 @@ fn curve(folder: &Path, name: &str, sets: &[&str]) -> Vec<(f64, f64, u64)> {
     let data = output.join("data");
     let report = prepare(&data, &config.data, &tokenizer, template.as_ref(), &mut |_| ()).unwrap();
     let mut llama = Llama::load(&Checkpoint::open(&model).unwrap(), Storage::F32, |_, _| ()).unwrap();
-    prepare_model(&config, "tiny", &[], &mut llama).unwrap();
+    prepare_model(&config, &Start::default(), &mut llama).unwrap();
     let job = Job {
         config: &config,
         model: &mut llama,

@@ -121,7 +121,7 @@ impl Facts {
             other_weights = other_weights.map(|(other, _)| (other, on(other).0));
         }
         let model = opened.model();
-        let mut adapter = adapter_config(config, &opened.base_name())?;
+        let mut adapter = adapter_config(config, &opened.start())?;
         if let Some(adapter) = adapter.as_mut().filter(|_| !opened.new_tokens.is_empty()) {
             adapter.trainable_token_indices = token_indices(&model, &opened.new_tokens);
         }

@@ -96,7 +96,7 @@ pub(crate) fn run(args: &QuickstartArgs, settings: &Settings) -> Result<()> {
 fn affordable_steps(config: &Config, opened: &Opened) -> Result<i64> {
     println!("      measuring this machine's speed, to train for about three minutes");
     let mut model = opened.llama(config.model.storage)?;
-    prepare_model(config, "", &[], &mut model)?;
+    prepare_model(config, &opened.start(), &mut model)?;
     let seconds =
         bench::steps(&mut model, BLOCKS, config.data.max_length, 2, config.recompute(), config.training.optim);
     // The first step also asks the system for memory.

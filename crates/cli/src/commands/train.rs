@@ -105,7 +105,7 @@ fn train_and_compare(
     let (config, plan) = (&settled.config, settled.plan);
     let dir = &config.output_dir;
     let mut model = opened.llama(config.model.storage)?;
-    prepare_model(config, &opened.base_name(), &opened.new_tokens, &mut model)?;
+    prepare_model(config, &opened.start(), &mut model)?;
     let num_trained = model.num_trained();
     let outcome = run_loop(config, opened, &mut model, device, data, data_folder, resume, uploads)?;
     if !outcome.finished {
@@ -299,7 +299,7 @@ impl Watcher<'_> {
 
 /// Whether an adapter trains that has rows of tokens.
 fn trains_token_rows(config: &Config, opened: &Opened) -> Result<bool> {
-    let adapter = adapter_config(config, "")?;
+    let adapter = adapter_config(config, &opened.start())?;
     Ok(adapter.is_some_and(|adapter| !opened.new_tokens.is_empty() || !adapter.trainable_token_indices.is_empty()))
 }
 
