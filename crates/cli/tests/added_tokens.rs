@@ -82,6 +82,9 @@ fn an_adapter_with_tokens_of_its_own() {
     // Training goes on with the adapter and its tokens.
     let go_on = format!("model.adapter={adapter_path}");
     let none = ["--set", "model.add_tokens=[]", "--set", "model.add_special_tokens=[]"];
+    let int8 = [&["--set", "compute=int8", "--set", &go_on], &none[..]].concat();
+    let ran = train(folder.path(), "rounded", &int8);
+    assert!(ran.code == 2 && ran.stderr.contains("not rounded to 8 bits; use compute = \"f32\""), "{ran:?}");
     let ran = train(folder.path(), "more", &[&["--set", "training.max_steps=2", "--set", &go_on], &none[..]].concat());
     assert_eq!(ran.code, 0, "{ran:?}");
     let more = AdapterFile::open(&folder.path().join("more/final")).unwrap();

@@ -60,7 +60,7 @@ impl AdapterFile {
         for (name, stored) in safetensors_header(&file, 0)? {
             if let Some(module) = rows_of(&name) {
                 let count = config.trainable_token_indices.get(module).map_or(0, Vec::len);
-                if stored.shape.len() != 2 || stored.shape[0] != count {
+                if stored.shape.len() != 2 || stored.shape[0] != count || count == 0 {
                     return Err(Error::Input(format!(
                         "{shown}: {name} has the shape {:?}, but {CONFIG_FILE} names {count} tokens of {module}",
                         stored.shape

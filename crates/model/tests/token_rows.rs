@@ -7,7 +7,7 @@ use tunesmith_model::{
     AdapterConfig, AdapterFile, Batch, Checkpoint, Config, Gradients, Llama, LossOptions, Modules, Storage, Workspace,
     save_adapter_with_rows,
 };
-use tunesmith_tensor::rng::Rng;
+use tunesmith_tensor::{Tensor, rng::Rng};
 
 const MODELS: [&str; 2] = ["tiny-llama2", "tiny-llama3"];
 
@@ -153,6 +153,13 @@ fn an_adapter_keeps_them() {
             let rows = || rows.iter().map(|(module, rows)| (*module, &**rows));
             save_adapter_with_rows(folder.path(), &config, llama.adapter_tensors(), rows()).unwrap();
             assert!(save_adapter_with_rows(folder.path(), &config, llama.adapter_tensors(), []).is_err());
+            // Rows that the configuration does not name, not even one.
+            let none = tempfile::tempdir().unwrap();
+            let nameless = AdapterConfig { trainable_token_indices: Default::default(), ..config.clone() };
+            let empty = [("embed_tokens", &Tensor::zeros(&[0, llama.config.hidden_size]))];
+            save_adapter_with_rows(none.path(), &nameless, llama.adapter_tensors(), empty).unwrap();
+            let error = AdapterFile::open(none.path()).unwrap_err().to_string();
+            assert!(error.contains("names 0 tokens of embed_tokens"), "{error}");
             let file = AdapterFile::open(folder.path()).unwrap();
             assert_eq!(file.config, config);
             let mut read = load(model, storage);

@@ -126,6 +126,11 @@ impl Facts {
             adapter.trainable_token_indices = token_indices(&model, &opened.new_tokens);
         }
         let rows = adapter.as_ref().map_or(0, |adapter| adapter.trainable_token_indices.len());
+        if rows > 0 && config.compute == Compute::Int8 {
+            return Err(Error::Input(
+                "the adapter has rows of added tokens, which are not rounded to 8 bits; use compute = \"f32\"".into(),
+            ));
+        }
         let grown = model.vocab_size > checkpoint.config().vocab_size;
         let all = if model.tie_word_embeddings { 1 } else { 2 };
         let matrices = if grown { all } else { rows };
