@@ -213,8 +213,6 @@ struct BackwardBuffers {
     d_h_nd: Tensor,
     d_n_td: Tensor,
     d_act_tf: Tensor,
-    d_gate_tf: Tensor,
-    d_up_tf: Tensor,
     d_o_th: Tensor,
     d_q_th: Tensor,
     d_k_tk: Tensor,
@@ -240,10 +238,10 @@ impl Workspace {
             [&m.normed_td, &m.normed2_td, &m.act_tf].map(Tensor::capacity_bytes).iter().sum::<usize>()
         };
         let Self { inputs_td, dropped, stream_td, h_nd, rstd_n, normed_nd, logits, .. } = self;
-        let BackwardBuffers { d_stream_td, d_normed_nd, d_h_nd, d_n_td, d_act_tf, d_gate_tf, d_up_tf, .. } = &self.back;
-        let BackwardBuffers { d_o_th, d_q_th, d_k_tk, d_v_tk, d_xa_tr, d_dropped, .. } = &self.back;
+        let BackwardBuffers { d_stream_td, d_normed_nd, d_h_nd, d_n_td, d_act_tf, d_o_th, .. } = &self.back;
+        let BackwardBuffers { d_q_th, d_k_tk, d_v_tk, d_xa_tr, d_dropped, .. } = &self.back;
         let one = [dropped, stream_td, h_nd, rstd_n, normed_nd, logits, d_stream_td, d_normed_nd, d_h_nd, d_n_td];
-        let two = [d_act_tf, d_gate_tf, d_up_tf, d_o_th, d_q_th, d_k_tk, d_v_tk, d_xa_tr, d_dropped];
+        let two = [d_act_tf, d_o_th, d_q_th, d_k_tk, d_v_tk, d_xa_tr, d_dropped];
         let tensors = inputs_td.iter().chain(one).chain(two).map(Tensor::capacity_bytes).sum::<usize>();
         let layers = self.layers.iter().map(layer).sum::<usize>() + self.made.iter().map(made).sum::<usize>();
         let generation = self.generation.num_bytes();

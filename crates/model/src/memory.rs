@@ -206,7 +206,7 @@ impl Buffers {
 
     /// Gradients of activations.
     fn backward(&self) -> usize {
-        self.t * (2 * self.d + 3 * self.f + 2 * self.h + 2 * self.k + self.largest_rank + 2 * self.dropped)
+        self.t * (2 * self.d + self.f + 2 * self.h + 2 * self.k + self.largest_rank + 2 * self.dropped)
             + 2 * self.n * self.d
     }
 

@@ -186,9 +186,8 @@ fn swiglu_forward(bencher: Bencher<'_, '_>) {
 #[divan::bench]
 fn swiglu_backward(bencher: Bencher<'_, '_>) {
     let (gate, up, d_y) = (random(&[T, F]), random(&[T, F]), random(&[T, F]));
-    let (mut d_gate, mut d_up) = (Tensor::default(), Tensor::default());
-    let run = || swiglu::backward(black_box(&gate), &up, &d_y, &mut d_gate, &mut d_up);
-    bencher.counter(bytes(5, F)).bench_local(run);
+    let inputs = bencher.counter(bytes(5, F)).with_inputs(|| (gate.clone(), up.clone()));
+    inputs.bench_local_refs(|(gate, up)| swiglu::backward(black_box(gate), up, &d_y));
 }
 
 const MASK: dropout::Mask = dropout::Mask { p: 0.05, seed: 1, stream: 1, first_row: 0 };

@@ -112,9 +112,9 @@ impl Lab<'_> {
         })?;
         let inputs = (0..3).map(|_| self.random(&[t, d + 3])).collect();
         self.compare("swiglu", "output, gradients of gate and up", inputs, |x| {
-            let [mut y, mut d_gate, mut d_up] = [(); 3].map(|()| Tensor::default());
+            let (mut y, mut d_gate, mut d_up) = (Tensor::default(), x[0].clone(), x[1].clone());
             swiglu::forward(&x[0], &x[1], &mut y);
-            swiglu::backward(&x[0], &x[1], &x[2], &mut d_gate, &mut d_up);
+            swiglu::backward(&mut d_gate, &mut d_up, &x[2]);
             vec![y, d_gate, d_up]
         })?;
         let positions: Vec<u32> = (0..t as u32).map(|i| i * 37 % 8191).collect();

@@ -25,7 +25,8 @@ pub(super) struct ForwardBuffers<'a> {
 /// What the backward pass of a layer starts from.
 pub(super) struct KeptActivations<'a> {
     pub(super) x_td: &'a Tensor,
-    pub(super) act: &'a LayerActivations,
+    /// Its gate and up become their gradients.
+    pub(super) act: &'a mut LayerActivations,
     pub(super) made: &'a MadeActivations,
 }
 
@@ -127,42 +128,32 @@ impl Llama {
         gradients: &mut Gradients,
     ) {
         let KeptActivations { x_td, act, made } = kept;
+        let LayerActivations { rstd1_t, q_th, k_tk, v_tk, o_th, lse, x2_td, rstd2_t, gate_tf, up_tf, xa_tr } = act;
         let layer = &self.layers[l];
         let (input_norm, post_norm) = (self.tensor(layer.input_norm), self.tensor(layer.post_norm));
-        let BackwardBuffers { d_stream_td, d_n_td, d_act_tf, d_gate_tf, d_up_tf, .. } = back;
-        let BackwardBuffers { d_o_th, d_q_th, d_k_tk, d_v_tk, d_xa_tr, d_dropped, .. } = back;
+        let BackwardBuffers {
+            d_stream_td, d_n_td, d_act_tf, d_o_th, d_q_th, d_k_tk, d_v_tk, d_xa_tr, d_dropped, ..
+        } = back;
         let mut apply = |i: usize, x: &Tensor, d_y: &Tensor, d_x: &mut Tensor, into, gradients: &mut Gradients| {
-            let buffers = LinearBuffers { xa: &act.xa_tr[i], d_xa: d_xa_tr, dropped, d_dropped };
+            let buffers = LinearBuffers { xa: &xa_tr[i], d_xa: d_xa_tr, dropped, d_dropped };
             self.linear_backward(&layer.linears[i], x, d_y, d_x, into, buffers, Masks::of(masks, l, i), gradients);
         };
         use linear::Into::{Accumulate, Overwrite};
         apply(DOWN, &made.act_tf, d_stream_td, d_act_tf, Overwrite, gradients);
-        swiglu::backward(&act.gate_tf, &act.up_tf, d_act_tf, d_gate_tf, d_up_tf);
-        apply(GATE, &made.normed2_td, d_gate_tf, d_n_td, Overwrite, gradients);
-        apply(UP, &made.normed2_td, d_up_tf, d_n_td, Accumulate, gradients);
+        swiglu::backward(gate_tf, up_tf, d_act_tf);
+        apply(GATE, &made.normed2_td, gate_tf, d_n_td, Overwrite, gradients);
+        apply(UP, &made.normed2_td, up_tf, d_n_td, Accumulate, gradients);
         let d_norm = gradients.tensors[layer.post_norm].as_mut();
-        rmsnorm::backward(&act.x2_td, post_norm, &act.rstd2_t, d_n_td, d_stream_td, d_norm);
-        apply(O, &act.o_th, d_stream_td, d_o_th, Overwrite, gradients);
-        attention::backward(
-            &act.q_th,
-            &act.k_tk,
-            &act.v_tk,
-            &act.o_th,
-            &act.lse,
-            d_o_th,
-            &batch.segments,
-            self.heads(),
-            d_q_th,
-            d_k_tk,
-            d_v_tk,
-        );
+        rmsnorm::backward(x2_td, post_norm, rstd2_t, d_n_td, d_stream_td, d_norm);
+        apply(O, o_th, d_stream_td, d_o_th, Overwrite, gradients);
+        attention::backward(q_th, k_tk, v_tk, o_th, lse, d_o_th, &batch.segments, self.heads(), d_q_th, d_k_tk, d_v_tk);
         rope::backward(d_q_th, angles);
         rope::backward(d_k_tk, angles);
         apply(Q, &made.normed_td, d_q_th, d_n_td, Overwrite, gradients);
         apply(K, &made.normed_td, d_k_tk, d_n_td, Accumulate, gradients);
         apply(V, &made.normed_td, d_v_tk, d_n_td, Accumulate, gradients);
         let d_norm = gradients.tensors[layer.input_norm].as_mut();
-        rmsnorm::backward(x_td, input_norm, &act.rstd1_t, d_n_td, d_stream_td, d_norm);
+        rmsnorm::backward(x_td, input_norm, rstd1_t, d_n_td, d_stream_td, d_norm);
     }
 
     /// y = or += x Wᵀ + bias + s · dropout(x) Aᵀ Bᵀ; keeps dropout(x) Aᵀ in `xa_tr`.

@@ -89,9 +89,9 @@ pub fn training_bytes(
         Recompute::Block => (layers * input, layer + made),
     };
     let stream = e(b.t * b.d) + e(b.t * b.dropped) + 2 * float(b.t * b.head_dim / 2);
-    let head = 2 * e(b.n * b.d) + float(b.n) + sizes::loss(b.n, b.vocab, on.dtype) as u64;
+    let head = 2 * e(b.n * b.d) + float(b.n) + sizes::loss(b.n, b.vocab) as u64;
     let backward = 2 * e(b.t * b.d)
-        + 3 * e(b.t * b.f)
+        + e(b.t * b.f)
         + 2 * e(b.t * b.h)
         + 2 * e(b.t * b.k)
         + e(b.t * b.largest_rank)

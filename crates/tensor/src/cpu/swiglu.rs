@@ -19,25 +19,19 @@ multiversion! {
     }
 }
 
-pub(crate) fn backward(gate: &[f32], up: &[f32], d_y: &[f32], d_gate: &mut [f32], d_up: &mut [f32]) {
-    (
-        d_gate.par_chunks_mut(CHUNK),
-        d_up.par_chunks_mut(CHUNK),
-        gate.par_chunks(CHUNK),
-        up.par_chunks(CHUNK),
-        d_y.par_chunks(CHUNK),
-    )
+pub(crate) fn backward(gate: &mut [f32], up: &mut [f32], d_y: &[f32]) {
+    (gate.par_chunks_mut(CHUNK), up.par_chunks_mut(CHUNK), d_y.par_chunks(CHUNK))
         .into_par_iter()
-        .for_each(|(d_gate, d_up, gate, up, d_y)| backward_chunk(gate, up, d_y, d_gate, d_up));
+        .for_each(|(gate, up, d_y)| backward_chunk(gate, up, d_y));
 }
 
 multiversion! {
-    fn backward_chunk(gate: &[f32], up: &[f32], d_y: &[f32], d_gate: &mut [f32], d_up: &mut [f32]) {
-        for i in 0..d_y.len() {
-            let (g, u, d) = (gate[i], up[i], d_y[i]);
+    fn backward_chunk(gate: &mut [f32], up: &mut [f32], d_y: &[f32]) {
+        for ((gate, up), d) in gate.iter_mut().zip(up).zip(d_y) {
+            let (g, u) = (*gate, *up);
             let sigmoid = 1.0 / (1.0 + exp(-g));
-            d_up[i] = d * g * sigmoid;
-            d_gate[i] = d * u * sigmoid * (1.0 + g * (1.0 - sigmoid));
+            *up = d * g * sigmoid;
+            *gate = d * u * sigmoid * (1.0 + g * (1.0 - sigmoid));
         }
     }
 }

@@ -1,7 +1,7 @@
 // Softmax cross-entropy over rows of logits; contract in ops/linear_cross_entropy.rs. One block a row.
 
 // loss [rows], and unless d_logits is null the gradient times `scale` and the row's weight (1 where `weights` [rows] is null) in
-// d_logits [rows, vocab], which may be the logits.
+// the place of the logits: d_logits [rows, vocab] begins where they do, and each of its rows where that of the logits does.
 extern "C" __global__ void __launch_bounds__(1024)
 cross_entropy(const float *logits, const u32 *__restrict__ targets, float smoothing, float scale,
               const float *__restrict__ weights, element *d_logits, float *__restrict__ loss, u32 vocab) {
@@ -40,10 +40,13 @@ cross_entropy(const float *logits, const u32 *__restrict__ targets, float smooth
     }
     if (!d_logits) return;
     if (weights) scale *= weights[blockIdx.x];
-    element *d_row = d_logits + (u64)blockIdx.x * vocab;
+    element *d_row = d_logits + (u64)blockIdx.x * vocab * (sizeof(float) / sizeof(element));
     float factor = scale / sum, uniform = scale * smoothing / (float)vocab, at_target = scale * (1.0f - smoothing);
-    for (u32 i = threadIdx.x; i < vocab; i += blockDim.x) {
-        float gradient = expf(row[i] - top) * factor - uniform;
-        d_row[i] = from_float<element>(i == target ? gradient - at_target : gradient);
+    for (u32 first = 0; first < vocab; first += blockDim.x) {
+        u32 i = first + threadIdx.x;
+        float gradient = i < vocab ? expf(row[i] - top) * factor - uniform : 0.0f;
+        // What is written lies before the logits that come next, but among those that other threads read just now.
+        __syncthreads();
+        if (i < vocab) d_row[i] = from_float<element>(i == target ? gradient - at_target : gradient);
     }
 }

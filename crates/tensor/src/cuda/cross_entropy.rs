@@ -15,14 +15,14 @@ const LOGITS: usize = 1 << 27;
 /// What is kept from call to call.
 #[derive(Debug, Default)]
 pub(crate) struct Scratch {
+    /// Becomes its gradient.
     logits: Tensor,
-    d_logits: Tensor,
     loss: Tensor,
 }
 
 impl Scratch {
     pub(crate) fn num_bytes(&self) -> usize {
-        [&self.logits, &self.d_logits, &self.loss].map(Tensor::capacity_bytes).iter().sum()
+        [&self.logits, &self.loss].map(Tensor::capacity_bytes).iter().sum()
     }
 }
 
@@ -58,13 +58,7 @@ pub(crate) fn run(
         scratch.logits.resize_on(&device, Dtype::F32, &[rows, vocab]);
         let h = matrix(h).at(start * d);
         linear::forward(gpu, h, rows, w, 1.0, None, matrix(&scratch.logits), Into::Overwrite);
-        // In f32 the gradient takes the place of the logits.
-        let apart = element != Dtype::F32 && gradients.is_some();
-        if apart {
-            scratch.d_logits.resize_on(&device, element, &[rows, vocab]);
-        }
-        let d_logits = if apart { &scratch.d_logits } else { &scratch.logits };
-        let d_arg = if gradients.is_some() { argument(d_logits, element) } else { Arg::Null };
+        let d_arg = if gradients.is_some() { argument(&scratch.logits, Dtype::F32) } else { Arg::Null };
         let block = if vocab < 4096 { 128 } else { 1024 };
         gpu.launch(&Launch {
             module: Module::new(Source::CrossEntropy, element),
@@ -84,7 +78,8 @@ pub(crate) fn run(
             ],
         });
         if let Some(g) = &mut gradients {
-            let d_logits = Matrix::new(buffer(d_logits), element, vocab);
+            // A row of the gradient begins where that of the logits does, and is shorter in bf16.
+            let d_logits = Matrix::new(buffer(&scratch.logits), element, vocab * (4 / element.bytes()));
             let d_h = matrix(g.d_h).at(start * d);
             linear::input_gradient(gpu, d_logits, rows, w, 1.0, None, d_h, Into::Overwrite);
             if let Some(d_w) = g.d_w.as_deref_mut() {

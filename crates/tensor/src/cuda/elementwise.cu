@@ -28,9 +28,9 @@ extern "C" __global__ void swiglu_forward(const element *__restrict__ gate, cons
     }
 }
 
-// d_gate and d_up may be gate and up.
-extern "C" __global__ void swiglu_backward(const element *gate, const element *up, const element *__restrict__ d_y,
-                                           element *d_gate, element *d_up, u64 n) {
+// gate and up become their gradients.
+extern "C" __global__ void swiglu_backward(element *__restrict__ gate, element *__restrict__ up,
+                                           const element *__restrict__ d_y, u64 n) {
     float g[WIDTH], u[WIDTH], d[WIDTH];
     EACH_PACK(n) {
         load_some(gate, i, n, g);
@@ -42,8 +42,8 @@ extern "C" __global__ void swiglu_backward(const element *gate, const element *u
             g[j] = d[j] * u[j] * (sigmoid + silu * (1.0f - sigmoid));
             u[j] = d[j] * silu;
         }
-        store_some(d_gate, i, n, g);
-        store_some(d_up, i, n, u);
+        store_some(gate, i, n, g);
+        store_some(up, i, n, u);
     }
 }
 

@@ -32,19 +32,9 @@ pub(crate) fn swiglu_forward(gpu: &Gpu, gate: &Tensor, up: &Tensor, y: &mut Tens
     over_packs(gpu, element, "swiglu_forward", n, &args);
 }
 
-pub(crate) fn swiglu_backward(
-    gpu: &Gpu,
-    gate: &Tensor,
-    up: &Tensor,
-    d_y: &Tensor,
-    d_gate: &mut Tensor,
-    d_up: &mut Tensor,
-) {
-    d_gate.resize_like(d_y, d_y.shape());
-    d_up.resize_like(d_y, d_y.shape());
+pub(crate) fn swiglu_backward(gpu: &Gpu, gate: &mut Tensor, up: &mut Tensor, d_y: &Tensor) {
     let (element, n) = (gate.dtype(), gate.len());
-    let [gate, up, d_y] = [gate, up, d_y].map(|t| argument(t, element));
-    let args = [gate, up, d_y, argument(d_gate, element), argument(d_up, element), Arg::U64(n as u64)];
+    let args = [argument(gate, element), argument(up, element), argument(d_y, element), Arg::U64(n as u64)];
     over_packs(gpu, element, "swiglu_backward", n, &args);
 }
 

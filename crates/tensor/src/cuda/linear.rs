@@ -1,6 +1,7 @@
-//! Matrix products of linear layers; contract in `ops/linear.rs`. An adapter's product is added to the layer's where that lies
-//! (`beta` = 1); a quantised weight is decoded a tile of rows at a time into memory that is used again, or multiplied as it is where
-//! few rows go through it.
+//! Matrix products of linear layers; contract in `ops/linear.rs`. An adapter's product comes first and the layer's own is added to it
+//! (`beta` = 1). The own product reads what is there while its sums are being made, so that the adapter costs no pass over the output
+//! but the writing of its own product; and what is rounded to bf16 between the two is the smaller one. A quantised weight is decoded a
+//! tile of rows at a time into memory that is used again, or multiplied as it is where few rows go through it.
 
 use super::{Buffer, Gemm, Gpu, Matrix, buffer, dequantize};
 use crate::ops::linear::{Adapter, Into};
@@ -50,6 +51,7 @@ pub(crate) fn forward(
     into: Into,
 ) {
     let (k, element) = (w.cols(), x.dtype);
+    let into = adapted(gpu, rows, w.rows(), adapter, |outer| outer.t(), y, into);
     match w {
         Weight::Device(w) if rows <= dequantize::MOST_ROWS => {
             dequantize::multiply(gpu, w, x, rows, alpha, y, into == Into::Accumulate);
@@ -59,10 +61,22 @@ pub(crate) fn forward(
             gpu.gemm(&Gemm { m: rows, n: count, k, alpha, a: x, b: tile.t(), beta: beta(into), c });
         }),
     }
-    if let Some(Adapter { inner, outer, scale }) = adapter {
-        let (n, k) = (w.rows(), inner.cols());
-        gpu.gemm(&Gemm { m: rows, n, k, alpha: scale, a: matrix(inner), b: matrix(outer).t(), beta: 1.0, c: y });
-    }
+}
+
+/// `c` [rows, n] = or += the adapter's product, `outer` as `turned` gives it; what the layer's own product then does to `c`.
+fn adapted(
+    gpu: &Gpu,
+    rows: usize,
+    n: usize,
+    adapter: Option<Adapter<'_>>,
+    turned: impl FnOnce(Matrix<'_>) -> Matrix<'_>,
+    c: Matrix<'_>,
+    into: Into,
+) -> Into {
+    let Some(Adapter { inner, outer, scale }) = adapter else { return into };
+    let (a, b) = (matrix(inner), turned(matrix(outer)));
+    gpu.gemm(&Gemm { m: rows, n, k: inner.cols(), alpha: scale, a, b, beta: beta(into), c });
+    Into::Accumulate
 }
 
 /// `d_x` [T, in] = or += `alpha` d_y w + the adapter's product.
@@ -77,15 +91,12 @@ pub(crate) fn input_gradient(
     into: Into,
 ) {
     let n = w.cols();
+    let into = adapted(gpu, rows, n, adapter, |outer| outer, d_x, into);
     tiles(gpu, w, d_y.dtype, |first, count, tile| {
         let beta = if first > 0 { 1.0 } else { beta(into) };
         let a = d_y.at(d_y.offset + first);
         gpu.gemm(&Gemm { m: rows, n, k: count, alpha, a, b: tile, beta, c: d_x });
     });
-    if let Some(Adapter { inner, outer, scale }) = adapter {
-        let k = inner.cols();
-        gpu.gemm(&Gemm { m: rows, n, k, alpha: scale, a: matrix(inner), b: matrix(outer), beta: 1.0, c: d_x });
-    }
 }
 
 /// `d_w` [out, in] += `alpha` d_yᵀ x over `rows` rows.

@@ -47,12 +47,9 @@ pub fn norm(tensors: usize) -> usize {
     allocated(optimizer::norm_bytes(tensors))
 }
 
-/// Bytes of head and loss for `n` tokens over a vocabulary of `vocab`: losses, logits of a chunk and, where it does not take
-/// their place, their gradient.
-pub fn loss(n: usize, vocab: usize, dtype: Dtype) -> usize {
-    let chunk = cross_entropy::chunk_rows(n, vocab) * vocab;
-    let apart = if dtype == Dtype::F32 { 0 } else { allocated(chunk * dtype.bytes()) };
-    allocated(4 * n) + allocated(4 * chunk) + apart
+/// Bytes of head and loss for `n` tokens over a vocabulary of `vocab`: losses, and logits of a chunk, whose gradient takes their place.
+pub fn loss(n: usize, vocab: usize) -> usize {
+    allocated(4 * n) + allocated(4 * cross_entropy::chunk_rows(n, vocab) * vocab)
 }
 
 /// Bytes of a matrix of `len` elements in NF4 with doubly quantised scales.

@@ -36,22 +36,22 @@ fn swiglu_and_its_gradients() {
     for mut lab in labs(2) {
         for shape in [[1, 1], [3, 37], [16, 64], [5, 4096]] {
             let [gate, up, d_y] = [3.0, 1.0, 1.0].map(|std| lab.random(&shape, std));
-            let [mut y, mut d_gate, mut d_up] = [(); 3].map(|()| Tensor::default());
+            let (mut y, mut d_gate, mut d_up) = (Tensor::default(), gate.clone(), up.clone());
             swiglu::forward(&gate, &up, &mut y);
-            swiglu::backward(&gate, &up, &d_y, &mut d_gate, &mut d_up);
-            let [mut gy, mut gd_gate, mut gd_up] = [(); 3].map(|()| Tensor::default());
-            let [g, u, d] = [&gate, &up, &d_y].map(|t| lab.up(t));
-            swiglu::forward(&g, &u, &mut gy);
-            swiglu::backward(&g, &u, &d, &mut gd_gate, &mut gd_up);
+            swiglu::backward(&mut d_gate, &mut d_up, &d_y);
+            let [mut gd_gate, mut gd_up, d] = [&gate, &up, &d_y].map(|t| lab.up(t));
+            let mut gy = Tensor::default();
+            swiglu::forward(&gd_gate, &gd_up, &mut gy);
+            swiglu::backward(&mut gd_gate, &mut gd_up, &d);
             lab.close("y", &gy, &y, 1e-6);
             lab.close("d_gate", &gd_gate, &d_gate, 1e-6);
             lab.close("d_up", &gd_up, &d_up, 1e-6);
         }
         let extreme = Tensor::from_slice(&[1, 4], &[-1e4, -90.0, 90.0, 1e4]);
-        let (g, one) = (lab.up(&extreme), lab.up(&Tensor::from_slice(&[1, 4], &[1.0; 4])));
-        let [mut y, mut d_gate, mut d_up] = [(); 3].map(|()| Tensor::default());
-        swiglu::forward(&g, &one, &mut y);
-        swiglu::backward(&g, &one, &one, &mut d_gate, &mut d_up);
+        let (mut d_gate, one) = (lab.up(&extreme), lab.up(&Tensor::from_slice(&[1, 4], &[1.0; 4])));
+        let (mut y, mut d_up) = (Tensor::default(), one.clone());
+        swiglu::forward(&d_gate, &one, &mut y);
+        swiglu::backward(&mut d_gate, &mut d_up, &one);
         for t in [y, d_gate, d_up] {
             assert!(t.to_host().data().iter().all(|x| x.is_finite()), "{:?}", t.to_host());
         }

@@ -12,15 +12,13 @@ pub fn forward(gate: &Tensor, up: &Tensor, y: &mut Tensor) {
     cpu::swiglu::forward(gate.data(), up.data(), y.data_mut());
 }
 
-/// `d_gate` and `d_up` [T, f] = gradients for `d_y` [T, f].
-pub fn backward(gate: &Tensor, up: &Tensor, d_y: &Tensor, d_gate: &mut Tensor, d_up: &mut Tensor) {
+/// `gate` and `up` [T, f] become their own gradients for `d_y` [T, f]: nothing needs them any more behind this.
+pub fn backward(gate: &mut Tensor, up: &mut Tensor, d_y: &Tensor) {
     assert!(gate.shape() == d_y.shape() && up.shape() == d_y.shape());
-    if let Some(gpu) = gate.gpu() {
-        return cuda::elementwise::swiglu_backward(gpu, gate, up, d_y, d_gate, d_up);
+    if let Some(gpu) = d_y.gpu() {
+        return cuda::elementwise::swiglu_backward(gpu, gate, up, d_y);
     }
-    d_gate.resize_like(d_y, d_y.shape());
-    d_up.resize_like(d_y, d_y.shape());
-    cpu::swiglu::backward(gate.data(), up.data(), d_y.data(), d_gate.data_mut(), d_up.data_mut());
+    cpu::swiglu::backward(gate.data_mut(), up.data_mut(), d_y.data());
 }
 
 #[cfg(test)]
@@ -41,8 +39,8 @@ mod tests {
         let mut y = Tensor::default();
         forward(&g, &u, &mut y);
         check_close("y", y.data(), &naive(&g64, &u64), 1e-6);
-        let (mut d_g, mut d_u) = (Tensor::default(), Tensor::default());
-        backward(&g, &u, &d_y, &mut d_g, &mut d_u);
+        let (mut d_g, mut d_u) = (g.clone(), u.clone());
+        backward(&mut d_g, &mut d_u, &d_y);
         check("d_gate", g.data(), d_g.data(), 1e-5, |g| weighted(&naive(g, &u64), d_y.data()));
         check("d_up", u.data(), d_u.data(), 1e-5, |u| weighted(&naive(&g64, u), d_y.data()));
     }
@@ -51,9 +49,9 @@ mod tests {
     fn extreme_gates_stay_finite() {
         let g = Tensor::from_slice(&[1, 4], &[-1e4, -90.0, 90.0, 1e4]);
         let one = Tensor::from_slice(&[1, 4], &[1.0; 4]);
-        let (mut y, mut d_g, mut d_u) = (Tensor::default(), Tensor::default(), Tensor::default());
+        let (mut y, mut d_g, mut d_u) = (Tensor::default(), g.clone(), one.clone());
         forward(&g, &one, &mut y);
-        backward(&g, &one, &one, &mut d_g, &mut d_u);
+        backward(&mut d_g, &mut d_u, &one);
         for t in [&y, &d_g, &d_u] {
             assert!(t.data().iter().all(|x| x.is_finite()), "{t:?}");
         }
