@@ -4,17 +4,19 @@
 //! heads · head size, r LoRA rank, n positions that carry loss.
 
 mod decode;
+mod inputs;
 mod layer;
 mod placement;
 pub(crate) mod together;
 
 use crate::token_rows::TokenRows;
 use crate::{Checkpoint, Config, Recompute, Result, Storage, batch::Batch};
+use inputs::Inputs;
 use layer::{ForwardBuffers, KeptActivations, Masks, Pass};
 use rayon::prelude::*;
 use std::ops::Range;
 use tunesmith_tensor::ops::{attention, embedding, linear, linear_cross_entropy, rmsnorm, rope, rows};
-use tunesmith_tensor::{Dtype, Tensor, Weight, pool, rng::Rng};
+use tunesmith_tensor::{Dtype, Parked, Tensor, Weight, pool, rng::Rng};
 
 /// A named tensor of the model, under its Hugging Face (or PEFT) name.
 #[derive(Debug)]
@@ -92,6 +94,8 @@ pub struct Llama {
     /// Rows of the embedding and of the head that the adapter has.
     pub(crate) token_rows: Vec<TokenRows>,
     adapter_enabled: bool,
+    /// Whether the embedding stays on the processor when the rest moves to a GPU.
+    embedding_stays: bool,
 }
 
 /// Gradient buffers: one for each trained parameter, in the order of [`Llama::parameters`].
@@ -187,7 +191,7 @@ struct MadeActivations {
 pub struct Workspace {
     recompute: Recompute,
     /// Input of each layer.
-    inputs_td: Vec<Tensor>,
+    inputs: Inputs,
     layers: Vec<LayerActivations>,
     made: Vec<MadeActivations>,
     /// Input of an adapter after dropout.
@@ -227,6 +231,12 @@ impl Workspace {
         Self { recompute, ..Self::default() }
     }
 
+    /// The same for a model on a GPU, with the inputs of layers in the processor's memory between their forward and their backward
+    /// pass: copied beside the work that goes on.
+    pub fn parked(recompute: Recompute) -> Self {
+        Self { recompute, inputs: Inputs::Parked(Parked::default()), ..Self::default() }
+    }
+
     /// Bytes of all buffers.
     pub fn num_bytes(&self) -> usize {
         let layer = |act: &LayerActivations| {
@@ -237,12 +247,12 @@ impl Workspace {
         let made = |m: &MadeActivations| {
             [&m.normed_td, &m.normed2_td, &m.act_tf].map(Tensor::capacity_bytes).iter().sum::<usize>()
         };
-        let Self { inputs_td, dropped, stream_td, h_nd, rstd_n, normed_nd, logits, .. } = self;
+        let Self { inputs, dropped, stream_td, h_nd, rstd_n, normed_nd, logits, .. } = self;
         let BackwardBuffers { d_stream_td, d_normed_nd, d_h_nd, d_n_td, d_act_tf, d_o_th, .. } = &self.back;
         let BackwardBuffers { d_q_th, d_k_tk, d_v_tk, d_xa_tr, d_dropped, .. } = &self.back;
         let one = [dropped, stream_td, h_nd, rstd_n, normed_nd, logits, d_stream_td, d_normed_nd, d_h_nd, d_n_td];
         let two = [d_act_tf, d_o_th, d_q_th, d_k_tk, d_v_tk, d_xa_tr, d_dropped];
-        let tensors = inputs_td.iter().chain(one).chain(two).map(Tensor::capacity_bytes).sum::<usize>();
+        let tensors = inputs.num_bytes() + one.into_iter().chain(two).map(Tensor::capacity_bytes).sum::<usize>();
         let layers = self.layers.iter().map(layer).sum::<usize>() + self.made.iter().map(made).sum::<usize>();
         let generation = self.generation.num_bytes();
         tensors + layers + generation + self.angles.num_bytes() + self.head.num_bytes() + 4 * self.losses.capacity()
@@ -324,6 +334,7 @@ impl Llama {
             adapter: None,
             token_rows: Vec::new(),
             adapter_enabled: true,
+            embedding_stays: false,
             parameters,
         }
     }
@@ -443,7 +454,7 @@ impl Llama {
         self.run_layers(batch, Pass::Keep(masks), ws);
         self.gather_and_norm(batch, ws);
         let recompute = ws.recompute;
-        let Workspace { inputs_td, layers, made, dropped, .. } = ws;
+        let Workspace { inputs, layers, made, dropped, .. } = ws;
         let Workspace { stream_td, angles, h_nd, rstd_n, normed_nd, losses, head, back, .. } = ws;
         let targets = &batch.targets;
         // Rows of their own are parameters behind the matrices.
@@ -476,17 +487,20 @@ impl Llama {
             let made = &mut made[kept(recompute == Recompute::None, l)];
             match recompute {
                 Recompute::None => {}
-                Recompute::Norms => self.make_again(l, &inputs_td[l], act, made),
+                Recompute::Norms => self.make_again(l, inputs.get(l), act, made),
                 // The forward pass ended with this layer: its buffers still hold it.
                 Recompute::Block if l + 1 == self.layers.len() => {}
                 Recompute::Block => {
-                    stream_td.assign(&inputs_td[l]);
+                    stream_td.assign(inputs.get(l));
                     let buffers = ForwardBuffers { act, made, dropped };
                     self.layer_forward(l, stream_td, buffers, angles, batch, Pass::Again(masks));
                 }
             }
-            let kept = KeptActivations { x_td: &inputs_td[l], act, made };
+            let kept = KeptActivations { x_td: inputs.get(l), act, made };
             self.layer_backward(l, kept, batch, angles, masks, back, dropped, gradients);
+            if l > lowest {
+                inputs.done(l);
+            }
         }
         if let Some(d_table) = gradients.tensors[self.embed].as_mut() {
             embedding::backward(&back.d_stream_td, &batch.ids, d_table);
@@ -529,14 +543,13 @@ impl Llama {
         let (keeps_layers, keeps_made) =
             (keeps && ws.recompute < Recompute::Block, keeps && ws.recompute == Recompute::None);
         let count = |keeps: bool| if keeps { self.layers.len() } else { 1 };
-        grow(&mut ws.inputs_td, count(keeps));
         grow(&mut ws.layers, count(keeps_layers));
         grow(&mut ws.made, count(keeps_made));
-        embedding::forward(self.value(self.embed), &batch.ids, &mut ws.stream_td);
+        embedding::forward_on(self.value(self.embed), &batch.ids, &self.device(), self.dtype(), &mut ws.stream_td);
         ws.angles.fill_on(&ws.stream_td.device(), &batch.positions, &self.frequencies);
         for l in 0..self.layers.len() {
             if keeps {
-                ws.inputs_td[l].assign(&ws.stream_td);
+                ws.inputs.keep(l, &ws.stream_td);
             }
             let buffers = ForwardBuffers {
                 act: &mut ws.layers[kept(keeps_layers, l)],

@@ -13,6 +13,7 @@ mod mapped;
 pub mod nf4;
 pub mod ops;
 pub mod packed_int;
+mod parked;
 pub mod pool;
 pub mod quant;
 pub mod quant_encode;
@@ -25,6 +26,7 @@ pub use device::{Device, Dtype};
 pub use freed::release_freed_memory;
 pub use int8_weight::Int8Weight;
 pub use mapped::MappedFile;
+pub use parked::Parked;
 pub use tensor::Tensor;
 pub use weight::{Bytes, Packed, Weight};
 

@@ -264,17 +264,23 @@ impl Tensor {
     pub fn to_device(&self, device: &Device, dtype: Dtype) -> Self {
         let mut copy = Self::default();
         copy.resize_on(device, dtype, &self.shape);
-        match &mut copy.memory {
-            Memory::Host(_) => copy.data_mut().copy_from_slice(self.data()),
-            Memory::Device(buffer, Dtype::F32) => buffer.write(0, bytemuck::cast_slice(self.data())),
+        copy.write(self);
+        copy
+    }
+
+    /// Takes the elements of `from`, which is on the processor and has this shape, rounded to nearest, ties to even.
+    pub(crate) fn write(&mut self, from: &Self) {
+        assert_eq!(self.shape, from.shape);
+        match &self.memory {
+            Memory::Host(_) => self.data_mut().copy_from_slice(from.data()),
+            Memory::Device(buffer, Dtype::F32) => buffer.write(0, bytemuck::cast_slice(from.data())),
             Memory::Device(buffer, Dtype::BF16) => {
-                for (part, values) in self.data().chunks(CHUNK).enumerate() {
+                for (part, values) in from.data().chunks(CHUNK).enumerate() {
                     let rounded: Vec<half::bf16> = values.par_iter().map(|x| half::bf16::from_f32(*x)).collect();
                     buffer.write(2 * part * CHUNK, bytemuck::cast_slice(&rounded));
                 }
             }
         }
-        copy
     }
 
     /// A copy on the processor, in f32. Waits for the device.

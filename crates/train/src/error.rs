@@ -56,7 +56,8 @@ impl From<tunesmith_tensor::cuda::Error> for Error {
             | Cuda::TooOld { .. }
             | Cuda::NoDevice { .. }
             | Cuda::TooSmall { .. }
-            | Cuda::OutOfMemory { .. } => Self::Input(message),
+            | Cuda::OutOfMemory { .. }
+            | Cuda::OutOfHostMemory { .. } => Self::Input(message),
             Cuda::Call { .. } | Cuda::Compile { .. } | Cuda::Cache { .. } => Self::Failure(message),
         }
     }

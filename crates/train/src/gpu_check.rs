@@ -335,7 +335,7 @@ fn models(device: &Device, dtype: Dtype, size: Size, observe: &mut dyn FnMut(Che
         for (to, from) in resumed.parameters.iter_mut().zip(&model.parameters) {
             to.assign(from.host().into_owned());
         }
-        let mut second = optimizer.to_host().to_device(device);
+        let mut second = optimizer.to_host(&model).to_device(device);
         resumed.move_to(device, dtype);
         let rest = curve(&mut model, &mut optimizer, steps / 2..steps)?;
         let again = curve(&mut resumed, &mut second, steps / 2..steps)?;

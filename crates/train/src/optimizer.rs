@@ -5,7 +5,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use tunesmith_model::{Gradients, Llama};
 use tunesmith_tensor::cuda::sizes;
-use tunesmith_tensor::ops::{adamw, adamw_8bit, grad_norm};
+use tunesmith_tensor::ops::{adamw, adamw_8bit, adamw_offloaded, grad_norm};
 use tunesmith_tensor::{Device, Tensor, pool};
 
 /// How the optimizer keeps its two moments.
@@ -44,6 +44,17 @@ impl Optim {
     pub fn gpu_state_bytes(self, len: usize) -> usize {
         2 * if self.compresses(len) { sizes::moment_8bit(len) } else { sizes::allocated(4 * len) }
     }
+
+    /// As [`Optim::state_bytes`], in page-locked memory beside a GPU.
+    pub fn offloaded_state_bytes(self, len: usize) -> usize {
+        adamw_offloaded::OffloadedMoments::bytes(len, self.compresses(len))
+    }
+
+    /// Bytes that a GPU's allocator gives out to bring offloaded moments of tensors of `lens` elements up to date.
+    pub fn gpu_piece_bytes(self, lens: &[usize]) -> usize {
+        let bytes = |len: &usize| adamw_offloaded::Pieces::bytes(*len, self.compresses(*len));
+        lens.iter().map(bytes).max().unwrap_or(0)
+    }
 }
 
 /// Elements from which a tensor gets 8-bit moments (the bound of the paper's own implementation).
@@ -64,6 +75,8 @@ pub struct AdamWOptions {
     pub weight_decay: f64,
     /// Whether norms and biases (tensors of one dimension) decay too.
     pub decay_vectors: bool,
+    /// Whether the moments of a model on a GPU wait in the processor's memory.
+    pub offload: bool,
 }
 
 impl Default for AdamWOptions {
@@ -75,6 +88,7 @@ impl Default for AdamWOptions {
             adam_epsilon: 1e-8,
             weight_decay: 0.0,
             decay_vectors: false,
+            offload: false,
         }
     }
 }
@@ -86,12 +100,21 @@ enum Moments {
     Bits8(adamw_8bit::Moment, adamw_8bit::Moment),
     /// On a GPU.
     Device8(adamw_8bit::DeviceMoment, adamw_8bit::DeviceMoment),
+    /// Beside a GPU.
+    Offloaded(adamw_offloaded::OffloadedMoments),
 }
 
 impl Moments {
-    /// Where the moments of weights on `device` are.
-    fn to_device(&self, device: &Device) -> Self {
+    /// Where the moments of weights on `device` are: there, or beside it with `offload`.
+    fn to_device(&self, device: &Device, offload: bool) -> Self {
         let f32s = tunesmith_tensor::Dtype::F32;
+        if let Some(gpu) = device.gpu().filter(|_| offload) {
+            return Self::Offloaded(match self {
+                Self::F32(m, v) => adamw_offloaded::OffloadedMoments::from_f32(gpu, m, v),
+                Self::Bits8(m, r) => adamw_offloaded::OffloadedMoments::from_8bit(gpu, m, r),
+                Self::Device8(..) | Self::Offloaded(_) => panic!("the moments are on a GPU already"),
+            });
+        }
         match (self, device.gpu()) {
             (Self::Bits8(m, r), Some(gpu)) => {
                 let [m, r] = [m, r].map(|moment| adamw_8bit::DeviceMoment::new(gpu, moment));
@@ -99,12 +122,21 @@ impl Moments {
             }
             (Self::Bits8(m, r), None) => Self::Bits8(m.clone(), r.clone()),
             (Self::F32(m, v), _) => Self::F32(m.to_device(device, f32s), v.to_device(device, f32s)),
-            (Self::Device8(..), _) => panic!("the moments are on a GPU already"),
+            (Self::Device8(..) | Self::Offloaded(_), _) => panic!("the moments are on a GPU already"),
         }
     }
 
-    fn to_host(&self) -> Self {
+    /// Copies on the processor; those of a weight of `shape`.
+    fn to_host(&self, shape: &[usize]) -> Self {
         match self {
+            Self::Offloaded(moments) if moments.is_8bit() => {
+                let (m, r) = moments.to_8bit();
+                Self::Bits8(m, r)
+            }
+            Self::Offloaded(moments) => {
+                let (m, v) = moments.to_f32(shape);
+                Self::F32(m, v)
+            }
             Self::F32(m, v) => Self::F32(m.to_host(), v.to_host()),
             Self::Bits8(m, r) => Self::Bits8(m.clone(), r.clone()),
             Self::Device8(m, r) => Self::Bits8(m.to_host(), r.to_host()),
@@ -117,6 +149,7 @@ impl Moments {
 pub struct AdamW {
     options: AdamWOptions,
     moments: Vec<Option<Moments>>,
+    pieces: adamw_offloaded::Pieces,
     updates: u64,
 }
 
@@ -147,26 +180,32 @@ impl AdamW {
         };
         let device = model.device();
         let on_device = |value: &Tensor| match device.gpu() {
-            Some(_) => zeros(value).to_device(&device),
+            Some(_) => zeros(value).to_device(&device, options.offload),
             None => zeros(value),
         };
         let moments = model.parameters.iter().map(|p| p.trained.then(|| on_device(p.value.tensor()))).collect();
-        Self { options, moments, updates: 0 }
+        Self { options, moments, pieces: adamw_offloaded::Pieces::default(), updates: 0 }
     }
 
-    /// A copy on the processor, whose state can be written.
-    pub fn to_host(&self) -> Self {
-        let moments = self.moments.iter().map(|m| m.as_ref().map(Moments::to_host)).collect();
-        Self { options: self.options, moments, updates: self.updates }
+    /// A copy on the processor, whose state can be written; for the same model.
+    pub fn to_host(&self, model: &Llama) -> Self {
+        let copies = self.moments.iter().zip(&model.parameters);
+        let moments = copies.map(|(m, p)| m.as_ref().map(|m| m.to_host(p.value.shape()))).collect();
+        self.with(moments)
     }
 
-    /// A copy of an optimizer on the processor for the same model on `device`.
+    fn with(&self, moments: Vec<Option<Moments>>) -> Self {
+        let pieces = adamw_offloaded::Pieces::default();
+        Self { options: self.options, moments, pieces, updates: self.updates }
+    }
+
+    /// A copy of an optimizer on the processor for the same model on `device`, or beside it where moments are offloaded.
     ///
     /// # Panics
     /// When the moments are on a GPU already.
     pub fn to_device(&self, device: &Device) -> Self {
-        let moments = self.moments.iter().map(|m| m.as_ref().map(|m| m.to_device(device))).collect();
-        Self { options: self.options, moments, updates: self.updates }
+        let to_device = |m: &Moments| m.to_device(device, self.options.offload);
+        self.with(self.moments.iter().map(|m| m.as_ref().map(to_device)).collect())
     }
 
     /// One update with `learning_rate`; every gradient is multiplied by `grad_scale` (the clipping coefficient).
@@ -177,6 +216,7 @@ impl AdamW {
     fn pooled_update(&mut self, model: &mut Llama, gradients: &Gradients, learning_rate: f64, grad_scale: f64) {
         self.updates += 1;
         let options = &self.options;
+        let mut offloaded = Vec::new();
         for ((parameter, gradient), moments) in
             model.parameters.iter_mut().zip(&gradients.tensors).zip(&mut self.moments)
         {
@@ -199,8 +239,13 @@ impl AdamW {
                 (Moments::Device8(m, r), low) => {
                     adamw_8bit::update_on_device(value, low.as_mut(), gradient, m, r, &step);
                 }
+                (Moments::Offloaded(moments), low) => {
+                    offloaded.push(adamw_offloaded::Update { value, low: low.as_mut(), grad: gradient, moments, step });
+                }
             }
         }
+        adamw_offloaded::update(&mut offloaded, &mut self.pieces);
+        drop(offloaded);
         model.place_token_rows(true);
     }
 
@@ -224,7 +269,7 @@ impl AdamW {
             let (name, shape) = (&parameter.name, parameter.value.shape());
             match moments {
                 None => {}
-                Some(Moments::Device8(..)) => panic!("the moments of {name} are on a GPU"),
+                Some(Moments::Device8(..) | Moments::Offloaded(_)) => panic!("the moments of {name} are on a GPU"),
                 Some(Moments::F32(m, v)) => {
                     for (kind, moment) in [("exp_avg", m), ("exp_avg_sq", v)] {
                         let bytes = bytemuck::cast_slice_mut(moment.data_mut());

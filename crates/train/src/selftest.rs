@@ -261,6 +261,7 @@ fn resume(name: &str, make: &dyn Fn() -> Result<Llama>, folder: &Path, observe: 
 }
 
 const ADAMW: AdamWOptions = AdamWOptions {
+    offload: false,
     adam_beta1: 0.9,
     adam_beta2: 0.999,
     adam_epsilon: 1e-8,

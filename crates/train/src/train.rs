@@ -202,6 +202,7 @@ impl<'a, 'o> Run<'a, 'o> {
             adam_epsilon: t.adam_epsilon,
             weight_decay: t.weight_decay,
             decay_vectors: false,
+            offload: false,
         };
         let mut optimizer = AdamW::new(job.model, options);
         let mut state = RunState { data_key: job.data_key.to_owned(), ..RunState::default() };
@@ -449,7 +450,7 @@ impl<'a, 'o> Run<'a, 'o> {
         let folder = self.checkpoints().join(format!("step-{}", self.state.step));
         let files = self.side_files(None)?;
         // On a GPU moments are copied to where they can be written from.
-        let mut copy = self.job.device.gpu().map(|_| self.optimizer.to_host());
+        let mut copy = self.job.device.gpu().map(|_| self.optimizer.to_host(self.job.model));
         self.job.device.synchronize()?;
         let contents = Contents {
             model: self.job.model,

@@ -181,7 +181,7 @@ fn bf16_training_follows_f32() {
             for (to, from) in host.parameters.iter_mut().zip(&llama.parameters) {
                 to.assign(from.host().into_owned());
             }
-            let mut moments = optimizer.to_host();
+            let mut moments = optimizer.to_host(&llama);
             assert!(!moments.state(&host).is_empty());
             assert_eq!(moments.updates(), 4);
             curve.push(host.loss(&batch, 0.0, &mut ws));
@@ -338,5 +338,61 @@ fn gpu_bench_measures_every_method() {
         // Three sequences read the weights once: the limit is above that of one, below three times that.
         let one = gpu_bench::measure_decode(&device, Dtype::BF16, &case, (1, 20, 3), &peaks).unwrap();
         assert!(decoded.limit > one.limit && decoded.limit < 3.0 * one.limit, "{decoded:?} {one:?}");
+    }
+}
+
+/// What waits in the processor's memory (embedding, inputs of layers, moments) changes no bit of what is computed.
+#[test]
+fn offloading_changes_nothing() {
+    let text = std::fs::read_to_string(fixture("tiny-llama3", "config.json")).unwrap();
+    let mut json: serde_json::Value = serde_json::from_str(&text).unwrap();
+    json["num_hidden_layers"] = 5.into();
+    json["tie_word_embeddings"] = false.into();
+    let config = Config::from_json(&json.to_string(), "five layers").unwrap();
+    // Two parts a step, of different lengths, so that buffers grow and shrink.
+    let batches = [batch_of(&[9, 30]), batch_of(&[40]), batch_of(&[7, 3])];
+    for (dtype, optim, full) in [
+        (Dtype::F32, Optim::AdamW, false),
+        (Dtype::BF16, Optim::AdamW8bit, false),
+        (Dtype::F32, Optim::AdamW8bit, true),
+        (Dtype::BF16, Optim::AdamW, true),
+    ] {
+        let train = |offload: bool| {
+            let device = device();
+            let mut llama = Llama::random(config.clone(), 4);
+            if full {
+                llama.train_all();
+            } else {
+                llama.add_adapter(&AdapterConfig { lora_dropout: 0.2, ..AdapterConfig::default() }, 1).unwrap();
+            }
+            assert!(!offload || llama.leave_embedding() != full, "a trained embedding cannot be left");
+            llama.move_to(&device, dtype);
+            let mut optimizer = AdamW::new(&llama, AdamWOptions { optim, offload, ..AdamWOptions::default() });
+            let mut gradients = Gradients::new(&llama);
+            let recompute = Recompute::Block;
+            let mut ws = if offload { Workspace::parked(recompute) } else { Workspace::new(recompute) };
+            let mut seen = Vec::new();
+            for batch in &batches {
+                gradients.clear();
+                seen.push(llama.loss_and_gradients(batch, OPTIONS, &mut ws, &mut gradients));
+                seen.push(gradient_norm(&gradients));
+                optimizer.update(&mut llama, &gradients, 1e-3, 0.7);
+            }
+            // By way of the processor, as from a checkpoint.
+            optimizer = optimizer.to_host(&llama).to_device(&device);
+            gradients.clear();
+            seen.push(llama.loss_and_gradients(&batches[0], OPTIONS, &mut ws, &mut gradients));
+            optimizer.update(&mut llama, &gradients, 1e-3, 0.7);
+            seen.push(llama.loss(&batches[1], 0.0, &mut ws));
+            let ids: Vec<u32> = (3..20).collect();
+            let new = together(&llama, &[&ids], &Sampling::default(), 4, 1);
+            device.synchronize().unwrap();
+            let gpu = device.gpu().unwrap();
+            (seen, new, gpu.memory().1, gpu.host_memory())
+        };
+        let (want, want_new, most, on_host) = train(false);
+        let (got, new, less, waiting) = train(true);
+        assert_eq!((&got, new), (&want, want_new), "{dtype:?} {optim:?} full: {full}");
+        assert!(less < most && on_host == 0 && waiting > 0, "{less} of {most}, {waiting} on the host");
     }
 }

@@ -120,7 +120,7 @@ impl Llama {
     }
 
     pub(super) fn embed_tokens(&self, ids: &[u32], positions: impl Iterator<Item = u32>, buffers: &mut Buffers) {
-        embedding::forward(self.value(self.embed), ids, &mut buffers.stream_td);
+        embedding::forward_on(self.value(self.embed), ids, &self.device(), self.dtype(), &mut buffers.stream_td);
         buffers.positions.clear();
         buffers.positions.extend(positions);
         buffers.angles.fill_on(&self.device(), &buffers.positions, &self.frequencies);

@@ -8,12 +8,20 @@ use tunesmith_tensor::{Device, Dtype, Packed, Tensor, Weight, cuda};
 impl Llama {
     /// Where the model's weights are and its operations run.
     pub fn device(&self) -> Device {
-        self.parameters[self.embed].value.device()
+        self.value(self.norm).device()
     }
 
     /// Type of the model's activations.
     pub fn dtype(&self) -> Dtype {
         self.tensor(self.norm).dtype()
+    }
+
+    /// Leaves the embedding on the processor when the model is moved: rows of it are sent to the GPU instead. Says whether it can be
+    /// left: not where it is the head too, where it trains, or where an adapter has rows of it.
+    pub fn leave_embedding(&mut self) -> bool {
+        let own_rows = self.token_rows.iter().any(|rows| rows.matrix == self.embed);
+        self.embedding_stays = self.embed != self.head && !self.parameters[self.embed].trained && !own_rows;
+        self.embedding_stays
     }
 
     /// Whether a model of this configuration can run on a GPU in `dtype`.
@@ -35,7 +43,9 @@ impl Llama {
     /// When the model is on another GPU, or rounded for 8-bit products of the processor.
     pub fn move_to(&mut self, device: &Device, dtype: Dtype) {
         assert!(self.int8_head.is_none(), "int8 products are the processor's");
-        self.parameters.iter_mut().for_each(|parameter| parameter.move_to(device, dtype));
+        let stays = self.embedding_stays.then_some(self.embed);
+        let moving = self.parameters.iter_mut().enumerate().filter(|(i, _)| Some(*i) != stays);
+        moving.for_each(|(_, parameter)| parameter.move_to(device, dtype));
     }
 
     /// [`Llama::random`] on `device`, made tensor by tensor: the model is never whole on the processor. With `nf4` the matrices of

@@ -36,6 +36,12 @@ functions! {
     copy_to_device = "cuMemcpyHtoDAsync_v2"(u64, *const c_void, usize, *mut c_void);
     copy_to_host = "cuMemcpyDtoHAsync_v2"(*mut c_void, u64, usize, *mut c_void);
     copy_on_device = "cuMemcpyDtoDAsync_v2"(u64, u64, usize, *mut c_void);
+    host_allocate = "cuMemHostAlloc"(*mut *mut c_void, usize, c_uint);
+    host_free = "cuMemFreeHost"(*mut c_void);
+    event_create = "cuEventCreate"(*mut *mut c_void, c_uint);
+    event_destroy = "cuEventDestroy_v2"(*mut c_void);
+    event_record = "cuEventRecord"(*mut c_void, *mut c_void);
+    stream_wait = "cuStreamWaitEvent"(*mut c_void, *mut c_void, c_uint);
     fill = "cuMemsetD8Async"(u64, u8, usize, *mut c_void);
     module_load = "cuModuleLoadData"(*mut *mut c_void, *const c_void);
     module_unload = "cuModuleUnload"(*mut c_void);
@@ -53,6 +59,12 @@ const SHARED_BY_DEFAULT: usize = 48 * 1024;
 const OLDEST_DRIVER: c_int = 12_000;
 
 const OUT_OF_MEMORY: i32 = 2;
+
+/// Of a stream: it does not wait for the default stream.
+const NON_BLOCKING: c_uint = 1;
+
+/// Of an event: it has no time.
+const NO_TIMING: c_uint = 2;
 
 /// A handle of the driver, which may be used from any thread once its context is current there.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -79,6 +91,8 @@ pub(super) struct Driver {
     device: c_int,
     context: Mutex<Handle>,
     stream: Mutex<Handle>,
+    /// Made when something is copied beside the work.
+    copies: Mutex<Option<Copies>>,
     modules: Mutex<HashMap<Module, Handle>>,
     functions: Mutex<HashMap<(Module, &'static str), Function>>,
     memory: Mutex<Memory>,
@@ -87,6 +101,13 @@ pub(super) struct Driver {
 
 /// A loaded kernel and the shared memory that it may use.
 type Function = (Handle, usize);
+
+/// The stream of copies between the device and memory of the processor, and the event that makes it wait for the work.
+#[derive(Clone, Copy)]
+struct Copies {
+    stream: Handle,
+    before: Handle,
+}
 
 /// What is held on the device. Freed memory is kept for the next buffer of that size: work is in one stream, so whatever
 /// still uses it is done before the next use begins.
@@ -152,7 +173,6 @@ impl Driver {
         check(&api, "cuDevicePrimaryCtxRetain", unsafe { (api.context_retain)(&mut context, device) })?;
         // SAFETY: the context was retained.
         check(&api, "cuCtxSetCurrent", unsafe { (api.context_set)(context) })?;
-        const NON_BLOCKING: c_uint = 1;
         // SAFETY: a context is current; the stream is destroyed when this value is dropped.
         check(&api, "cuStreamCreate", unsafe { (api.stream_create)(&mut stream, NON_BLOCKING) })?;
         Ok(Self {
@@ -170,6 +190,7 @@ impl Driver {
             device,
             context: Mutex::new(Handle(context)),
             stream: Mutex::new(Handle(stream)),
+            copies: Mutex::default(),
             modules: Mutex::default(),
             functions: Mutex::default(),
             memory: Mutex::default(),
@@ -304,6 +325,110 @@ impl Driver {
     }
 
     #[allow(unsafe_code)]
+    pub(super) fn allocate_host(&self, bytes: usize) -> Result<u64, Error> {
+        self.enter()?;
+        let mut address = ptr::null_mut();
+        // SAFETY: a context is current; the pointer is to a pointer that outlives the call.
+        let status = unsafe { (self.api.host_allocate)(&mut address, bytes, 0) };
+        if status == OUT_OF_MEMORY {
+            return Err(Error::OutOfHostMemory { bytes });
+        }
+        self.check("cuMemHostAlloc", status)?;
+        Ok(address as u64)
+    }
+
+    /// Gives memory of the processor back. Nothing useful can be done about failures.
+    #[allow(unsafe_code)]
+    pub(super) fn free_host(&self, address: u64) {
+        if self.finish_copies().is_ok() {
+            // SAFETY: the address came from `cuMemHostAlloc`, and no copy uses it any more.
+            unsafe { (self.api.host_free)(address as *mut c_void) };
+        }
+    }
+
+    #[allow(unsafe_code)]
+    pub(super) fn event(&self) -> Result<u64, Error> {
+        self.enter()?;
+        let mut event = ptr::null_mut();
+        // SAFETY: a context is current; the pointer is to a pointer that outlives the call.
+        self.check("cuEventCreate", unsafe { (self.api.event_create)(&mut event, NO_TIMING) })?;
+        Ok(event as u64)
+    }
+
+    #[allow(unsafe_code)]
+    pub(super) fn destroy_event(&self, event: u64) {
+        if self.enter().is_ok() {
+            // SAFETY: the event was created and is not used again; the driver keeps what work still needs of it.
+            unsafe { (self.api.event_destroy)(event as *mut c_void) };
+        }
+    }
+
+    /// The stream of copies; makes it at the first call.
+    #[allow(unsafe_code)]
+    fn copies(&self) -> Result<Copies, Error> {
+        let mut copies = locked(&self.copies);
+        if let Some(copies) = *copies {
+            return Ok(copies);
+        }
+        let before = Handle(self.event()? as *mut c_void);
+        let mut stream = ptr::null_mut();
+        // SAFETY: a context is current; the stream is destroyed when this value is dropped.
+        self.check("cuStreamCreate", unsafe { (self.api.stream_create)(&mut stream, NON_BLOCKING) })?;
+        Ok(*copies.insert(Copies { stream: Handle(stream), before }))
+    }
+
+    /// The stream of copies, which waits for the work that was asked for up to now.
+    #[allow(unsafe_code)]
+    fn copies_behind_work(&self) -> Result<*mut c_void, Error> {
+        let stream = self.enter()?;
+        let Copies { stream: copies, before } = self.copies()?;
+        // SAFETY: both streams and the event are alive; a wait is for the event as it was recorded last, so that it may be
+        // recorded again.
+        self.check("cuEventRecord", unsafe { (self.api.event_record)(before.0, stream) })?;
+        // SAFETY: as above.
+        self.check("cuStreamWaitEvent", unsafe { (self.api.stream_wait)(copies.0, before.0, 0) })?;
+        Ok(copies.0)
+    }
+
+    #[allow(unsafe_code)]
+    pub(super) fn copy_out(&self, to: u64, from: u64, bytes: usize) -> Result<(), Error> {
+        let copies = self.copies_behind_work()?;
+        // SAFETY: the caller has checked that both ranges lie in their buffers, and the memory of the processor is page-locked; whoever
+        // uses either of them waits for an event.
+        self.check("cuMemcpyDtoHAsync", unsafe { (self.api.copy_to_host)(to as *mut c_void, from, bytes, copies) })
+    }
+
+    #[allow(unsafe_code)]
+    pub(super) fn copy_in(&self, to: u64, from: u64, bytes: usize) -> Result<(), Error> {
+        let copies = self.copies_behind_work()?;
+        // SAFETY: as for copies to the processor.
+        self.check("cuMemcpyHtoDAsync", unsafe { (self.api.copy_to_device)(to, from as *const c_void, bytes, copies) })
+    }
+
+    #[allow(unsafe_code)]
+    pub(super) fn record(&self, event: u64) -> Result<(), Error> {
+        self.enter()?;
+        let copies = self.copies()?.stream;
+        // SAFETY: event and stream are alive.
+        self.check("cuEventRecord", unsafe { (self.api.event_record)(event as *mut c_void, copies.0) })
+    }
+
+    #[allow(unsafe_code)]
+    pub(super) fn wait(&self, event: u64) -> Result<(), Error> {
+        let stream = self.enter()?;
+        // SAFETY: event and stream are alive; an event that was never recorded is not waited for.
+        self.check("cuStreamWaitEvent", unsafe { (self.api.stream_wait)(stream, event as *mut c_void, 0) })
+    }
+
+    #[allow(unsafe_code)]
+    pub(super) fn finish_copies(&self) -> Result<(), Error> {
+        let Some(Copies { stream, .. }) = *locked(&self.copies) else { return Ok(()) };
+        self.enter()?;
+        // SAFETY: the stream is alive.
+        self.check("cuStreamSynchronize", unsafe { (self.api.stream_synchronize)(stream.0) })
+    }
+
+    #[allow(unsafe_code)]
     pub(super) fn launch(&self, launch: &Launch<'_>) -> Result<(), Error> {
         let function = self.function(launch.module, launch.kernel, launch.shared)?;
         let stream = self.enter()?;
@@ -408,7 +533,7 @@ impl Drop for Driver {
     #[allow(unsafe_code)]
     fn drop(&mut self) {
         // Nothing useful can be done about failures here: the process gives everything back when it ends.
-        if self.synchronize().is_err() {
+        if self.synchronize().is_err() || self.finish_copies().is_err() {
             return;
         }
         self.cublas.close();
@@ -419,6 +544,13 @@ impl Drop for Driver {
         for (_, module) in locked(&self.modules).drain() {
             // SAFETY: the module is loaded and nothing runs any more.
             unsafe { (self.api.module_unload)(module.0) };
+        }
+        if let Some(Copies { stream, before }) = locked(&self.copies).take() {
+            // SAFETY: both are alive and not used after this.
+            unsafe {
+                (self.api.event_destroy)(before.0);
+                (self.api.stream_destroy)(stream.0);
+            }
         }
         let stream = locked(&self.stream).0;
         // SAFETY: stream and context are alive and not used after this.

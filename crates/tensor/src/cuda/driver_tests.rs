@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 /// Functions of the driver that need no more than to succeed.
-const QUIET: [&str; 8] = [
+const QUIET: [&str; 9] = [
     "cuInit",
     "cuCtxSetCurrent",
     "cuStreamDestroy_v2",
@@ -18,20 +18,46 @@ const QUIET: [&str; 8] = [
     "cuModuleUnload",
     "cuFuncSetAttribute",
     "cuDeviceGet",
+    "cuEventDestroy_v2",
 ];
 
 /// The rest of a driver: memory is the process's, the one kernel writes its second argument to where its first points.
 const DRIVER: &str = r#"
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 typedef unsigned long long u64;
+/* What was asked of the stream of copies (4) and of the other one (2) on its account. */
+char journal[2000];
+static void note(const char *what, u64 a, u64 b) { sprintf(journal + strlen(journal), "%s %llu %llu, ", what, a, b); }
 int cuDriverGetVersion(int *v) { *v = VERSION; return 0; }
 int cuGetErrorName(int e, const char **name) { *name = "CUDA_ERROR_OF_THE_TEST"; return e == 700 ? 0 : 1; }
 int cuDeviceGetCount(int *n) { *n = DEVICES; return 0; }
 int cuDeviceGetName(char *name, int len, int device) { strncpy(name, "Fake GPU", len); return 0; }
 int cuDeviceGetAttribute(int *value, unsigned what, int device) { *value = what == 75 ? MAJOR : 6; return 0; }
-int cuDevicePrimaryCtxRetain(void **context, int device) { *context = (void *)1; return 0; }
-int cuStreamCreate(void **stream, unsigned flags) { *stream = (void *)2; return flags != 1; }
+static int streams;
+int cuDevicePrimaryCtxRetain(void **context, int device) { *context = (void *)1; streams = 0; return 0; }
+int cuStreamCreate(void **stream, unsigned flags) {
+    *stream = (void *)(streams++ ? 4ull : 2ull);
+    return flags != 1;
+}
+int cuEventCreate(void **event, unsigned flags) {
+    static u64 events = 10;
+    *event = (void *)events++;
+    return flags != 2;
+}
+int cuEventRecord(void *event, void *stream) { note("record", (u64)event, (u64)stream); return 0; }
+int cuStreamWaitEvent(void *stream, void *event, unsigned flags) { note("wait", (u64)stream, (u64)event); return flags; }
+int cuMemHostAlloc(void **address, size_t bytes, unsigned flags) {
+    if (bytes > (1ull << 40)) return 2;
+    *address = malloc(bytes);
+    return flags;
+}
+int cuMemFreeHost(void *address) { free(address); return 0; }
+static int stream_of_copy(const char *way, size_t n, void *stream) {
+    if (stream == (void *)4) note(way, n, 4);
+    return stream != (void *)2 && stream != (void *)4;
+}
 int cuMemAlloc_v2(u64 *address, size_t bytes) {
     if (bytes > (1ull << 40)) return 2;
     *address = (u64)aligned_alloc(256, bytes);
@@ -39,8 +65,8 @@ int cuMemAlloc_v2(u64 *address, size_t bytes) {
 }
 int cuMemGetInfo_v2(size_t *free, size_t *total) { *free = 79ull << 30; *total = 80ull << 30; return 0; }
 int cuMemFree_v2(u64 address) { free((void *)address); return 0; }
-int cuMemcpyHtoDAsync_v2(u64 to, const void *from, size_t n, void *s) { memcpy((void *)to, from, n); return s != (void *)2; }
-int cuMemcpyDtoHAsync_v2(void *to, u64 from, size_t n, void *s) { memcpy(to, (void *)from, n); return s != (void *)2; }
+int cuMemcpyHtoDAsync_v2(u64 to, const void *from, size_t n, void *s) { memcpy((void *)to, from, n); return stream_of_copy("in", n, s); }
+int cuMemcpyDtoHAsync_v2(void *to, u64 from, size_t n, void *s) { memcpy(to, (void *)from, n); return stream_of_copy("out", n, s); }
 int cuMemcpyDtoDAsync_v2(u64 to, u64 from, size_t n, void *s) { memmove((void *)to, (void *)from, n); return s != (void *)2; }
 int cuMemsetD8Async(u64 to, unsigned char byte, size_t n, void *s) { memset((void *)to, byte, n); return s != (void *)2; }
 int cuModuleLoadData(void **module, const void *image) { *module = (void *)3; return memcmp(image, "cubin for", 9); }
@@ -324,6 +350,42 @@ fn memory_that_is_not_there_is_an_error() {
     let too_large = Tensor::zeros_on(&device, Dtype::F32, &[1 << 39]);
     assert_eq!(too_large.shape(), [1 << 39]);
     assert_says(&device.synchronize().unwrap_err().to_string(), &["no room", "Lower the batch"]);
+}
+
+/// Copies beside the work wait for it, and it waits for them where it must.
+#[test]
+#[allow(unsafe_code)]
+fn copies_beside_the_work() {
+    let (fakes, device) = whole("copies", "0");
+    let gpu = device.gpu().unwrap();
+    let x = Tensor::from_slice(&[2], &[1.0, 2.0]).to_device(&device, Dtype::F32);
+    let memory = gpu.allocate_host(8);
+    assert_eq!((memory.bytes(), gpu.host_memory()), (8, 8));
+    let event = gpu.event();
+    memory.copy_out(0, super::buffer(&x), 0, 8);
+    event.record();
+    event.wait();
+    let mut read = [0f32; 2];
+    memory.read(0, bytemuck::cast_slice_mut(&mut read));
+    assert_eq!(read, [1.0, 2.0]);
+    memory.write(4, &3f32.to_ne_bytes());
+    memory.copy_in(4, super::buffer(&x), 0, 4);
+    event.record();
+    assert_eq!(x.to_host().data(), [3.0, 2.0]);
+    device.synchronize().unwrap();
+    // SAFETY: the library is the one that the driver was opened from, and has no initialisers; the text outlives this.
+    let journal = unsafe {
+        let library = libloading::Library::new(fakes.0.join("libcuda.so.1")).unwrap();
+        let text = library.get::<*const std::ffi::c_char>(b"journal").unwrap();
+        std::ffi::CStr::from_ptr(*text).to_string_lossy().into_owned()
+    };
+    // 10 is the event of the test, 11 the one that copies wait for.
+    let out = "record 11 2, wait 4 11, out 8 4, record 10 4, wait 2 10, ";
+    assert_eq!(journal, format!("{out}record 11 2, wait 4 11, in 4 4, record 10 4, "));
+    let too_large = gpu.allocate_host(1 << 41);
+    assert_says(&device.synchronize().unwrap_err().to_string(), &["page-locked", "training.offload"]);
+    drop((too_large, memory));
+    assert_eq!(gpu.host_memory(), 0);
 }
 
 /// Row-major products become the column-major ones that cuBLASLt knows, in every combination of transposed operands.

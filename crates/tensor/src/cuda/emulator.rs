@@ -10,7 +10,7 @@ use crate::Dtype;
 use half::bf16;
 use sha2::{Digest, Sha256};
 use std::alloc::{Layout, alloc, dealloc};
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::ffi::{c_char, c_void};
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -37,12 +37,61 @@ struct Loaded {
 pub(super) struct Emulator {
     folder: PathBuf,
     memory: Mutex<Memory>,
+    copies: Mutex<Copies>,
+}
+
+/// Copies that were asked for and not done yet: they are done when they are waited for and not before, so that work which does not
+/// wait uses what is not there yet, and what is overwritten too early arrives wrong.
+#[derive(Default)]
+struct Copies {
+    waiting: VecDeque<Copy>,
+    /// The last event that was made.
+    events: u64,
+    /// What was done wrong in between.
+    wrong: Option<Error>,
+}
+
+enum Copy {
+    Bytes { to: u64, from: u64, bytes: usize },
+    Event(u64),
+}
+
+impl Copies {
+    /// Does what waits, up to the last place where `event` was recorded.
+    fn up_to(&mut self, event: u64) {
+        let last = self.waiting.iter().rposition(|c| matches!(c, Copy::Event(e) if *e == event));
+        self.first(last.map_or(0, |last| last + 1));
+    }
+
+    /// Does the first `count` of what waits.
+    #[allow(unsafe_code)]
+    fn first(&mut self, count: usize) {
+        for copy in self.waiting.drain(..count) {
+            if let Copy::Bytes { to, from, bytes } = copy {
+                // SAFETY: the caller has checked that the ranges lie in their buffers, and `forget` has taken out those whose buffers are
+                // gone.
+                unsafe { std::ptr::copy_nonoverlapping(from as *const u8, to as *mut u8, bytes) };
+            }
+        }
+    }
+
+    /// Takes out copies that use `bytes` bytes from `address` on, which are given back: they should have been waited for.
+    fn forget(&mut self, address: u64, bytes: usize) {
+        let range = address..address + bytes as u64;
+        let uses = |c: &Copy| matches!(c, Copy::Bytes { to, from, .. } if range.contains(to) || range.contains(from));
+        if self.waiting.iter().any(uses) {
+            self.wrong = Some(failed("free", format!("{bytes} bytes were given back while they were copied")));
+            self.waiting.retain(|c| !uses(c));
+        }
+    }
 }
 
 #[derive(Default)]
 struct Memory {
     /// Sizes of buffers by their address.
     buffers: BTreeMap<u64, usize>,
+    /// Those of the processor.
+    host: BTreeMap<u64, usize>,
     used: usize,
     peak: usize,
 }
@@ -55,7 +104,7 @@ impl Emulator {
     pub(super) fn new(folder: &Path) -> Result<Self, Error> {
         std::fs::create_dir_all(folder)
             .map_err(|e| Error::Cache { path: folder.to_path_buf(), what: e.to_string() })?;
-        Ok(Self { folder: folder.to_path_buf(), memory: Mutex::default() })
+        Ok(Self { folder: folder.to_path_buf(), memory: Mutex::default(), copies: Mutex::default() })
     }
 
     pub(super) fn name(&self) -> &str {
@@ -77,6 +126,9 @@ impl Emulator {
     }
 
     pub(super) fn synchronize(&self) -> Result<(), Error> {
+        if let Some(wrong) = locked(&self.copies).wrong.take() {
+            return Err(wrong);
+        }
         self.check_guards("synchronize")
     }
 
@@ -101,6 +153,7 @@ impl Emulator {
     pub(super) fn free(&self, address: u64) {
         let mut memory = locked(&self.memory);
         if let Some(bytes) = memory.buffers.remove(&address) {
+            locked(&self.copies).forget(address, bytes);
             memory.used -= allocated(bytes);
             // SAFETY: the block was allocated with this layout and nothing refers to it any more.
             unsafe { dealloc((address - ZONE as u64) as *mut u8, layout(bytes)) };
@@ -146,6 +199,65 @@ impl Emulator {
     pub(super) fn fill(&self, to: u64, byte: u8, bytes: usize) -> Result<(), Error> {
         // SAFETY: the caller has checked that the range lies in a buffer.
         unsafe { (to as *mut u8).write_bytes(byte, bytes) };
+        Ok(())
+    }
+
+    #[allow(unsafe_code)]
+    pub(super) fn allocate_host(&self, bytes: usize) -> Result<u64, Error> {
+        // SAFETY: the layout has a size above 0.
+        let start = unsafe { alloc(layout(bytes)) };
+        if start.is_null() {
+            return Err(Error::OutOfHostMemory { bytes });
+        }
+        // SAFETY: the block is new and has these bytes.
+        unsafe { start.write_bytes(POISON, bytes + 2 * ZONE) };
+        locked(&self.memory).host.insert(start as u64, bytes);
+        Ok(start as u64)
+    }
+
+    #[allow(unsafe_code)]
+    pub(super) fn free_host(&self, address: u64) {
+        if let Some(bytes) = locked(&self.memory).host.remove(&address) {
+            // As the driver does: copies are waited for.
+            let mut copies = locked(&self.copies);
+            let all = copies.waiting.len();
+            copies.first(all);
+            // SAFETY: the block was allocated with this layout and nothing refers to it any more.
+            unsafe { dealloc(address as *mut u8, layout(bytes)) };
+        }
+    }
+
+    pub(super) fn event(&self) -> Result<u64, Error> {
+        let mut copies = locked(&self.copies);
+        copies.events += 1;
+        Ok(copies.events)
+    }
+
+    pub(super) fn destroy_event(&self, _event: u64) {}
+
+    pub(super) fn copy_out(&self, to: u64, from: u64, bytes: usize) -> Result<(), Error> {
+        locked(&self.copies).waiting.push_back(Copy::Bytes { to, from, bytes });
+        Ok(())
+    }
+
+    pub(super) fn copy_in(&self, to: u64, from: u64, bytes: usize) -> Result<(), Error> {
+        self.copy_out(to, from, bytes)
+    }
+
+    pub(super) fn record(&self, event: u64) -> Result<(), Error> {
+        locked(&self.copies).waiting.push_back(Copy::Event(event));
+        Ok(())
+    }
+
+    pub(super) fn wait(&self, event: u64) -> Result<(), Error> {
+        locked(&self.copies).up_to(event);
+        Ok(())
+    }
+
+    pub(super) fn finish_copies(&self) -> Result<(), Error> {
+        let mut copies = locked(&self.copies);
+        let all = copies.waiting.len();
+        copies.first(all);
         Ok(())
     }
 

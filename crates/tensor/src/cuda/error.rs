@@ -60,6 +60,14 @@ pub enum Error {
         /// Bytes that this program holds.
         held: usize,
     },
+    /// The processor's memory has no room that can be page-locked.
+    #[error(
+        "the processor's memory has no room for another {bytes} page-locked bytes. Leave something out of training.offload"
+    )]
+    OutOfHostMemory {
+        /// Bytes that were asked for.
+        bytes: usize,
+    },
     /// A call failed.
     #[error("{call} failed: {what}")]
     Call {

@@ -30,6 +30,7 @@ pub(crate) mod dequantize;
 mod driver_tests;
 pub(crate) mod elementwise;
 pub(crate) mod linear;
+pub(crate) mod offload;
 pub(crate) mod optimizer;
 pub(crate) mod rmsnorm;
 pub(crate) mod rope;
@@ -47,7 +48,7 @@ pub(crate) use gemm::{Gemm, Matrix};
 use kernels::Module;
 pub use library::{Library, Search};
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 /// How a GPU is opened.
@@ -71,6 +72,8 @@ pub struct Gpu {
     tables: Mutex<Vec<(Vec<u32>, Arc<Buffer>)>>,
     poisons: AtomicBool,
     tf32: AtomicBool,
+    /// Bytes of page-locked memory of the processor.
+    host_bytes: AtomicUsize,
 }
 
 /// Tables that are kept for further launches.
@@ -80,7 +83,7 @@ const TABLES_KEPT: usize = 16;
 enum Backend {
     Driver(Box<driver::Driver>),
     #[cfg(any(test, feature = "emulator"))]
-    Emulator(emulator::Emulator),
+    Emulator(Box<emulator::Emulator>),
 }
 
 /// Calls the same method of whichever back end there is.
@@ -93,6 +96,8 @@ macro_rules! backend {
         }
     };
 }
+
+use backend;
 
 /// One launch of a kernel.
 pub(crate) struct Launch<'a> {
@@ -150,12 +155,13 @@ impl Gpu {
     /// When `folder` cannot be written.
     #[cfg(any(test, feature = "emulator"))]
     pub fn emulated(folder: &std::path::Path) -> Result<Arc<Self>, Error> {
-        Ok(Self::new(Backend::Emulator(emulator::Emulator::new(folder)?)))
+        Ok(Self::new(Backend::Emulator(Box::new(emulator::Emulator::new(folder)?))))
     }
 
     fn new(backend: Backend) -> Arc<Self> {
         let [poisons, tf32] = [(); 2].map(|()| AtomicBool::new(false));
-        Arc::new(Self { backend, failure: OnceLock::new(), tables: Mutex::default(), poisons, tf32 })
+        let host_bytes = AtomicUsize::new(0);
+        Arc::new(Self { backend, failure: OnceLock::new(), tables: Mutex::default(), poisons, tf32, host_bytes })
     }
 
     /// The device's name.

@@ -1,12 +1,13 @@
 //! Launchers of AdamW and of the gradient norm; contracts in `ops/adamw.rs`, `ops/adamw_8bit.rs` and `ops/grad_norm.rs`.
 
 use super::kernels::{Module, Source};
-use super::{Arg, Gpu, Launch, argument, blocks};
+use super::{Arg, Gpu, Launch, argument, argument_at, blocks};
 use crate::cpu::adamw::Factors;
 use crate::cpu::adamw_8bit::tables;
 use crate::ops::adamw::Step;
-use crate::ops::adamw_8bit::{BLOCK, DeviceMoment};
+use crate::ops::adamw_8bit::BLOCK;
 use crate::{Dtype, Tensor};
+use std::ops::Range;
 use std::sync::Arc;
 
 const THREADS: u32 = 256;
@@ -18,27 +19,32 @@ fn factors<'a>(step: &Step) -> [Arg<'a>; 9] {
     Factors::new(step).values().map(Arg::F32)
 }
 
-/// The weights and, for bf16, what rounding left of them.
-fn weights<'a>(value: &'a Tensor, low: Option<&'a Tensor>) -> [Arg<'a>; 2] {
-    let element = value.dtype();
+/// Elements `range` of the weights and, for bf16, of what rounding left of them, and of the gradient.
+fn weights<'a>(value: &'a Tensor, low: Option<&'a Tensor>, grad: &'a Tensor, range: &Range<usize>) -> [Arg<'a>; 3] {
+    let (element, at) = (value.dtype(), range.start);
     assert_eq!(low.map(|l| (l.len(), l.dtype())), (element == Dtype::BF16).then_some((value.len(), Dtype::BF16)));
-    [argument(value, element), low.map_or(Arg::Null, |low| argument(low, Dtype::BF16))]
+    assert!(range.end <= value.len() && value.len() == grad.len(), "{range:?} of {value:?} and {grad:?}");
+    let low = low.map_or(Arg::Null, |low| argument_at(low, Dtype::BF16, at));
+    [argument_at(value, element, at), low, argument_at(grad, Dtype::F32, at)]
 }
 
+/// Updates elements `range`; `moments` are theirs, the first and the second.
 pub(crate) fn update(
     gpu: &Gpu,
     value: &mut Tensor,
     low: Option<&mut Tensor>,
     grad: &Tensor,
-    m: &mut Tensor,
-    v: &mut Tensor,
+    range: Range<usize>,
+    moments: [Arg<'_>; 2],
     step: &Step,
 ) {
-    let n = value.len();
-    let [value_arg, low] = weights(value, low.as_deref());
-    let [grad, m, v] = [grad, m, v].map(|t| argument(t, Dtype::F32));
-    let args: Vec<Arg<'_>> =
-        [value_arg, low, grad, m, v, Arg::U64(n as u64)].into_iter().chain(factors(step)).collect();
+    let n = range.len();
+    let args: Vec<Arg<'_>> = weights(value, low.as_deref(), grad, &range)
+        .into_iter()
+        .chain(moments)
+        .chain([Arg::U64(n as u64)])
+        .chain(factors(step))
+        .collect();
     gpu.launch(&Launch {
         module: Module::new(Source::Optimizer, value.dtype()),
         kernel: "adamw",
@@ -49,23 +55,22 @@ pub(crate) fn update(
     });
 }
 
+/// Updates elements `range`, which begins with a block; `moments` are theirs: codes and scales of the first, of the second's root.
 pub(crate) fn update_8bit(
     gpu: &Arc<Gpu>,
     value: &mut Tensor,
     low: Option<&mut Tensor>,
     grad: &Tensor,
-    m: &mut DeviceMoment,
-    r: &mut DeviceMoment,
+    range: Range<usize>,
+    moments: [Arg<'_>; 4],
     step: &Step,
 ) {
-    let n = value.len();
+    let n = range.len();
     let tables = gpu.table(&tables().map(f32::to_bits));
-    let [value_arg, low] = weights(value, low.as_deref());
-    let moments = [&m.codes, &m.scales, &r.codes, &r.scales, &*tables].map(|b| Arg::Buffer(b, 0));
-    let args: Vec<Arg<'_>> = [value_arg, low, argument(grad, Dtype::F32)]
+    let args: Vec<Arg<'_>> = weights(value, low.as_deref(), grad, &range)
         .into_iter()
         .chain(moments)
-        .chain([Arg::U64(n as u64)])
+        .chain([Arg::Buffer(&tables, 0), Arg::U64(n as u64)])
         .chain(factors(step))
         .collect();
     gpu.launch(&Launch {

@@ -1,6 +1,6 @@
 //! AdamW (Loshchilov and Hutter, "Decoupled weight decay regularization", 2019), in the order of operations of PyTorch.
 
-use crate::{Tensor, cpu, cuda};
+use crate::{Dtype, Tensor, cpu, cuda};
 
 /// The numbers of one update.
 #[derive(Clone, Copy, Debug)]
@@ -26,7 +26,8 @@ pub fn update(value: &mut Tensor, grad: &Tensor, m: &mut Tensor, v: &mut Tensor,
     assert!(value.len() == grad.len() && value.len() == m.len() && value.len() == v.len());
     assert!(step.number > 0, "updates count from 1");
     if let Some(gpu) = value.gpu().cloned() {
-        return cuda::optimizer::update(&gpu, value, None, grad, m, v, step);
+        let moments = [&*m, v].map(|t| cuda::argument(t, Dtype::F32));
+        return cuda::optimizer::update(&gpu, value, None, grad, 0..grad.len(), moments, step);
     }
     cpu::adamw::update(value.data_mut(), grad.data(), m.data_mut(), v.data_mut(), step);
 }
@@ -40,7 +41,8 @@ pub fn update_split(value: &mut Tensor, low: &mut Tensor, grad: &Tensor, m: &mut
     assert!(value.len() == grad.len() && value.len() == m.len() && value.len() == v.len());
     assert!(step.number > 0, "updates count from 1");
     let Some(gpu) = value.gpu().cloned() else { panic!("{value:?} must be on a GPU") };
-    cuda::optimizer::update(&gpu, value, Some(low), grad, m, v, step);
+    let moments = [&*m, v].map(|t| cuda::argument(t, Dtype::F32));
+    cuda::optimizer::update(&gpu, value, Some(low), grad, 0..grad.len(), moments, step);
 }
 
 #[cfg(test)]

@@ -8,7 +8,7 @@
 //! explodes, while the smallest code makes one that is merely too short. And the code of the first moment is a sign and 7
 //! bits of magnitude, so that the largest element of a block is exact whatever its sign.
 
-use crate::cuda::{self, Buffer, Gpu};
+use crate::cuda::{self, Arg, Buffer, Gpu};
 use crate::ops::adamw::Step;
 use crate::{Tensor, cpu};
 use std::sync::Arc;
@@ -32,7 +32,7 @@ pub struct Moment {
     pub codes: Vec<u8>,
     /// The largest magnitude of each block.
     pub scales: Vec<f32>,
-    sign: Sign,
+    pub(crate) sign: Sign,
 }
 
 impl Moment {
@@ -92,7 +92,8 @@ pub fn update_on_device(
     assert!(value.len() == grad.len() && value.len() == m.len && value.len() == r.len);
     assert!((m.sign, r.sign) == (Sign::Signed, Sign::Unsigned) && step.number > 0, "updates count from 1");
     let gpu = m.codes.gpu().clone();
-    cuda::optimizer::update_8bit(&gpu, value, low, grad, m, r, step);
+    let moments = [&m.codes, &m.scales, &r.codes, &r.scales].map(|b| Arg::Buffer(b, 0));
+    cuda::optimizer::update_8bit(&gpu, value, low, grad, 0..grad.len(), moments, step);
 }
 
 /// Updates `value`, its first moment `m` (signed) and the root `r` of its second moment (unsigned), all of one length, with

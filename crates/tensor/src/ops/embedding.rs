@@ -17,6 +17,20 @@ pub fn forward(table: &Weight, ids: &[u32], x: &mut Tensor) {
     }
 }
 
+/// As [`forward`], where the table may be on the processor and `x` on a GPU: its rows are sent there, in `dtype`.
+///
+/// # Panics
+/// When an id is not below V, or the table is on another GPU.
+pub fn forward_on(table: &Weight, ids: &[u32], device: &Device, dtype: Dtype, x: &mut Tensor) {
+    if table.device() == *device {
+        return forward(table, ids, x);
+    }
+    let mut rows = Tensor::default();
+    forward(table, ids, &mut rows);
+    x.resize_on(device, dtype, rows.shape());
+    x.write(&rows);
+}
+
 /// `d_table` [V, d] += `d_x` [T, d] at rows `ids` [T].
 pub fn backward(d_x: &Tensor, ids: &[u32], d_table: &mut Tensor) {
     assert_eq!((d_x.rows(), d_x.cols()), (ids.len(), d_table.cols()));

@@ -5,6 +5,7 @@
 
 pub mod adamw;
 pub mod adamw_8bit;
+pub mod adamw_offloaded;
 pub mod attention;
 pub mod attention_decode;
 pub mod dropout;
