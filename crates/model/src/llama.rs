@@ -16,7 +16,7 @@ use layer::{ForwardBuffers, KeptActivations, Masks, Pass};
 use rayon::prelude::*;
 use std::ops::Range;
 use tunesmith_tensor::ops::{attention, embedding, linear, linear_cross_entropy, rmsnorm, rope, rows};
-use tunesmith_tensor::{Dtype, Parked, Tensor, Weight, pool, rng::Rng};
+use tunesmith_tensor::{Dtype, Tensor, Weight, pool, rng::Rng};
 
 /// A named tensor of the model, under its Hugging Face (or PEFT) name.
 #[derive(Debug)]
@@ -234,7 +234,7 @@ impl Workspace {
     /// The same for a model on a GPU, with the inputs of layers in the processor's memory between their forward and their backward
     /// pass: copied beside the work that goes on.
     pub fn parked(recompute: Recompute) -> Self {
-        Self { recompute, inputs: Inputs::Parked(Parked::default()), ..Self::default() }
+        Self { recompute, inputs: Inputs::Parked(Box::default()), ..Self::default() }
     }
 
     /// Bytes of all buffers.

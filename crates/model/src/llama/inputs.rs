@@ -7,7 +7,7 @@ use tunesmith_tensor::{Parked, Tensor};
 pub(super) enum Inputs {
     /// One tensor [T, d] a layer.
     Here(Vec<Tensor>),
-    Parked(Parked),
+    Parked(Box<Parked>),
 }
 
 impl Default for Inputs {
