@@ -125,6 +125,24 @@ fn a_gpu_is_planned_for_without_one() {
     assert!(line(&[]).ends_with(" bf16"));
     assert!(line(&["--set", "dtype=f32"]).ends_with(" f32"));
     assert!(line(&["--set", "model.storage=nf4"]).ends_with(" nf4"));
+    // What the driver takes is counted in the total; the process's own memory is named beside it.
+    let planned = plan(&config);
+    let of = |name: &str| planned["memory"][name].as_u64().unwrap();
+    let peak = ["loading_peak", "training_peak", "evaluation_peak"].map(of).into_iter().max().unwrap();
+    assert_eq!(of("total"), peak + of("driver"));
+    assert_eq!(of("driver"), 805_306_368);
+    let host = &planned["memory"]["host"];
+    let of = |name: &str| host[name].as_u64().unwrap();
+    // 8 blocks of 320 and 896 in f32.
+    assert!(of("loading_peak") > of("program") + 8 * 4 * (4 * 320 * 320 + 3 * 320 * 896), "{host}");
+    assert!(of("total") == of("loading_peak") && of("saving_peak") > of("program"), "{host}");
+    let shown = run(&["plan", &config]).stdout;
+    let starts = |name: &str| shown.lines().any(|line| line.starts_with(name));
+    assert!(starts("driver         805.3 MB  ") && starts("host ") && !starts("program"), "{shown}");
+    let limited = |limit: &str| run(&["plan", &config, "--set", &format!("memory_limit={limit}")]);
+    let refused = limited("805MB");
+    assert!(refused.code == 2 && refused.stderr.contains("the run needs at least"), "{refused:?}");
+    assert_eq!(limited("2GB").code, 0);
     let products =
         |sets: &[&str]| run(&[&["plan", &config, "--set", "dtype=f32"], sets].concat()).stdout.contains("TF32");
     assert!(!products(&[]) && products(&["--set", "training.tf32=true"]));

@@ -3,6 +3,10 @@
 //! Every buffer has a size that follows from the configuration, the model and the lengths of the documents; what the program
 //! and the tokenizer take is measured by whoever asks ([`Inputs::baseline`]). A run's peak is that of its largest phase.
 
+mod room;
+
+pub use room::{DRIVER, Host, HostPlan};
+
 use crate::config::{Compute, Config, Method};
 use crate::evaluate::PLACES;
 use crate::optimizer::Optim;
@@ -113,8 +117,12 @@ pub struct Inputs<'a> {
     pub other_weights: &'a [(Storage, u64)],
     /// Bytes that loading holds besides: the largest matrix, on its way into another encoding.
     pub loading: u64,
-    /// Bytes that the process has before weights are loaded: program, tokenizer, headers.
+    /// Bytes that the process has before weights are loaded: program, tokenizer, headers. On a GPU 0.
     pub baseline: u64,
+    /// Bytes of a GPU that its driver takes for itself, [`DRIVER`] where nothing else is known. On the processor 0.
+    pub driver: u64,
+    /// What a run on a GPU has in the process's own memory.
+    pub host: Option<Host>,
     /// Lengths of the documents.
     pub data: &'a DataShape,
     /// Prompts that are continued while training: how many, tokens of the longest, and of what may follow; `None` = no samples.
@@ -128,7 +136,7 @@ pub struct Inputs<'a> {
 pub enum Place {
     /// The processor's, with everything else that the process has.
     Cpu,
-    /// That of a GPU's allocator; what the driver itself takes is not in it.
+    /// A GPU's: what the allocator gives out, and beside it [`Inputs::driver`].
     Gpu {
         /// Type of activations and dense weights.
         dtype: Dtype,
@@ -197,16 +205,27 @@ pub struct Plan {
     pub activations: u64,
     /// Buffers that layers share, logits, tiles of the threads.
     pub workspace: u64,
-    /// Program, tokenizer, data.
+    /// Program, tokenizer, data; on a GPU 0.
     pub baseline: u64,
+    /// What the driver takes of its GPU, on the processor 0. The peaks below are without it.
+    pub driver: u64,
     /// Peak while weights are loaded.
     pub loading_peak: u64,
     /// Peak of a training step.
     pub training_peak: u64,
     /// Peak of an evaluation or a sample during training.
     pub evaluation_peak: u64,
-    /// The largest of the peaks.
+    /// The largest of the peaks, with what the driver takes.
     pub total: u64,
+    /// What a run on a GPU takes of the process's own memory.
+    pub host: Option<HostPlan>,
+}
+
+impl Plan {
+    /// The largest of the peaks: of a GPU what its allocator gives out.
+    pub fn buffers(&self) -> u64 {
+        self.total - self.driver
+    }
 }
 
 impl Inputs<'_> {
@@ -279,10 +298,12 @@ impl Inputs<'_> {
             activations: pass.activations,
             workspace: pass.workspace + pass.kernels,
             baseline: self.baseline,
+            driver: self.driver,
             loading_peak,
             training_peak,
             evaluation_peak,
-            total: loading_peak.max(training_peak).max(evaluation_peak),
+            total: loading_peak.max(training_peak).max(evaluation_peak) + self.driver,
+            host: self.host.map(|host| self.host_plan(host, &trained)),
         }
     }
 
@@ -306,10 +327,11 @@ impl Inputs<'_> {
     /// # Errors
     /// When nothing fits: the smallest limit that would do, and what else would make the run smaller.
     pub fn fit(&self, limit: u64) -> Result<Plan> {
-        let smallest = match self.fastest(limit) {
-            Ok(plan) => return Ok(plan),
-            Err(plan) => plan.total,
-        };
+        let plan = self.fastest(limit);
+        if plan.total <= limit {
+            return Ok(plan);
+        }
+        let smallest = plan.total;
         let mut message = format!(
             "memory_limit = {:?}: the run needs at least {}, with one block at a time and recompute = \"block\"; set \
              memory_limit = \"{}MB\" or more",
@@ -318,7 +340,7 @@ impl Inputs<'_> {
             // What the program itself takes differs a little from start to start.
             (smallest + smallest / 50).div_ceil(1_000_000)
         );
-        for suggestion in self.suggestions(limit, smallest) {
+        for suggestion in self.suggestions(limit, smallest, 0) {
             message.push_str("; ");
             message.push_str(&suggestion);
         }
@@ -326,7 +348,7 @@ impl Inputs<'_> {
     }
 
     /// As [`Inputs::fit`]; when nothing fits, the way that needs least.
-    pub(crate) fn fastest(&self, limit: u64) -> std::result::Result<Plan, Plan> {
+    pub(crate) fn fastest(&self, limit: u64) -> Plan {
         let t = &self.config.training;
         let configured = t.per_device_train_batch_size;
         let batches = (1..=configured).filter(|b| configured.is_multiple_of(*b));
@@ -352,17 +374,18 @@ impl Inputs<'_> {
                 }
             }
         }
-        best.ok_or(least)
+        best.unwrap_or(least)
     }
 
-    /// Changes that would alter results and are therefore the user's to make.
-    fn suggestions(&self, limit: u64, smallest: u64) -> Vec<String> {
+    /// Changes that would alter results and are therefore the user's to make; what they need is named without `there`, which
+    /// is taken already.
+    fn suggestions(&self, limit: u64, smallest: u64, there: u64) -> Vec<String> {
         let mut found = Vec::new();
         let mut with = |what: &str, smaller: Inputs<'_>| {
             let bytes = smaller.plan_of(smaller.choice(1, Recompute::Block)).total;
             if bytes < smallest {
                 let fits = if bytes <= limit { ", which fits" } else { "" };
-                found.push(format!("{what} would need {}{fits}", format_bytes(bytes)));
+                found.push(format!("{what} would need {}{fits}", format_bytes(bytes - there)));
             }
         };
         if self.config.training.optim == Optim::AdamW {

@@ -10,7 +10,7 @@ use tunesmith_tensor::cuda::{Gpu, sizes};
 use tunesmith_tensor::{Device, Dtype};
 use tunesmith_train::config::Config;
 use tunesmith_train::evaluate::continuations;
-use tunesmith_train::memory::{DataShape, Inputs, Place};
+use tunesmith_train::memory::{DRIVER, DataShape, Inputs, Place};
 use tunesmith_train::optimizer::{AdamW, AdamWOptions, gradient_norm};
 
 /// Part of the measured peak by which a plan may be off.
@@ -98,6 +98,8 @@ fn the_allocator_holds_what_was_planned() {
             other_weights: &[],
             loading: 0,
             baseline: 0,
+            driver: DRIVER,
+            host: None,
             data: &DataShape::uniform(BLOCKS.0, BLOCKS.1),
             sample: Some(SAMPLES),
             threads: 1,
@@ -113,7 +115,8 @@ fn the_allocator_holds_what_was_planned() {
             println!("{name}, {what}: planned {planned}, measured {measured}");
             assert!((planned / measured as f64 - 1.0).abs() < TOLERANCE, "{name}, {what}: {plan:?}");
         }
-        assert!(plan.total >= plan.training_peak && plan.baseline == 0, "{plan:?}");
+        assert_eq!((plan.buffers(), plan.baseline), (plan.total - DRIVER, 0), "{plan:?}");
+        assert!(plan.buffers() >= plan.training_peak.max(plan.evaluation_peak), "{plan:?}");
         // A limit chooses a level that needs less, and one that is too small is refused with the least.
         let mut tight = config.clone();
         tight.training.recompute = None;

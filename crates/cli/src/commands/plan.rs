@@ -12,11 +12,12 @@ use std::time::Instant;
 use tunesmith_model::memory::{AdapterRank, adapter_ranks};
 use tunesmith_model::token_rows::token_indices;
 use tunesmith_model::{AdapterConfig, Batch, Config as Model, Gradients, Llama, LossOptions, Storage, Workspace};
+use tunesmith_tensor::cuda::{Gpu, sizes};
 use tunesmith_tensor::{Device, num_threads, rng::Rng};
 use tunesmith_text::{Message, PreparedSplit, Report, Split};
 use tunesmith_train::checkpoint::{self, free_bytes};
 use tunesmith_train::config::{Compute, Config, Method};
-use tunesmith_train::memory::{DataShape, Inputs, Place, Plan, format_bytes};
+use tunesmith_train::memory::{DRIVER, DataShape, Host, Inputs, Place, Plan, format_bytes};
 use tunesmith_train::optimizer::{AdamW, AdamWOptions};
 use tunesmith_train::train::adapter_config;
 
@@ -39,6 +40,10 @@ pub(crate) fn run(args: &PlanArgs, settings: &Settings) -> Result<()> {
     let on_gpu = !matches!(device, Ok(Device::Cpu));
     let facts = Facts::gather(&config, &opened, &data, &folder, on_gpu)?;
     let settled = facts.settle(&config, false)?;
+    let gpu = device.as_ref().ok().and_then(Device::gpu);
+    if let Some(Err(refused)) = gpu.map(|gpu| facts.check_room(&settled, gpu)) {
+        eprintln!("note: as things are, train would refuse this run: {refused}");
+    }
     let time = match device {
         Ok(device) => Some(facts.measure(&settled, &facts.model, &device)?),
         Err(reason) => {
@@ -74,6 +79,7 @@ pub(crate) struct Facts {
     other_weights: Vec<(Storage, u64)>,
     loading: u64,
     baseline: u64,
+    host: Option<Host>,
     sample: Option<(usize, usize, usize)>,
 }
 
@@ -111,8 +117,10 @@ impl Facts {
             (weights, loading) = (after, most - after);
         }
         let uploads = if config.upload.is_some() { UPLOAD_MEMORY } else { 0 };
-        let (mut place, mut baseline) = (Place::Cpu, resident() + GROWTH + uploads);
+        let (mut place, mut baseline, mut host) = (Place::Cpu, resident() + GROWTH + uploads, None);
         if on_gpu {
+            // Weights are read as for the processor before they are moved.
+            host = Some(Host { program: baseline + sizes::HOST as u64, weights, loading });
             let dtype = config.element();
             let on = |storage| checkpoint.gpu_weights(storage, dtype, config.method == Method::Full);
             let (bytes, largest_quantised) = on(storage);
@@ -161,6 +169,7 @@ impl Facts {
             other_weights: other_weights.to_vec(),
             loading,
             baseline,
+            host,
             sample: longest.map(|prompt| (samples.prompts.len(), prompt, samples.max_new_tokens)),
         })
     }
@@ -175,6 +184,8 @@ impl Facts {
             other_weights: &self.other_weights,
             loading: self.loading,
             baseline: self.baseline,
+            driver: self.host.map_or(0, |_| DRIVER),
+            host: self.host,
             data: &self.data,
             sample: self.sample,
             threads: num_threads(),
@@ -220,6 +231,16 @@ impl Facts {
             ));
         }
         Ok(Settled { config, plan, place: self.place, chosen: Some(chosen) })
+    }
+
+    /// Whether what was settled has room in what is free on `gpu`, where its driver tells.
+    ///
+    /// # Errors
+    /// When it has not.
+    pub(crate) fn check_room(&self, settled: &Settled, gpu: &Gpu) -> Result<()> {
+        let Some(free) = gpu.free_memory() else { return Ok(()) };
+        let inputs = self.inputs(&settled.config, &self.model);
+        Ok(inputs.check_room(&settled.plan, gpu.name(), free as u64)?)
     }
 
     /// Seconds of a step, of the whole training and of all evaluations, from passes through one and two blocks of the
@@ -411,12 +432,26 @@ impl Output {
             },
             match settled.place {
                 Place::Cpu => row("program", m.baseline, "with tokenizer and data".to_owned()),
-                Place::Gpu { .. } => row("program", 0, "what the driver takes is not known".to_owned()),
+                Place::Gpu { .. } => {
+                    row("driver", m.driver, "context and loaded code: assumed, not measured".to_owned())
+                }
             },
             row("total", m.total, self.phases()),
         ];
-        let lines: Vec<String> =
-            rows.iter().map(|r| format!("{:<12} {:>10}  {}", r[0], r[1], r[2]).trim_end().to_owned()).collect();
+        let host = m.host.map(|host| {
+            let phases = format!(
+                "of the process beside it, not in memory_limit: loading {}, saving {}, {} else",
+                format_bytes(host.loading_peak),
+                format_bytes(host.saving_peak),
+                format_bytes(host.program)
+            );
+            row("host", host.total, phases)
+        });
+        let lines: Vec<String> = rows
+            .iter()
+            .chain(&host)
+            .map(|r| format!("{:<12} {:>10}  {}", r[0], r[1], r[2]).trim_end().to_owned())
+            .collect();
         let mut text = lines.join("\n") + "\n\n";
         if let Some(chosen) = &self.chosen {
             text.push_str(&format!("{chosen}\n\n"));
@@ -445,11 +480,12 @@ impl Output {
 
     fn phases(&self) -> String {
         let m = &self.memory;
+        let driver = if m.driver > 0 { ", each with the driver's share" } else { "" };
         format!(
-            "loading {}, training {}, evaluation and samples {}",
-            format_bytes(m.loading_peak),
-            format_bytes(m.training_peak),
-            format_bytes(m.evaluation_peak)
+            "loading {}, training {}, evaluation and samples {}{driver}",
+            format_bytes(m.loading_peak + m.driver),
+            format_bytes(m.training_peak + m.driver),
+            format_bytes(m.evaluation_peak + m.driver)
         )
     }
 }

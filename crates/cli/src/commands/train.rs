@@ -75,13 +75,17 @@ pub(crate) fn train_and_report(config: &Config, opened: &Opened, resume: bool, s
     let data_folder = dir.join("data");
     let data = super::prepare::prepare(&config.data, opened, &data_folder, settings)?;
     print!("{}", super::prepare::describe(&data));
-    let settled = Facts::gather(config, opened, &data, &data_folder, device.gpu().is_some())?.settle(config, resume)?;
+    let facts = Facts::gather(config, opened, &data, &data_folder, device.gpu().is_some())?;
+    let settled = facts.settle(config, resume)?;
     match &settled.chosen {
         Some(chosen) => println!("{chosen}"),
         None => {
             let of = device.gpu().map_or(String::new(), |gpu| format!(" of {}", gpu.name()));
             println!("memory{of}: {} at the peak", format_bytes(settled.plan.total));
         }
+    }
+    if let Some(gpu) = device.gpu() {
+        facts.check_room(&settled, gpu)?;
     }
     write_run_files(&settled.config, opened, &data, resume)?;
     let uploads = upload.map(Upload::start).transpose()?;
@@ -133,8 +137,11 @@ fn train_and_compare(
     report::write(&file, &html(config, opened, data, num_trained, evaluation)?)?;
     println!("\nweights: {}\nreport:  {}", outcome.weights.display(), file.display());
     if let Some(gpu) = device.gpu() {
-        let (peak, planned) = (format_bytes(gpu.memory().1 as u64), format_bytes(plan.total));
-        println!("peak memory of {}: {peak} ({planned} were planned)", gpu.name());
+        let (peak, planned) = (format_bytes(gpu.memory().1 as u64), format_bytes(plan.buffers()));
+        println!("peak memory of {}: {peak} in buffers ({planned} were planned)", gpu.name());
+        if let (Some(peak), Some(host)) = (peak_resident(), plan.host) {
+            println!("peak memory of the process: {} ({} were planned)", format_bytes(peak), format_bytes(host.total));
+        }
     } else if let Some(peak) = peak_resident() {
         println!("peak memory: {} ({} were planned)", format_bytes(peak), format_bytes(plan.total));
     }

@@ -22,6 +22,13 @@ pub const PRODUCTS: usize = cublaslt::WORKSPACE;
 /// safe side: the driver decides, and its allocator gives out pages of 2 MiB besides.
 pub const MODULES: usize = 256 << 20;
 
+/// Bytes that a context takes before anything is allocated, as `nvidia-smi` shows them for the process. An assumption on the safe
+/// side, not measured: GPUs and drivers differ.
+pub const CONTEXT: usize = 512 << 20;
+
+/// Bytes of the process's own memory that the driver and the libraries take. An assumption on the safe side, not measured.
+pub const HOST: usize = 512 << 20;
+
 /// Bytes of the tables that launches have sent and that are kept, when they are of up to `tokens` numbers each.
 pub fn tables(tokens: usize) -> usize {
     TABLES_KEPT * allocated(4 * tokens)

@@ -63,22 +63,21 @@ impl Case {
         let (optim, recompute) = (self.optim, self.recompute);
         let mut lacking = Lacking { model, method, optim, recompute, needed: u64::MAX, free };
         for optim in [self.optim, Optim::AdamW8bit] {
-            match self.plan(dtype, optim, free) {
-                Ok(plan) => {
-                    let case = Self { optim, recompute: plan.choice.recompute, ..self.clone() };
-                    return Ok(Settled { case, bytes: plan.total });
-                }
-                Err(plan) if plan.total < lacking.needed => {
-                    lacking = Lacking { optim, recompute: plan.choice.recompute, needed: plan.total, ..lacking };
-                }
-                Err(_) => (),
+            let plan = self.plan(dtype, optim, free);
+            let recompute = plan.choice.recompute;
+            if plan.total <= free {
+                let case = Self { optim, recompute, ..self.clone() };
+                return Ok(Settled { case, bytes: plan.total });
+            }
+            if plan.total < lacking.needed {
+                lacking = Lacking { optim, recompute, needed: plan.total, ..lacking };
             }
         }
         Err(lacking)
     }
 
     /// The fastest plan that fits, or the one that needs least.
-    fn plan(&self, dtype: Dtype, optim: Optim, free: u64) -> Result<Plan, Plan> {
+    fn plan(&self, dtype: Dtype, optim: Optim, free: u64) -> Plan {
         let config = Config {
             method: if self.full { Method::Full } else { Method::Lora },
             training: TrainingArguments {
@@ -101,6 +100,9 @@ impl Case {
             other_weights: &[],
             loading: 0,
             baseline: 0,
+            // What is free is known without it.
+            driver: 0,
+            host: None,
             data: &DataShape::uniform(1, self.tokens),
             sample: None,
             threads: 0,
