@@ -107,9 +107,12 @@ pub struct Decoded {
     pub share: f64,
     /// Most bytes held on the device since it was opened.
     pub peak_bytes: usize,
+    /// What was planned of them.
+    pub planned_bytes: u64,
 }
 
-/// Generates `new` tokens, the most likely ones, behind `context` tokens in each of `sequences` sequences.
+/// Generates `new` tokens, the most likely ones, behind `context` tokens in each of `sequences` sequences; `planned` bytes are what
+/// [`Case::settle_decode`] found.
 ///
 /// # Errors
 /// When the model's sizes have no kernels, or the device fails.
@@ -121,6 +124,7 @@ pub fn measure_decode(
     dtype: Dtype,
     case: &Case,
     (sequences, context, new): (usize, usize, usize),
+    planned: u64,
     peaks: &Peaks,
 ) -> Result<Decoded> {
     let config = &case.config;
@@ -162,6 +166,7 @@ pub fn measure_decode(
         limit,
         share: tokens_per_s / limit,
         peak_bytes: device.gpu().map_or(0, |gpu| gpu.memory().1),
+        planned_bytes: planned,
     })
 }
 
@@ -379,6 +384,7 @@ mod tests {
             limit: 1.0,
             share,
             peak_bytes: 0,
+            planned_bytes: 0,
         };
         let lines = [
             measured("8B", "qlora", 14_000.0, 6_000_000_000),

@@ -333,10 +333,26 @@ fn gpu_bench_measures_every_method() {
         assert_eq!((measured.optim, measured.recompute), (optim, Recompute::Block));
         assert!((measured.first_loss - f64::ln(512.0)).abs() < 0.5, "{measured:?}");
         assert!(measured.tokens_per_s > 0.0 && measured.share > 0.0 && measured.peak_bytes > 0, "{measured:?}");
-        let decoded = gpu_bench::measure_decode(&device, Dtype::BF16, &case, (3, 20, 3), &peaks).unwrap();
+        let decode = |sizes| {
+            let planned = case.settle_decode(Dtype::BF16, sizes, u64::MAX).unwrap();
+            // What was found before is another case's.
+            let before = gpu.memory().0;
+            gpu.reset_peak();
+            let decoded = gpu_bench::measure_decode(&device, Dtype::BF16, &case, sizes, planned, &peaks).unwrap();
+            let planned = (decoded.planned_bytes - sizes::PRODUCTS as u64) as f64;
+            let held = (decoded.peak_bytes - before) as f64;
+            println!("{sizes:?}, nf4 {nf4}: planned {planned}, held {held}");
+            assert!((1.0..1.1).contains(&(planned / held)), "planned {planned}, held {held}: {decoded:?}");
+            decoded
+        };
+        let decoded = decode((3, 20, 3));
         assert!(decoded.tokens_per_s > 0.0 && decoded.share > 0.0 && decoded.sequences == 3, "{decoded:?}");
         // Three sequences read the weights once: the limit is above that of one, below three times that.
-        let one = gpu_bench::measure_decode(&device, Dtype::BF16, &case, (1, 20, 3), &peaks).unwrap();
+        let one = decode((1, 20, 3));
+        if full && optim == Optim::AdamW {
+            // Prompts of more tokens than go through the model at once.
+            decode((20, 450, 3));
+        }
         assert!(decoded.limit > one.limit && decoded.limit < 3.0 * one.limit, "{decoded:?} {one:?}");
     }
 }

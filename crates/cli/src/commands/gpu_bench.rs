@@ -12,6 +12,7 @@ use crate::terminal;
 use peer::Peer;
 use serde::Serialize;
 use serde_json::json;
+use std::path::Path;
 use tunesmith_tensor::Dtype;
 use tunesmith_tensor::cuda::sizes;
 use tunesmith_train::gpu_bench::{self, Bar, Case, Decoded, Measured, Peaks, Settled};
@@ -52,45 +53,29 @@ pub(crate) fn run(args: &GpuBenchArgs, settings: &Settings) -> Result<()> {
     drop(gpu);
     let (mut measured, mut decoded, mut compared, mut lacking) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
     for case in &cases {
-        let settled = match case.settle(Dtype::BF16, free) {
-            Ok(settled) => settled,
+        match case.settle(Dtype::BF16, free) {
             Err(lack) => {
                 eprintln!("{lack}");
                 lacking.push(lack);
-                continue;
             }
-        };
-        let case = &settled.case;
-        let bar = terminal::count_bar(&format!("measuring {} {}", case.model, case.method()), 0);
-        let line = measure(args, &settled, &peaks, settings);
-        bar.finish_and_clear();
-        let line = line?;
-        if let Some(python) = &args.peer {
-            for compiled in [false, true] {
-                let bar = terminal::count_bar(&format!("measuring {} {} of the peer", case.model, case.method()), 0);
-                let result = peer::measure(python, &peer::request(case, args.steps, &args.device, compiled));
-                bar.finish_and_clear();
-                if let Err(error @ Error::Input(_)) = result {
-                    return Err(error);
+            Ok(settled) => {
+                let line = measure(args, &settled, &peaks, settings)?;
+                if let Some(python) = &args.peer {
+                    compare(args, python, &settled.case, line.tokens_per_s, &mut compared)?;
                 }
-                compared.push(Compared {
-                    model: case.model,
-                    method: case.method(),
-                    compiled,
-                    ratio: result.as_ref().ok().map(|peer| line.tokens_per_s / peer.tokens_per_s),
-                    failed: result.as_ref().err().map(Error::to_string),
-                    peer: result.ok(),
-                });
+                measured.push(line);
             }
         }
-        measured.push(line);
-        if !args.no_decode && case.method() == "lora" {
-            for sizes in DECODED {
-                let bar = terminal::count_bar(&format!("generating with {}", case.model), 0);
-                let gpu = device::open(&args.device, settings)?;
-                let line = gpu_bench::measure_decode(&gpu, Dtype::BF16, case, sizes, &peaks);
-                bar.finish_and_clear();
-                decoded.push(line?);
+        if args.no_decode || case.method() != "lora" {
+            continue;
+        }
+        for sizes in DECODED {
+            match case.settle_decode(Dtype::BF16, sizes, free) {
+                Err(lack) => {
+                    eprintln!("{lack}");
+                    lacking.push(lack);
+                }
+                Ok(planned) => decoded.push(measure_decode(args, case, sizes, planned, &peaks, settings)?),
             }
         }
     }
@@ -116,8 +101,55 @@ pub(crate) fn run(args: &GpuBenchArgs, settings: &Settings) -> Result<()> {
 
 /// Opened anew for each model, so that a peak of memory is its own.
 fn measure(args: &GpuBenchArgs, settled: &Settled, peaks: &Peaks, settings: &Settings) -> Result<Measured> {
+    let case = &settled.case;
+    let bar = terminal::count_bar(&format!("measuring {} {}", case.model, case.method()), 0);
     let gpu = device::open(&args.device, settings)?;
-    Ok(gpu_bench::measure(&gpu, Dtype::BF16, settled, args.steps, peaks)?)
+    let line = gpu_bench::measure(&gpu, Dtype::BF16, settled, args.steps, peaks);
+    bar.finish_and_clear();
+    Ok(line?)
+}
+
+/// The same for generation.
+fn measure_decode(
+    args: &GpuBenchArgs,
+    case: &Case,
+    sizes: (usize, usize, usize),
+    planned: u64,
+    peaks: &Peaks,
+    settings: &Settings,
+) -> Result<Decoded> {
+    let bar = terminal::count_bar(&format!("generating {} sequences with {}", sizes.0, case.model), 0);
+    let gpu = device::open(&args.device, settings)?;
+    let line = gpu_bench::measure_decode(&gpu, Dtype::BF16, case, sizes, planned, peaks);
+    bar.finish_and_clear();
+    Ok(line?)
+}
+
+/// Measures `case` in transformers + PEFT, plain and compiled, beside our `tokens_per_s`.
+fn compare(
+    args: &GpuBenchArgs,
+    python: &Path,
+    case: &Case,
+    tokens_per_s: f64,
+    compared: &mut Vec<Compared>,
+) -> Result<()> {
+    for compiled in [false, true] {
+        let bar = terminal::count_bar(&format!("measuring {} {} of the peer", case.model, case.method()), 0);
+        let result = peer::measure(python, &peer::request(case, args.steps, &args.device, compiled));
+        bar.finish_and_clear();
+        if let Err(error @ Error::Input(_)) = result {
+            return Err(error);
+        }
+        compared.push(Compared {
+            model: case.model,
+            method: case.method(),
+            compiled,
+            ratio: result.as_ref().ok().map(|peer| tokens_per_s / peer.tokens_per_s),
+            failed: result.as_ref().err().map(Error::to_string),
+            peer: result.ok(),
+        });
+    }
+    Ok(())
 }
 
 /// One and a half times the faster of what the peer reached.
@@ -157,9 +189,10 @@ fn decode_table(decoded: &[Decoded]) -> String {
             format!("{:.0}", d.tokens_per_s),
             format!("{:.0} %", 100.0 * d.share),
             format!("{:.1}", d.peak_bytes as f64 / 1e9),
+            format!("{:.1}", d.planned_bytes as f64 / 1e9),
         ]
     };
-    let header = ["generation", "sequences", "behind", "tokens/s", "of the bandwidth", "GB"];
+    let header = ["generation", "sequences", "behind", "tokens/s", "of the bandwidth", "GB", "planned"];
     terminal::table(&header, &decoded.iter().map(row).collect::<Vec<_>>())
 }
 
@@ -238,5 +271,17 @@ mod tests {
         assert!(text.contains(">= 15000") && text.contains("MISSED"), "{text}");
         assert!(peer_table(&[compared(true, None)]).contains("out of memory"));
         assert!(training_table(&[measured()]).contains("25 %"));
+        let decoded = Decoded {
+            model: "8B",
+            sequences: 64,
+            context: 512,
+            tokens_per_s: 3100.0,
+            limit: 6200.0,
+            share: 0.5,
+            peak_bytes: 20_700_000_000,
+            planned_bytes: 21_300_000_000,
+        };
+        let text = decode_table(&[decoded]);
+        assert!(["64", "50 %", "20.7", "21.3", "planned"].iter().all(|part| text.contains(part)), "{text}");
     }
 }

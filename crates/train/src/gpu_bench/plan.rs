@@ -7,8 +7,9 @@ use crate::optimizer::Optim;
 use serde::Serialize;
 use std::fmt;
 use tunesmith_model::Recompute;
-use tunesmith_model::memory::gpu::weight_bytes;
+use tunesmith_model::memory::gpu::{OnGpu, generation_bytes, weight_bytes};
 use tunesmith_tensor::Dtype;
+use tunesmith_tensor::cuda::sizes;
 
 /// A case with the states and the level that it is measured with.
 #[derive(Clone, Debug)]
@@ -24,12 +25,14 @@ pub struct Settled {
 pub struct Lacking {
     /// Shape of the model.
     pub model: &'static str,
-    /// `full`, `lora` or `qlora`.
+    /// `full`, `lora` or `qlora`; `decode` for generation.
     pub method: &'static str,
-    /// The moments with which it would need least.
-    pub optim: Optim,
-    /// The level with which it would need least.
-    pub recompute: Recompute,
+    /// How many sequences are generated.
+    pub sequences: Option<usize>,
+    /// The moments with which training would need least.
+    pub optim: Option<Optim>,
+    /// The level with which training would need least.
+    pub recompute: Option<Recompute>,
     /// The bytes that it then needs: the smallest memory that would do.
     pub needed: u64,
     /// The bytes that there are for it.
@@ -38,14 +41,18 @@ pub struct Lacking {
 
 impl fmt::Display for Lacking {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { model, method, .. } = self;
+        match self.sequences {
+            Some(sequences) => write!(f, "{model} {method} of {sequences} sequences is left out")?,
+            None => write!(f, "{model} {method} is left out")?,
+        }
+        write!(f, ": it needs {} at least", format_bytes(self.needed))?;
+        if let (Some(optim), Some(recompute)) = (self.optim, self.recompute) {
+            write!(f, " (optim {}, recompute {recompute})", optim.name())?;
+        }
         write!(
             f,
-            "{} {} is left out: it needs {} at least (optim {}, recompute {}), {} are free, {} are missing",
-            self.model,
-            self.method,
-            format_bytes(self.needed),
-            self.optim.name(),
-            self.recompute,
+            ", {} are free, {} are missing",
             format_bytes(self.free),
             format_bytes(self.needed.saturating_sub(self.free)),
         )
@@ -59,9 +66,15 @@ impl Case {
     /// # Errors
     /// When it does not fit: what it needs at least.
     pub fn settle(&self, dtype: Dtype, free: u64) -> Result<Settled, Lacking> {
-        let (model, method) = (self.model, self.method());
-        let (optim, recompute) = (self.optim, self.recompute);
-        let mut lacking = Lacking { model, method, optim, recompute, needed: u64::MAX, free };
+        let mut lacking = Lacking {
+            model: self.model,
+            method: self.method(),
+            sequences: None,
+            optim: None,
+            recompute: None,
+            needed: u64::MAX,
+            free,
+        };
         for optim in [self.optim, Optim::AdamW8bit] {
             let plan = self.plan(dtype, optim, free);
             let recompute = plan.choice.recompute;
@@ -70,10 +83,32 @@ impl Case {
                 return Ok(Settled { case, bytes: plan.total });
             }
             if plan.total < lacking.needed {
-                lacking = Lacking { optim, recompute, needed: plan.total, ..lacking };
+                lacking = Lacking { optim: Some(optim), recompute: Some(recompute), needed: plan.total, ..lacking };
             }
         }
         Err(lacking)
+    }
+
+    /// Bytes that generating `new` tokens behind `context` tokens in each of `sequences` sequences holds in `dtype`, of `free` that
+    /// there are.
+    ///
+    /// # Errors
+    /// When that is not enough.
+    pub fn settle_decode(
+        &self,
+        dtype: Dtype,
+        (sequences, context, new): (usize, usize, usize),
+        free: u64,
+    ) -> Result<u64, Lacking> {
+        let (weights, largest_quantised) = weight_bytes(&self.config, self.nf4, dtype, false);
+        let on = OnGpu { dtype, largest_quantised, num_trained: 0 };
+        let buffers = generation_bytes(&self.config, None, sequences, (context, new), on);
+        let needed = weights + buffers + sizes::PRODUCTS as u64;
+        if needed <= free {
+            return Ok(needed);
+        }
+        let (optim, recompute) = (None, None);
+        Err(Lacking { model: self.model, method: "decode", sequences: Some(sequences), optim, recompute, needed, free })
     }
 
     /// The fastest plan that fits, or the one that needs least.
@@ -147,7 +182,7 @@ mod tests {
         let states = 8_030_261_248.0 * (4.0 + 4.0 + 2.0 + 2.0 * 4.0 / 256.0);
         let rest = lacking.needed as f64 - states;
         assert!((2e9..4e9).contains(&rest), "{lacking:?}");
-        assert_eq!((lacking.optim, lacking.recompute), (Optim::AdamW8bit, Recompute::Block));
+        assert_eq!((lacking.optim, lacking.recompute), (Some(Optim::AdamW8bit), Some(Recompute::Block)));
         let text = lacking.to_string();
         for part in ["8B full", "83.20 GB at least", "adamw_8bit", "block", "80.00 GB are free", "3.20 GB are missing"]
         {
@@ -155,5 +190,23 @@ mod tests {
         }
         assert_eq!(full.settle(Dtype::BF16, lacking.needed).unwrap().bytes, lacking.needed);
         assert_eq!(full.settle(Dtype::BF16, lacking.needed - 1).unwrap_err().needed, lacking.needed);
+    }
+    #[test]
+    fn generation_needs_weights_and_caches() {
+        let lora = case("8B", "lora");
+        let [one, many] = [1, 64].map(|n| lora.settle_decode(Dtype::BF16, (n, 512, 65), u64::MAX).unwrap());
+        // 2 bytes of each weight, 2 of each element of 1,024 keys and values of 32 layers for each token.
+        let weights = 8_030_261_248 * 2;
+        let cache = |sequences: u64| sequences * 577 * 32 * 2 * 1024 * 2;
+        for (planned, sequences) in [(one, 1), (many, 64)] {
+            let rest = planned - weights - cache(sequences);
+            assert!((32 << 20..3 * GB).contains(&rest), "{sequences}: {rest} beside weights and caches");
+        }
+        let lacking = lora.settle_decode(Dtype::BF16, (64, 512, 65), many - 1).unwrap_err();
+        assert_eq!((lacking.needed, lacking.free, lacking.method), (many, many - 1, "decode"));
+        let text = lacking.to_string();
+        assert!(text.contains("8B decode of 64 sequences is left out") && !text.contains("optim"), "{text}");
+        let training = case("3B", "lora").settle(Dtype::BF16, GB).unwrap_err();
+        assert!(training.to_string().starts_with("3B lora is left out: it needs "), "{training}");
     }
 }
