@@ -2,8 +2,10 @@
 //! before any of them exists. `Workspace::num_bytes` counts what is really there, and a test holds the two together.
 
 pub mod gpu;
+mod offload;
 
 use crate::{AdapterConfig, Config};
+pub use offload::Offload;
 use serde::{Deserialize, Deserializer, Serialize, de};
 use std::fmt;
 use std::str::FromStr;

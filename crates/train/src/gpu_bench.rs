@@ -8,11 +8,15 @@ use crate::optimizer::{AdamW, AdamWOptions, Optim, clip_coefficient, gradient_no
 use crate::{Error, Result};
 use serde::Serialize;
 use std::time::Instant;
+use tunesmith_model::memory::Offload;
 use tunesmith_model::{AdapterConfig, Batch, Config, Gradients, Llama, LossOptions, Modules, Recompute, Workspace};
 use tunesmith_tensor::cuda::sizes;
 use tunesmith_tensor::ops::linear::{self, Into};
 use tunesmith_tensor::ops::sample::{self, Choice, Scratch};
 use tunesmith_tensor::{Device, Dtype, Tensor, rng::Rng};
+
+/// Bytes that the quantised 8B model should need at most.
+const QLORA_BYTES: u64 = 5_500_000_000;
 
 /// What is measured.
 #[derive(Clone, Debug)]
@@ -23,7 +27,7 @@ pub struct Case {
     pub config: Config,
     /// Every weight trains; LoRA of rank 16 on all linear layers otherwise.
     pub full: bool,
-    /// The frozen layers are in NF4.
+    /// The frozen matrices are in NF4.
     pub nf4: bool,
     /// Tokens of a step, one document.
     pub tokens: usize,
@@ -31,6 +35,10 @@ pub struct Case {
     pub recompute: Recompute,
     /// How the optimizer keeps its moments, at most.
     pub optim: Optim,
+    /// What waits in the processor's memory, at least.
+    pub offload: Offload,
+    /// Bytes that the case should need at most, where it can.
+    pub limit: Option<u64>,
 }
 
 impl Case {
@@ -86,6 +94,8 @@ pub struct Measured {
     pub optim: Optim,
     /// What the backward pass made again.
     pub recompute: Recompute,
+    /// What waited in the processor's memory.
+    pub offload: Offload,
     /// Loss of the first step: about ln(vocabulary) for random weights.
     pub first_loss: f64,
 }
@@ -128,7 +138,7 @@ pub fn measure_decode(
     peaks: &Peaks,
 ) -> Result<Decoded> {
     let config = &case.config;
-    let model = Llama::random_on(config.clone(), 1, case.nf4, false, device, dtype);
+    let model = Llama::random_on(config.clone(), 1, case.nf4, false, false, device, dtype);
     model.check_device(dtype)?;
     let mut rng = Rng::new(3, 0);
     let prompts: Vec<Vec<u32>> =
@@ -220,7 +230,7 @@ pub fn bars(measured: &[Measured], lacking: &[Lacking], decoded: &[Decoded]) -> 
         bars.push(Bar { what, found: m.tokens_per_s, wanted, at_most: false });
         if m.method == "qlora" {
             let what = format!("{} {}, GB at the peak", m.model, m.method);
-            bars.push(Bar { what, found: m.peak_bytes as f64 / 1e9, wanted: 5.5, at_most: true });
+            bars.push(Bar { what, found: m.peak_bytes as f64 / 1e9, wanted: QLORA_BYTES as f64 / 1e9, at_most: true });
         }
     }
     for l in lacking.iter().filter(|l| (l.model, l.method) == ("8B", "full")) {
@@ -264,7 +274,8 @@ pub fn peaks(device: &Device, dtype: Dtype, size: usize) -> Result<Peaks> {
 /// When the model's sizes have no kernels, or the device fails.
 pub fn measure(device: &Device, dtype: Dtype, settled: &Settled, steps: u64, peaks: &Peaks) -> Result<Measured> {
     let case = &settled.case;
-    let mut model = Llama::random_on(case.config.clone(), 1, case.nf4, case.full, device, dtype);
+    let mut model =
+        Llama::random_on(case.config.clone(), 1, case.nf4, case.full, case.offload.embedding, device, dtype);
     model.check_device(dtype)?;
     if let Some(adapter) = case.adapter() {
         model.add_adapter(&adapter, 1)?;
@@ -275,8 +286,9 @@ pub fn measure(device: &Device, dtype: Dtype, settled: &Settled, steps: u64, pea
     let ids: Vec<u32> = (0..case.tokens).map(|_| rng.below(vocab)).collect();
     let mut batch = Batch::default();
     batch.push(&ids, &vec![true; ids.len()]);
-    let mut optimizer = AdamW::new(&model, AdamWOptions { optim: case.optim, ..AdamWOptions::default() });
-    let (mut gradients, mut ws) = (Gradients::new(&model), Workspace::new(case.recompute));
+    let options = AdamWOptions { optim: case.optim, offload: case.offload.optimizer, ..AdamWOptions::default() };
+    let (mut optimizer, mut gradients) = (AdamW::new(&model, options), Gradients::new(&model));
+    let mut ws = workspace(case.recompute, case.offload);
     let (mut first_loss, mut start) = (f64::NAN, Instant::now());
     for step in 0..steps + 2 {
         if step == 2 {
@@ -310,8 +322,14 @@ pub fn measure(device: &Device, dtype: Dtype, settled: &Settled, steps: u64, pea
         planned_bytes: settled.bytes,
         optim: case.optim,
         recompute: case.recompute,
+        offload: case.offload,
         first_loss,
     })
+}
+
+/// Buffers for passes of a model on a GPU.
+fn workspace(recompute: Recompute, offload: Offload) -> Workspace {
+    if offload.activations { Workspace::parked(recompute) } else { Workspace::new(recompute) }
 }
 
 /// Operations for a token: two a weight forwards, two for the gradient of the input, two more for that of the weight where it
@@ -344,13 +362,15 @@ pub fn cases(recompute: Recompute) -> Result<Vec<Case>> {
     ];
     let mut cases = Vec::new();
     for (model, config) in shapes {
-        let optim = Optim::AdamW;
-        let lora = Case { model, config, full: false, nf4: false, tokens: 4096, recompute, optim };
+        let (optim, offload) = (Optim::AdamW, Offload::NONE);
+        let lora =
+            Case { model, config, full: false, nf4: false, tokens: 4096, recompute, optim, offload, limit: None };
         if model != "3B" {
             cases.push(Case { full: true, ..lora.clone() });
         }
         if model == "8B" {
-            cases.push(Case { nf4: true, tokens: 2048, recompute: Recompute::Block, ..lora.clone() });
+            let (recompute, optim) = (Recompute::Block, Optim::AdamW8bit);
+            cases.push(Case { nf4: true, tokens: 2048, recompute, optim, limit: Some(QLORA_BYTES), ..lora.clone() });
         }
         cases.push(lora);
     }
@@ -374,6 +394,7 @@ mod tests {
             planned_bytes: 1,
             optim: Optim::AdamW8bit,
             recompute: Recompute::Block,
+            offload: Offload::NONE,
             first_loss: 11.8,
         };
         let decoded = |sequences, tokens_per_s, share| Decoded {

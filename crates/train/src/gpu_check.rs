@@ -2,6 +2,7 @@
 //! f32 and bf16 on fresh random inputs, then whole models: gradients, training, resuming, generation, a model whose numbers
 //! transformers computed, and the plan of memory against the allocator's peak.
 
+mod offload;
 mod plan;
 mod reference;
 mod weights;
@@ -60,6 +61,7 @@ pub fn run(device: &Device, seed: u64, size: Size, observe: &mut dyn FnMut(Check
         lab.updates()?;
         models(device, dtype, size, lab.observe)?;
         reference::check(device, dtype, size, lab.observe)?;
+        offload::check(device, dtype, size == Size::Small, lab.observe)?;
         lab.plan()?;
     }
     gpu.poison(false);

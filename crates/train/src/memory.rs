@@ -15,7 +15,7 @@ use crate::{Error, Result};
 use serde::Serialize;
 use tunesmith_model::llama::{PASS_TOKENS, PASS_TOKENS_GPU};
 use tunesmith_model::memory::gpu::{self, OnGpu};
-use tunesmith_model::memory::{PassBytes, PassShape, Recompute, adapter_ranks, cache_bytes, training_bytes};
+use tunesmith_model::memory::{Offload, PassBytes, PassShape, Recompute, adapter_ranks, cache_bytes, training_bytes};
 use tunesmith_model::{AdapterConfig, Config as Model, Storage, largest_part};
 use tunesmith_tensor::Dtype;
 use tunesmith_text::PreparedSplit;
@@ -113,7 +113,9 @@ pub struct Inputs<'a> {
     pub place: Place,
     /// Bytes of the base model's weights as they are kept there.
     pub weights: u64,
-    /// The same for other values of `model.storage`, for suggestions.
+    /// Those of the embedding among them where it can wait in the processor's memory ([`Offload::embedding`]).
+    pub embedding: Option<u64>,
+    /// [`Inputs::weights`] for other values of `model.storage`, for suggestions.
     pub other_weights: &'a [(Storage, u64)],
     /// Bytes that loading holds besides: the largest matrix, on its way into another encoding.
     pub loading: u64,
@@ -180,6 +182,8 @@ pub struct Choice {
     /// `training.recompute`.
     #[serde(serialize_with = "recompute_name")]
     pub recompute: Recompute,
+    /// `training.offload`.
+    pub offload: Offload,
     /// Tokens of the largest pass.
     pub pass_tokens: usize,
 }
@@ -232,16 +236,17 @@ impl Inputs<'_> {
     /// The plan of the run as it is configured.
     pub fn plan(&self) -> Plan {
         let t = &self.config.training;
-        self.plan_of(self.choice(t.per_device_train_batch_size, self.config.recompute()))
+        self.plan_of(self.choice(t.per_device_train_batch_size, self.config.recompute(), t.offload))
     }
 
-    fn choice(&self, batch: usize, recompute: Recompute) -> Choice {
+    fn choice(&self, batch: usize, recompute: Recompute, offload: Offload) -> Choice {
         let t = &self.config.training;
         let blocks = t.per_device_train_batch_size * t.gradient_accumulation_steps;
         Choice {
             per_device_train_batch_size: batch,
             gradient_accumulation_steps: blocks / batch,
             recompute,
+            offload,
             pass_tokens: self.data.pass_tokens(batch, self.place.pass_tokens()),
         }
     }
@@ -264,15 +269,20 @@ impl Inputs<'_> {
         }
         let gradients: u64 = trained.iter().map(|len| self.place.gradient(*len)).sum();
         let optim = self.config.training.optim;
-        let optimizer: u64 = trained.iter().map(|len| self.place.moments(optim, *len)).sum();
-        let pass = self.pass_bytes(model, choice.pass_tokens, choice.recompute, trained.len());
+        let optimizer: u64 = match choice.offload.optimizer {
+            true => optim.gpu_piece_bytes(&trained) as u64,
+            false => trained.iter().map(|len| self.place.moments(optim, *len)).sum(),
+        };
+        let weights = self.weights - self.embedding.filter(|_| choice.offload.embedding).unwrap_or(0);
+        let parked = choice.offload.activations;
+        let pass = self.pass_bytes(model, choice.pass_tokens, choice.recompute, trained.len(), parked);
         // Evaluation and samples keep nothing for a backward pass, like a pass that keeps only blocks, of one block.
         let forward = |tokens| {
             let one = Model { num_hidden_layers: 1, ..model.clone() };
-            let pass = self.pass_bytes(&one, tokens, Recompute::Block, trained.len());
+            let pass = self.pass_bytes(&one, tokens, Recompute::Block, trained.len(), false);
             pass.activations + pass.workspace + pass.kernels
         };
-        let resident = self.baseline + self.weights + adapters + gradients + optimizer;
+        let resident = self.baseline + weights + adapters + gradients + optimizer;
         let training = pass.activations + pass.workspace + pass.kernels;
         // They share the buffers of training, which are not given back.
         let evaluation = training.max(forward(self.data.evaluation_tokens(self.place.pass_tokens())));
@@ -282,16 +292,16 @@ impl Inputs<'_> {
                 training.max(forward(prompt.min(PASS_TOKENS))) + cache_bytes(model, tokens)
             }
             Place::Gpu { dtype, largest_quantised } => {
-                let on = OnGpu { dtype, largest_quantised, num_trained: trained.len() };
+                let on = self.on_gpu(dtype, largest_quantised, trained.len(), false);
                 evaluation + gpu::generation_bytes(model, self.adapter, prompts.clamp(1, PLACES), (prompt, new), on)
             }
         });
-        let loading_peak = self.baseline + self.weights + self.loading;
+        let loading_peak = self.baseline + weights + self.loading;
         let training_peak = resident + training;
         let evaluation_peak = resident + evaluation.max(sampling);
         Plan {
             choice,
-            weights: self.weights,
+            weights,
             adapters,
             gradients,
             optimizer,
@@ -303,25 +313,68 @@ impl Inputs<'_> {
             training_peak,
             evaluation_peak,
             total: loading_peak.max(training_peak).max(evaluation_peak) + self.driver,
-            host: self.host.map(|host| self.host_plan(host, &trained)),
+            host: self.host.map(|host| self.host_plan(host, choice, &trained)),
         }
     }
 
-    /// Bytes of a training pass of `tokens` tokens, `num_trained` tensors train.
-    fn pass_bytes(&self, model: &Model, tokens: usize, recompute: Recompute, num_trained: usize) -> PassBytes {
+    fn on_gpu(&self, dtype: Dtype, largest_quantised: usize, num_trained: usize, parked: bool) -> OnGpu {
+        OnGpu { dtype, largest_quantised, num_trained, head_trains: self.config.method == Method::Full, parked }
+    }
+
+    /// Bytes of a training pass of `tokens` tokens; `num_trained` tensors train, and inputs of blocks may be `parked`.
+    fn pass_bytes(
+        &self,
+        model: &Model,
+        tokens: usize,
+        recompute: Recompute,
+        num_trained: usize,
+        parked: bool,
+    ) -> PassBytes {
         let int8 = self.config.compute == Compute::Int8;
         let shape = PassShape { tokens, loss_rows: tokens, threads: self.threads, int8 };
         match self.place {
             Place::Cpu => training_bytes(model, self.adapter, shape, recompute),
             Place::Gpu { dtype, largest_quantised } => {
-                let on = OnGpu { dtype, largest_quantised, num_trained };
+                let on = self.on_gpu(dtype, largest_quantised, num_trained, parked);
                 gpu::training_bytes(model, self.adapter, shape, recompute, on)
             }
         }
     }
 
-    /// The fastest way through the data that stays below `limit` bytes: how many blocks go through the model at once and
-    /// what the backward pass makes again. Blocks a step stay what they were, and so does what is computed, up to the order
+    /// Whether `training.offload` can be done.
+    ///
+    /// # Errors
+    /// When the embedding is to wait, and is the head too or has rows that train.
+    pub fn check_offload(&self) -> Result<()> {
+        let offload = self.config.training.offload;
+        if self.place == Place::Cpu || !offload.embedding || self.embedding.is_some() {
+            return Ok(());
+        }
+        Err(Error::Input(format!(
+            "training.offload = {offload}: the embedding cannot wait in the processor's memory, since it is the head too or has rows that \
+             train; leave \"embedding\" out"
+        )))
+    }
+
+    /// What may wait in the processor's memory besides what has to, from nothing more to all that can, while `recompute` is the level.
+    fn offloads(&self, recompute: Recompute) -> impl Iterator<Item = Offload> {
+        let asked = self.config.training.offload;
+        Offload::all().filter(move |offload| {
+            let possible = self.place != Place::Cpu
+                && (self.embedding.is_some() || !offload.embedding)
+                && (recompute == Recompute::Block || !offload.activations);
+            *offload == asked || (offload.contains(asked) && possible)
+        })
+    }
+
+    /// The way that needs least, with micro-batches of `batch` blocks.
+    fn least(&self, batch: usize) -> Plan {
+        let all = self.offloads(Recompute::Block).last().unwrap_or(self.config.training.offload);
+        self.plan_of(self.choice(batch, Recompute::Block, all))
+    }
+
+    /// The fastest way through the data that stays below `limit` bytes: how many blocks go through the model at once,
+    /// what the backward pass makes again, and what waits in the processor's memory beside a GPU. Blocks a step stay what they were, and so does what is computed, up to the order
     /// of summation.
     ///
     /// # Errors
@@ -333,10 +386,10 @@ impl Inputs<'_> {
         }
         let smallest = plan.total;
         let mut message = format!(
-            "memory_limit = {:?}: the run needs at least {}, with one block at a time and recompute = \"block\"; set \
-             memory_limit = \"{}MB\" or more",
+            "memory_limit = {:?}: the run needs at least {}, with {}; set memory_limit = \"{}MB\" or more",
             self.config.memory_limit.as_deref().unwrap_or_default(),
             format_bytes(smallest),
+            at_least(&plan),
             // What the program itself takes differs a little from start to start.
             (smallest + smallest / 50).div_ceil(1_000_000)
         );
@@ -355,26 +408,60 @@ impl Inputs<'_> {
         // A level that was set is kept or exceeded, never undercut.
         let levels = Recompute::ALL.into_iter().filter(|level| t.recompute.is_none_or(|set| *level >= set));
         let levels: Vec<Recompute> = levels.collect();
-        let mut least = self.plan_of(self.choice(configured, Recompute::Block));
-        let mut best: Option<Plan> = None;
+        let mut least = self.least(configured);
+        let mut best: Option<(f64, Plan)> = None;
         for batch in batches {
-            for level in &levels {
-                let plan = self.plan_of(self.choice(batch, *level));
+            for (level, offload) in levels.iter().flat_map(|l| self.offloads(*l).map(move |offload| (*l, offload))) {
+                let plan = self.plan_of(self.choice(batch, level, offload));
                 if plan.total < least.total {
                     least = plan;
                 }
+                let time = self.relative_time(plan.choice);
                 // Of two equally fast ways the one with larger micro-batches, which is nearer to what was asked for.
-                let order = |best: &Plan| {
+                let order = |(least_time, best): &(f64, Plan)| {
                     let batch = |p: &Plan| p.choice.per_device_train_batch_size;
-                    let time = relative_time(plan.choice).total_cmp(&relative_time(best.choice));
-                    time.then(batch(best).cmp(&batch(&plan)))
+                    time.total_cmp(least_time).then(batch(best).cmp(&batch(&plan)))
                 };
-                if plan.total <= limit && best.is_none_or(|best| order(&best).is_lt()) {
-                    best = Some(plan);
+                if plan.total <= limit && best.as_ref().is_none_or(|best| order(best).is_lt()) {
+                    best = Some((time, plan));
                 }
             }
         }
-        best.unwrap_or(least)
+        best.map_or(least, |(_, plan)| plan)
+    }
+
+    /// Time of a run relative to one that keeps everything and takes many tokens at once. Making norms and SwiGLU again and
+    /// running blocks again cost what was measured on SmolLM2-135M (`bench train --recompute`); small passes make small products,
+    /// whose share of overhead falls with the number of tokens. What waits beside a GPU costs what is assumed until it is measured:
+    /// rows of the embedding nearly nothing, inputs of blocks little, since they are copied beside the work, moments the time of two
+    /// copies at 25 GB/s in a step that computes at 200 TFLOP/s.
+    pub(crate) fn relative_time(&self, choice: Choice) -> f64 {
+        let level = match choice.recompute {
+            Recompute::None => 1.0,
+            Recompute::Norms => 1.005,
+            Recompute::Block => 1.26,
+        };
+        let Offload { embedding, activations, optimizer } = choice.offload;
+        let factor = |waits: bool, factor: f64| if waits { factor } else { 1.0 };
+        let copies = if optimizer {
+            let (trained, operations) = match self.adapter {
+                None => (self.model.num_params(), 6),
+                Some(adapter) => {
+                    let ranks = adapter_ranks(self.model, adapter);
+                    (ranks.iter().map(|a| a.rank * (a.shape[0] + a.shape[1])).sum(), 4)
+                }
+            };
+            let moved = 2.0 * self.config.training.optim.state_bytes(trained) as f64;
+            let computed = (operations * self.model.num_params()) as f64 * self.data.tokens_per_step;
+            (moved / 25e9) / (computed / 2e14).max(1e-9)
+        } else {
+            0.0
+        };
+        level
+            * (1.0 + 24.0 / choice.pass_tokens.max(1) as f64)
+            * factor(embedding, 1.002)
+            * factor(activations, 1.02)
+            * (1.0 + copies)
     }
 
     /// Changes that would alter results and are therefore the user's to make; what they need is named without `there`, which
@@ -382,7 +469,7 @@ impl Inputs<'_> {
     fn suggestions(&self, limit: u64, smallest: u64, there: u64) -> Vec<String> {
         let mut found = Vec::new();
         let mut with = |what: &str, smaller: Inputs<'_>| {
-            let bytes = smaller.plan_of(smaller.choice(1, Recompute::Block)).total;
+            let bytes = smaller.least(1).total;
             if bytes < smallest {
                 let fits = if bytes <= limit { ", which fits" } else { "" };
                 found.push(format!("{what} would need {}{fits}", format_bytes(bytes - there)));
@@ -408,16 +495,13 @@ impl Inputs<'_> {
     }
 }
 
-/// Time of a run relative to one that keeps everything and takes many tokens at once. Making norms and SwiGLU again and
-/// running blocks again cost what was measured on SmolLM2-135M (`bench train --recompute`); small passes make small products,
-/// whose share of overhead falls with the number of tokens.
-fn relative_time(choice: Choice) -> f64 {
-    let level = match choice.recompute {
-        Recompute::None => 1.0,
-        Recompute::Norms => 1.005,
-        Recompute::Block => 1.26,
+/// The way of a plan that needs least, in words.
+fn at_least(plan: &Plan) -> String {
+    let waiting = match plan.choice.offload {
+        Offload::NONE => String::new(),
+        offload => format!(" and offload = {offload}"),
     };
-    level * (1.0 + 24.0 / choice.pass_tokens.max(1) as f64)
+    format!("one block at a time, recompute = \"block\"{waiting}")
 }
 
 /// Bytes as people write them: `4GB`, `512 MiB`, `1.5GB`.

@@ -202,7 +202,7 @@ impl<'a, 'o> Run<'a, 'o> {
             adam_epsilon: t.adam_epsilon,
             weight_decay: t.weight_decay,
             decay_vectors: false,
-            offload: false,
+            offload: t.offload.optimizer,
         };
         let mut optimizer = AdamW::new(job.model, options);
         let mut state = RunState { data_key: job.data_key.to_owned(), ..RunState::default() };
@@ -235,6 +235,12 @@ impl<'a, 'o> Run<'a, 'o> {
         if let Some(gpu) = job.device.gpu() {
             gpu.set_tf32(config.training.tf32);
             job.model.check_device(config.element())?;
+            if t.offload.embedding && !job.model.leave_embedding() {
+                return Err(Error::Input(format!(
+                    "training.offload = {}: the embedding is the head too or has rows that train; leave \"embedding\" out",
+                    t.offload
+                )));
+            }
             job.model.move_to(job.device, config.element());
             optimizer = optimizer.to_device(job.device);
         }
@@ -254,7 +260,10 @@ impl<'a, 'o> Run<'a, 'o> {
             max_steps,
             optimizer,
             gradients,
-            ws: Workspace::new(config.recompute()),
+            ws: match job.device.gpu() {
+                Some(_) if t.offload.activations => Workspace::parked(config.recompute()),
+                _ => Workspace::new(config.recompute()),
+            },
             metrics,
             earlier_s: state.elapsed_s,
             state,

@@ -33,10 +33,15 @@ fn measured(config: &Config, checkpoint: &Checkpoint, adapter: Option<&AdapterCo
         Some(adapter) => model.add_adapter(adapter, 1).unwrap(),
         None => model.train_all(),
     }
+    let offload = config.training.offload;
+    if offload.embedding {
+        assert!(model.leave_embedding());
+    }
     model.move_to(&device, dtype);
-    let options = AdamWOptions { optim: config.training.optim, ..AdamWOptions::default() };
-    let mut optimizer = AdamW::new(&model, options);
-    let (mut gradients, mut ws) = (Gradients::new(&model), Workspace::new(config.recompute()));
+    let options = AdamWOptions { optim: config.training.optim, offload: offload.optimizer, ..AdamWOptions::default() };
+    let (mut optimizer, mut gradients) = (AdamW::new(&model, options), Gradients::new(&model));
+    let recompute = config.recompute();
+    let mut ws = if offload.activations { Workspace::parked(recompute) } else { Workspace::new(recompute) };
     let mut batch = Batch::default();
     for block in 0..BLOCKS.0 {
         let ids: Vec<u32> = (0..BLOCKS.1).map(|i| (i * 7 + block * 31) as u32 % 512).collect();
@@ -69,18 +74,21 @@ fn the_allocator_holds_what_was_planned() {
         target_modules: Modules::List(LINEAR_NAMES.map(String::from).to_vec()),
         ..AdapterConfig::default()
     };
-    for (method, storage, recompute, optim, dtype) in [
-        ("lora", Storage::F32, Recompute::None, "adamw", Dtype::F32),
-        ("lora", Storage::F32, Recompute::Norms, "adamw", Dtype::BF16),
-        ("lora", Storage::Nf4, Recompute::Block, "adamw", Dtype::BF16),
-        ("full", Storage::F32, Recompute::Norms, "adamw", Dtype::F32),
-        ("full", Storage::F32, Recompute::Block, "adamw_8bit", Dtype::BF16),
+    for (method, storage, recompute, optim, dtype, offload) in [
+        ("lora", Storage::F32, Recompute::None, "adamw", Dtype::F32, "[]"),
+        ("lora", Storage::F32, Recompute::Norms, "adamw", Dtype::BF16, r#"["embedding"]"#),
+        ("lora", Storage::Nf4, Recompute::Block, "adamw", Dtype::BF16, "[]"),
+        ("lora", Storage::Nf4, Recompute::Block, "adamw", Dtype::BF16, r#"["embedding", "activations"]"#),
+        ("full", Storage::F32, Recompute::Norms, "adamw", Dtype::F32, r#"["optimizer"]"#),
+        ("full", Storage::F32, Recompute::Block, "adamw_8bit", Dtype::BF16, r#"["activations", "optimizer"]"#),
+        ("full", Storage::F32, Recompute::Block, "adamw_8bit", Dtype::BF16, "[]"),
     ] {
         let sets = [
             format!("method={method}"),
             format!("model.storage={}", storage.name()),
             format!("training.recompute={recompute}"),
             format!("training.optim={optim}"),
+            format!("training.offload={offload}"),
             format!("training.per_device_train_batch_size={}", BLOCKS.0),
             "training.gradient_accumulation_steps=1".into(),
             "device=cuda:0".into(),
@@ -95,6 +103,7 @@ fn the_allocator_holds_what_was_planned() {
             adapter,
             place: Place::Gpu { dtype, largest_quantised },
             weights,
+            embedding: Some(checkpoint.gpu_embedding(storage, dtype)),
             other_weights: &[],
             loading: 0,
             baseline: 0,
@@ -105,7 +114,7 @@ fn the_allocator_holds_what_was_planned() {
             threads: 1,
         };
         let plan = inputs.plan();
-        let name = format!("{method}, {}, {recompute}, {optim}, {}", storage.name(), dtype.name());
+        let name = format!("{method}, {}, {recompute}, {optim}, {}, {offload}", storage.name(), dtype.name());
         let peaks = measured(&config, &checkpoint, adapter, dtype);
         // The emulator's products need no memory of their own.
         for (what, planned, measured) in

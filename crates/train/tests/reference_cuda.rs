@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::print_stdout)]
 
 use std::path::{Path, PathBuf};
+use tunesmith_model::memory::Offload;
 use tunesmith_model::{
     AdapterConfig, AdapterFile, Batch, Checkpoint, Config, GgufOptions, Gradients, KvCache, Llama, LossOptions,
     Modules, Recompute, Sampler, Sampling, Storage, Workspace, generate, generate_together, initial_rows, save_gguf,
@@ -320,7 +321,10 @@ fn gpu_bench_measures_every_method() {
         (false, true, Optim::AdamW),
     ] {
         let recompute = Recompute::Block;
-        let case = Case { model: "tiny", config: config.clone(), full, nf4, tokens: 24, recompute, optim };
+        // What waits elsewhere is planned like everything else.
+        let offload = Offload { embedding: nf4, activations: nf4, optimizer: optim == Optim::AdamW8bit };
+        let config = config.clone();
+        let case = Case { model: "tiny", config, full, nf4, tokens: 24, recompute, optim, offload, limit: None };
         let settled = case.settle(Dtype::BF16, u64::MAX).unwrap();
         let gpu = device.gpu().unwrap();
         gpu.reset_peak();
@@ -342,7 +346,9 @@ fn gpu_bench_measures_every_method() {
             let planned = (decoded.planned_bytes - sizes::PRODUCTS as u64) as f64;
             let held = (decoded.peak_bytes - before) as f64;
             println!("{sizes:?}, nf4 {nf4}: planned {planned}, held {held}");
-            assert!((1.0..1.1).contains(&(planned / held)), "planned {planned}, held {held}: {decoded:?}");
+            // Room for the largest matrix decoded is planned, and in NF4 that is the head, which few rows multiply as it is.
+            let most = if nf4 { 1.2 } else { 1.1 };
+            assert!((1.0..most).contains(&(planned / held)), "planned {planned}, held {held}: {decoded:?}");
             decoded
         };
         let decoded = decode((3, 20, 3));

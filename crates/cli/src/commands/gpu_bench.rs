@@ -172,11 +172,23 @@ fn training_table(measured: &[Measured]) -> String {
             format!("{:.1}", m.planned_bytes as f64 / 1e9),
             m.optim.name().to_owned(),
             m.recompute.to_string(),
+            m.offload.to_string(),
             format!("{:.3}", m.first_loss),
         ]
     };
-    let header =
-        ["model", "tokens", "tokens/s", "TFLOP/s", "of the peak", "GB", "planned", "optim", "recompute", "first loss"];
+    let header = [
+        "model",
+        "tokens",
+        "tokens/s",
+        "TFLOP/s",
+        "of the peak",
+        "GB",
+        "planned",
+        "optim",
+        "recompute",
+        "offload",
+        "first loss",
+    ];
     terminal::table(&header, &measured.iter().map(row).collect::<Vec<_>>())
 }
 
@@ -231,6 +243,7 @@ fn bar_table(bars: &[Bar]) -> String {
 mod tests {
     use super::*;
     use tunesmith_model::Recompute;
+    use tunesmith_model::memory::Offload;
     use tunesmith_train::optimizer::Optim;
 
     fn measured() -> Measured {
@@ -245,6 +258,7 @@ mod tests {
             planned_bytes: 21_000_000_000,
             optim: Optim::AdamW,
             recompute: Recompute::Norms,
+            offload: Offload { activations: true, ..Offload::NONE },
             first_loss: 11.8,
         }
     }
@@ -270,7 +284,6 @@ mod tests {
         let text = bar_table(&bars);
         assert!(text.contains(">= 15000") && text.contains("MISSED"), "{text}");
         assert!(peer_table(&[compared(true, None)]).contains("out of memory"));
-        assert!(training_table(&[measured()]).contains("25 %"));
         let decoded = Decoded {
             model: "8B",
             sequences: 64,
@@ -283,5 +296,7 @@ mod tests {
         };
         let text = decode_table(&[decoded]);
         assert!(["64", "50 %", "20.7", "21.3", "planned"].iter().all(|part| text.contains(part)), "{text}");
+        let text = training_table(&[measured()]);
+        assert!(text.contains("25 %") && text.contains("[\"activations\"]"), "{text}");
     }
 }

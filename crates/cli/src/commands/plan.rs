@@ -9,7 +9,7 @@ use crate::terminal;
 use serde::Serialize;
 use std::path::Path;
 use std::time::Instant;
-use tunesmith_model::memory::{AdapterRank, adapter_ranks};
+use tunesmith_model::memory::{AdapterRank, Offload, adapter_ranks};
 use tunesmith_model::token_rows::token_indices;
 use tunesmith_model::{AdapterConfig, Batch, Config as Model, Gradients, Llama, LossOptions, Storage, Workspace};
 use tunesmith_tensor::cuda::{Gpu, sizes};
@@ -17,7 +17,7 @@ use tunesmith_tensor::{Device, num_threads, rng::Rng};
 use tunesmith_text::{Message, PreparedSplit, Report, Split};
 use tunesmith_train::checkpoint::{self, free_bytes};
 use tunesmith_train::config::{Compute, Config, Method};
-use tunesmith_train::memory::{DRIVER, DataShape, Host, Inputs, Place, Plan, format_bytes};
+use tunesmith_train::memory::{Choice, DRIVER, DataShape, Host, Inputs, Place, Plan, format_bytes};
 use tunesmith_train::optimizer::{AdamW, AdamWOptions};
 use tunesmith_train::train::adapter_config;
 
@@ -76,6 +76,8 @@ pub(crate) struct Facts {
     trained_share: f64,
     place: Place,
     weights: u64,
+    /// Of the embedding on a GPU, where it can wait in the processor's memory.
+    embedding: Option<u64>,
     other_weights: Vec<(Storage, u64)>,
     loading: u64,
     baseline: u64,
@@ -118,6 +120,7 @@ impl Facts {
         }
         let uploads = if config.upload.is_some() { UPLOAD_MEMORY } else { 0 };
         let (mut place, mut baseline, mut host) = (Place::Cpu, resident() + GROWTH + uploads, None);
+        let mut embedding = None;
         if on_gpu {
             // Weights are read as for the processor before they are moved.
             host = Some(Host { program: baseline + sizes::HOST as u64, weights, loading });
@@ -125,6 +128,8 @@ impl Facts {
             let on = |storage| checkpoint.gpu_weights(storage, dtype, config.method == Method::Full);
             let (bytes, largest_quantised) = on(storage);
             place = Place::Gpu { dtype, largest_quantised };
+            let waits = config.method == Method::Lora && !checkpoint.config().tie_word_embeddings;
+            embedding = waits.then(|| checkpoint.gpu_embedding(storage, dtype));
             (weights, loading, baseline) = (bytes, 0, 0);
             other_weights = other_weights.map(|(other, _)| (other, on(other).0));
         }
@@ -142,6 +147,7 @@ impl Facts {
         let grown = model.vocab_size > checkpoint.config().vocab_size;
         let all = if model.tie_word_embeddings { 1 } else { 2 };
         let matrices = if grown { all } else { rows };
+        embedding = embedding.filter(|_| matrices == 0);
         // Added tokens are refused for a GPU.
         if matrices > 0 && !on_gpu {
             // They become dense, and one after the other is there twice while it grows.
@@ -165,6 +171,7 @@ impl Facts {
                 }
             },
             weights,
+            embedding,
             model,
             other_weights: other_weights.to_vec(),
             loading,
@@ -181,6 +188,7 @@ impl Facts {
             adapter: self.adapter.as_ref(),
             place: self.place,
             weights: self.weights,
+            embedding: self.embedding,
             other_weights: &self.other_weights,
             loading: self.loading,
             baseline: self.baseline,
@@ -199,6 +207,7 @@ impl Facts {
     /// When nothing fits below the limit.
     pub(crate) fn settle(&self, config: &Config, resume: bool) -> Result<Settled> {
         let inputs = self.inputs(config, &self.model);
+        inputs.check_offload()?;
         let asked = inputs.plan();
         let Some(limit) = config.memory_limit() else {
             return Ok(Settled { config: config.clone(), plan: asked, place: self.place, chosen: None });
@@ -213,20 +222,28 @@ impl Facts {
         config.training.per_device_train_batch_size = b.per_device_train_batch_size;
         config.training.gradient_accumulation_steps = b.gradient_accumulation_steps;
         config.training.recompute = Some(b.recompute);
+        config.training.offload = b.offload;
+        let waiting = |offload: Offload| match offload {
+            Offload::NONE => String::new(),
+            offload => format!(", offload = {offload}"),
+        };
         let mut chosen = format!(
-            "memory_limit {}: micro-batches of {} x {} steps of accumulation, recompute = \"{}\": {} at the peak",
+            "memory_limit {}: micro-batches of {} x {} steps of accumulation, recompute = \"{}\"{}: {} at the peak",
             config.memory_limit.as_deref().unwrap_or_default(),
             b.per_device_train_batch_size,
             b.gradient_accumulation_steps,
             b.recompute,
+            waiting(b.offload),
             format_bytes(plan.total)
         );
-        if (a.per_device_train_batch_size, a.recompute) != (b.per_device_train_batch_size, b.recompute) {
+        let choices = [a, b].map(|c| (c.per_device_train_batch_size, c.recompute, c.offload));
+        if choices[0] != choices[1] {
             chosen.push_str(&format!(
-                "; {} x {} and \"{}\" would take {}",
+                "; {} x {} and \"{}\"{} would take {}",
                 a.per_device_train_batch_size,
                 a.gradient_accumulation_steps,
                 a.recompute,
+                waiting(a.offload),
                 format_bytes(asked.total)
             ));
         }
@@ -294,6 +311,9 @@ impl Facts {
         if let Some(gpu) = device.gpu() {
             gpu.set_tf32(config.training.tf32);
             llama.check_device(config.element())?;
+            if settled.plan.choice.offload.embedding {
+                llama.leave_embedding();
+            }
             llama.move_to(device, config.element());
         }
         let tokens = probe_tokens(&settled.plan);
@@ -304,10 +324,15 @@ impl Facts {
         for document in ids.chunks(config.data.max_length) {
             batch.push(document, &vec![true; document.len()]);
         }
-        let optim = AdamWOptions { optim: config.training.optim, ..AdamWOptions::default() };
-        let mut optimizer = AdamW::new(&llama, optim);
+        let Choice { recompute, offload, .. } = settled.plan.choice;
+        let (optim, offload_moments) = (config.training.optim, offload.optimizer);
+        let options = AdamWOptions { optim, offload: offload_moments, ..AdamWOptions::default() };
+        let mut optimizer = AdamW::new(&llama, options);
         let mut gradients = Gradients::new(&llama);
-        let mut ws = Workspace::new(settled.plan.choice.recompute);
+        let mut ws = match device.gpu() {
+            Some(_) if offload.activations => Workspace::parked(recompute),
+            _ => Workspace::new(recompute),
+        };
         let options = LossOptions { scale: 1.0, label_smoothing: 0.0, dropout_seed: Some(0), step: 0, first_token: 0 };
         let mut best = [f64::INFINITY; 3];
         // The first round also asks the system for memory.
@@ -343,6 +368,7 @@ fn as_begun(config: &Config) -> Option<Config> {
     config.training.per_device_train_batch_size = begun.per_device_train_batch_size;
     config.training.gradient_accumulation_steps = begun.gradient_accumulation_steps;
     config.training.recompute = begun.recompute;
+    config.training.offload = begun.offload;
     same.then_some(config)
 }
 
@@ -439,12 +465,15 @@ impl Output {
             row("total", m.total, self.phases()),
         ];
         let host = m.host.map(|host| {
-            let phases = format!(
+            let mut phases = format!(
                 "of the process beside it, not in memory_limit: loading {}, saving {}, {} else",
                 format_bytes(host.loading_peak),
                 format_bytes(host.saving_peak),
-                format_bytes(host.program)
+                format_bytes(host.program + host.offloaded)
             );
+            if choice.offload != Offload::NONE {
+                phases.push_str(&format!(", of which {} offload {}", format_bytes(host.offloaded), choice.offload));
+            }
             row("host", host.total, phases)
         });
         let lines: Vec<String> = rows

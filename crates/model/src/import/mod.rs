@@ -170,17 +170,17 @@ impl Checkpoint {
     pub fn gpu_weights(&self, storage: Storage, dtype: Dtype, trained: bool) -> (u64, usize) {
         let (mut bytes, mut largest) = (0, 0);
         for stored in self.names.iter().map(|name| &self.source.tensors[name]) {
-            let len = stored.len();
-            let kept = match storage {
-                _ if trained || stored.shape.len() != 2 => None,
-                Storage::F32 => None,
-                Storage::Stored => (stored.kind.block_len() > 1).then(|| sizes::allocated(stored.range.len())),
-                Storage::Nf4 => Some(sizes::nf4(len)),
-            };
-            largest = largest.max(kept.map_or(0, |_| len));
-            bytes += kept.map_or_else(|| dense_bytes(len, dtype, trained), |bytes| bytes as u64);
+            let quantised = quantised_gpu_bytes(stored, storage).filter(|_| !trained);
+            largest = largest.max(quantised.map_or(0, |_| stored.len()));
+            bytes += quantised.unwrap_or_else(|| dense_bytes(stored.len(), dtype, trained));
         }
         (bytes, largest)
+    }
+
+    /// Bytes of the embedding among those of [`Checkpoint::gpu_weights`] while it is frozen.
+    pub fn gpu_embedding(&self, storage: Storage, dtype: Dtype) -> u64 {
+        let stored = &self.source.tensors["model.embed_tokens.weight"];
+        quantised_gpu_bytes(stored, storage).unwrap_or_else(|| dense_bytes(stored.len(), dtype, false))
     }
 
     /// Bytes of the embedding, and with `count` 2 of the head too, as [`Checkpoint::load`] keeps them.
@@ -261,6 +261,18 @@ pub enum Storage {
 /// Bytes of a matrix of `len` elements in 8-bit integers both ways, with its scales.
 fn int8_bytes(len: usize) -> u64 {
     2 * (len + len / 16) as u64
+}
+
+/// Bytes of a frozen weight on a GPU where it is quantised there.
+fn quantised_gpu_bytes(stored: &Stored, storage: Storage) -> Option<u64> {
+    let bytes = match storage {
+        _ if stored.shape.len() != 2 => return None,
+        Storage::F32 => return None,
+        Storage::Stored if stored.kind.block_len() <= 1 => return None,
+        Storage::Stored => sizes::allocated(stored.range.len()),
+        Storage::Nf4 => sizes::nf4(stored.len()),
+    };
+    Some(bytes as u64)
 }
 
 /// Bytes of a weight as it is kept.

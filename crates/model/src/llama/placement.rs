@@ -48,20 +48,31 @@ impl Llama {
         moving.for_each(|(_, parameter)| parameter.move_to(device, dtype));
     }
 
-    /// [`Llama::random`] on `device`, made tensor by tensor: the model is never whole on the processor. With `nf4` the matrices of
-    /// the layers are rounded to it; with `trained` every weight trains.
-    pub fn random_on(config: Config, seed: u64, nf4: bool, trained: bool, device: &Device, dtype: Dtype) -> Self {
+    /// [`Llama::random`] on `device`, made tensor by tensor: the model is never whole on the processor. With `nf4` all matrices are
+    /// rounded to it; with `trained` every weight trains; with `leave_embedding` that is not moved.
+    pub fn random_on(
+        config: Config,
+        seed: u64,
+        nf4: bool,
+        trained: bool,
+        leave_embedding: bool,
+        device: &Device,
+        dtype: Dtype,
+    ) -> Self {
         let parameters = config.expected_tensors().into_iter().map(|(name, shape)| {
             let mut value = Tensor::zeros(&shape);
             initial_rows(&config, seed, &name, 0..value.rows(), value.data_mut());
-            let rounds = nf4 && name.ends_with("proj.weight");
+            let rounds = nf4 && shape.len() == 2;
             let value = if rounds { Weight::Packed(Packed::nf4(&value, true)) } else { value.into() };
             let mut parameter = Parameter { name, value, trained, low: None };
-            parameter.move_to(device, dtype);
+            if !(leave_embedding && parameter.name == "model.embed_tokens.weight") {
+                parameter.move_to(device, dtype);
+            }
             parameter
         });
         let parameters = parameters.collect();
-        Self::assemble(config, parameters)
+        let model = Self::assemble(config, parameters);
+        Self { embedding_stays: leave_embedding, ..model }
     }
 
     /// Tokens that go through the model at once while training: a GPU needs more of them for its products, and its memory

@@ -17,6 +17,10 @@ pub struct OnGpu {
     pub largest_quantised: usize,
     /// Number of tensors that train.
     pub num_trained: usize,
+    /// Whether the head is one of them.
+    pub head_trains: bool,
+    /// Whether the inputs of blocks wait in the processor's memory: two are here at a time.
+    pub parked: bool,
 }
 
 impl OnGpu {
@@ -31,6 +35,11 @@ impl OnGpu {
     }
 }
 
+/// Bytes of the processor's memory for inputs of blocks that wait there, of passes of `tokens` tokens.
+pub fn parked_bytes(config: &Config, tokens: usize, dtype: Dtype) -> u64 {
+    (config.num_hidden_layers * tokens * config.hidden_size * dtype.bytes()) as u64
+}
+
 /// Bytes of an f32 tensor of `len` elements: a gradient, a moment.
 pub fn float_bytes(len: usize) -> u64 {
     allocated(4 * len) as u64
@@ -42,13 +51,19 @@ pub fn dense_bytes(len: usize, dtype: Dtype, trained: bool) -> u64 {
     halves * allocated(len * dtype.bytes()) as u64
 }
 
-/// Bytes of all weights of a model of `config`, and the elements of the largest one that is quantised: the matrices of its layers
-/// where `nf4` says so.
+/// Bytes of the embedding of a model of `config` on a GPU, in NF4 where `nf4` says so.
+pub fn embedding_bytes(config: &Config, nf4: bool, dtype: Dtype) -> u64 {
+    let len = config.vocab_size * config.hidden_size;
+    if nf4 { sizes::nf4(len) as u64 } else { dense_bytes(len, dtype, false) }
+}
+
+/// Bytes of all weights of a model of `config`, and the elements of the largest one that is quantised: all matrices where `nf4` says
+/// so.
 pub fn weight_bytes(config: &Config, nf4: bool, dtype: Dtype, trained: bool) -> (u64, usize) {
     let (mut bytes, mut largest) = (0, 0);
-    for (name, shape) in config.expected_tensors() {
+    for (_, shape) in config.expected_tensors() {
         let len = shape.iter().product();
-        if nf4 && name.ends_with("proj.weight") {
+        if nf4 && shape.len() == 2 {
             largest = largest.max(len);
             bytes += sizes::nf4(len) as u64;
         } else {
@@ -86,10 +101,10 @@ pub fn training_bytes(
     let (activations, shared) = match recompute {
         Recompute::None => (layers * (input + layer + made), 0),
         Recompute::Norms => (layers * (input + layer), made),
-        Recompute::Block => (layers * input, layer + made),
+        Recompute::Block => (if on.parked { layers.min(2) } else { layers } * input, layer + made),
     };
     let stream = e(b.t * b.d) + e(b.t * b.dropped) + 2 * float(b.t * b.head_dim / 2);
-    let head = 2 * e(b.n * b.d) + float(b.n) + sizes::loss(b.n, b.vocab) as u64;
+    let head = 2 * e(b.n * b.d) + float(b.n) + sizes::loss(b.n, b.vocab, on.head_trains) as u64;
     let backward = 2 * e(b.t * b.d)
         + e(b.t * b.f)
         + 2 * e(b.t * b.h)

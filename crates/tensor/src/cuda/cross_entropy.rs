@@ -9,8 +9,14 @@ use crate::ops::linear_cross_entropy::Gradients;
 use crate::{Device, Dtype, Tensor, Weight};
 use std::sync::Arc;
 
-/// Logits that exist at a time: 512 MiB.
-const LOGITS: usize = 1 << 27;
+/// Logits that exist at a time while the head trains, 512 MiB: its gradient is read and written for each chunk of them.
+const LOGITS_TRAINED: usize = 1 << 27;
+
+/// The same under a frozen head, 256 MiB: enough rows for products to be bound by arithmetic.
+const LOGITS_FROZEN: usize = 1 << 26;
+
+/// Rows are a multiple of this where there are as many: those that the tiles of products have.
+const TILE_ROWS: usize = 256;
 
 /// What is kept from call to call.
 #[derive(Debug, Default)]
@@ -27,8 +33,10 @@ impl Scratch {
 }
 
 /// Rows of logits that exist at a time, of `n` in all.
-pub(super) fn chunk_rows(n: usize, vocab: usize) -> usize {
-    (LOGITS / vocab.max(1)).clamp(1, n.max(1))
+pub(super) fn chunk_rows(n: usize, vocab: usize, head_trains: bool) -> usize {
+    let rows = if head_trains { LOGITS_TRAINED } else { LOGITS_FROZEN } / vocab.max(1);
+    let whole = if rows > TILE_ROWS { rows / TILE_ROWS * TILE_ROWS } else { rows };
+    whole.clamp(1, n.max(1))
 }
 
 pub(crate) fn run(
@@ -46,7 +54,7 @@ pub(crate) fn run(
         g.d_h.resize_like(h, &[n, d]);
     }
     let device = Device::Cuda(gpu.clone());
-    let step = chunk_rows(n, vocab);
+    let step = chunk_rows(n, vocab, gradients.as_ref().is_some_and(|g| g.d_w.is_some()));
     let targets = gpu.table(targets);
     let weights = gradients.as_ref().and_then(|g| g.weights).map(|weights| {
         assert_eq!(weights.len(), n, "one weight a row");

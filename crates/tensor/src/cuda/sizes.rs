@@ -55,8 +55,8 @@ pub fn norm(tensors: usize) -> usize {
 }
 
 /// Bytes of head and loss for `n` tokens over a vocabulary of `vocab`: losses, and logits of a chunk, whose gradient takes their place.
-pub fn loss(n: usize, vocab: usize) -> usize {
-    allocated(4 * n) + allocated(4 * cross_entropy::chunk_rows(n, vocab) * vocab)
+pub fn loss(n: usize, vocab: usize, head_trains: bool) -> usize {
+    allocated(4 * n) + allocated(4 * cross_entropy::chunk_rows(n, vocab, head_trains) * vocab)
 }
 
 /// Bytes of a matrix of `len` elements in NF4 with doubly quantised scales.

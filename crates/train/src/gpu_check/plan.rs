@@ -22,7 +22,7 @@ pub(super) fn check(device: &Device, dtype: Dtype, small: bool, observe: &mut dy
     for recompute in Recompute::ALL {
         let (before, _) = gpu.memory();
         gpu.reset_peak();
-        let mut model = Llama::random_on(config.clone(), 1, false, true, device, dtype);
+        let mut model = Llama::random_on(config.clone(), 1, false, true, false, device, dtype);
         let mut optimizer = AdamW::new(&model, AdamWOptions::default());
         let (mut gradients, mut ws) = (Gradients::new(&model), Workspace::new(recompute));
         let mut batch = Batch::default();
@@ -41,7 +41,7 @@ pub(super) fn check(device: &Device, dtype: Dtype, small: bool, observe: &mut dy
         let state = |len: &usize| {
             dense_bytes(*len, dtype, true) + float_bytes(*len) + Optim::AdamW.gpu_state_bytes(*len) as u64
         };
-        let on = OnGpu { dtype, largest_quantised: 0, num_trained: lens.len() };
+        let on = OnGpu { dtype, largest_quantised: 0, num_trained: lens.len(), head_trains: true, parked: false };
         let tokens = tokens as usize;
         let shape = PassShape { tokens, loss_rows: tokens, threads: 0, int8: false };
         let pass = training_bytes(&config, None, shape, recompute, on);

@@ -1,9 +1,10 @@
 //! What a run on a GPU takes besides its buffers: the driver's share of the GPU, and the process's own memory.
 
-use super::{Inputs, Plan, format_bytes};
+use super::{Choice, Inputs, Place, Plan, at_least, format_bytes};
 use crate::config::Method;
 use crate::{Error, Result};
 use serde::Serialize;
+use tunesmith_model::memory::{Offload, gpu};
 use tunesmith_tensor::cuda::sizes;
 
 /// What the driver of a GPU takes of it: its context, and the code that is loaded. Both are assumed, on the safe side.
@@ -25,6 +26,8 @@ pub struct Host {
 pub struct HostPlan {
     /// Program, tokenizer, data and the driver's libraries; all that there is between loading and saving.
     pub program: u64,
+    /// What waits here while the GPU trains (`training.offload`), all the time.
+    pub offloaded: u64,
     /// Peak from reading the weights until they have been moved to the GPU.
     pub loading_peak: u64,
     /// Peak while a checkpoint is saved: a copy of the moments, and of the weights that are written.
@@ -34,9 +37,22 @@ pub struct HostPlan {
 }
 
 impl Inputs<'_> {
-    /// What the process has itself while the model is on a GPU; `trained` are the elements of each tensor that trains.
-    pub(super) fn host_plan(&self, host: Host, trained: &[usize]) -> HostPlan {
+    /// What waits in the processor's memory.
+    fn offloaded(&self, choice: Choice, trained: &[usize]) -> u64 {
+        let Place::Gpu { dtype, .. } = self.place else { return 0 };
+        let Offload { embedding, activations, optimizer } = choice.offload;
         let optim = self.config.training.optim;
+        // The embedding as it was loaded, f32 at most.
+        let table = if embedding { 4 * (self.model.vocab_size * self.model.hidden_size) as u64 } else { 0 };
+        let parked = if activations { gpu::parked_bytes(self.model, choice.pass_tokens, dtype) } else { 0 };
+        let moments = |len: &usize| optim.offloaded_state_bytes(*len) as u64;
+        table + parked + if optimizer { trained.iter().map(moments).sum() } else { 0 }
+    }
+
+    /// What the process has itself while the model is on a GPU; `trained` are the elements of each tensor that trains.
+    pub(super) fn host_plan(&self, host: Host, choice: Choice, trained: &[usize]) -> HostPlan {
+        let optim = self.config.training.optim;
+        let offloaded = self.offloaded(choice, trained);
         let moments: u64 = trained.iter().map(|len| optim.state_bytes(*len) as u64).sum();
         let tensors = self.model.expected_tensors();
         let largest = tensors.iter().map(|(_, shape)| shape.iter().product::<usize>()).max().unwrap_or(0) as u64;
@@ -48,8 +64,11 @@ impl Inputs<'_> {
         };
         // Everything is loaded, and then moved tensor by tensor: a matrix may be decoded or rounded on its way.
         let loading_peak = host.program + host.weights + beside + (moments + 4 * largest).max(host.loading);
-        let saving_peak = host.program + moments + written;
-        HostPlan { program: host.program, loading_peak, saving_peak, total: loading_peak.max(saving_peak) }
+        // Moments that wait here are copied to there while the weights are still being moved.
+        let arriving = if choice.offload.optimizer { moments } else { 0 };
+        let loading_peak = loading_peak + arriving;
+        let saving_peak = host.program + offloaded + moments + written;
+        HostPlan { program: host.program, offloaded, loading_peak, saving_peak, total: loading_peak.max(saving_peak) }
     }
 
     /// Whether `plan` has room on a GPU called `name` of which `free` bytes are free, now that its context is there.
@@ -75,19 +94,22 @@ impl Inputs<'_> {
         if plan.total <= set * 1_000_000 {
             let c = plan.choice;
             message.push_str(&format!(
-                "; with training.per_device_train_batch_size = {}, training.gradient_accumulation_steps = {} and \
-                 training.recompute = \"{}\" it needs {} (memory_limit = \"{set}MB\" chooses these for a new run)",
+                "; with training.per_device_train_batch_size = {}, training.gradient_accumulation_steps = {}, \
+                 training.recompute = \"{}\" and training.offload = {} it needs {} (memory_limit = \"{set}MB\" chooses these for a \
+                 new run)",
                 c.per_device_train_batch_size,
                 c.gradient_accumulation_steps,
                 c.recompute,
+                c.offload,
                 format_bytes(plan.total - context)
             ));
             return Err(Error::Input(message));
         }
         let least = plan.total;
         message.push_str(&format!(
-            "; the least that would do is {}, with one block at a time and recompute = \"block\"",
-            format_bytes(least - context)
+            "; the least that would do is {}, with {}",
+            format_bytes(least - context),
+            at_least(&plan)
         ));
         for suggestion in self.suggestions(limit, least, context) {
             message.push_str("; ");
@@ -140,6 +162,7 @@ mod tests {
             adapter: (!full).then_some(&adapter),
             place: Place::Gpu { dtype: Dtype::BF16, largest_quantised: 0 },
             weights: weights(false),
+            embedding: None,
             other_weights: &[(Storage::Nf4, weights(true))],
             loading: 0,
             baseline: 0,
@@ -189,8 +212,9 @@ mod tests {
                 format!("needs {} (", format_bytes(needed)),
                 format!("per_device_train_batch_size = {},", c.per_device_train_batch_size),
                 format!(
-                    "recompute = \"{}\" it needs {}",
+                    "recompute = \"{}\" and training.offload = {} it needs {}",
                     c.recompute,
+                    c.offload,
                     format_bytes(fitted.total - sizes::CONTEXT as u64)
                 ),
             ] {
