@@ -258,6 +258,11 @@ impl Workspace {
         tensors + layers + generation + self.angles.num_bytes() + self.head.num_bytes() + 4 * self.losses.capacity()
     }
 
+    /// Whether generation on a GPU goes by a record of its last pass.
+    pub fn is_recorded(&self) -> bool {
+        self.generation.recorded.is_recorded()
+    }
+
     /// Loss (nats) of each position of the last batch that carries loss, in the order of [`Batch::loss_rows`].
     pub fn losses(&self) -> &[f32] {
         &self.losses

@@ -22,6 +22,7 @@ pub mod team;
 mod tensor;
 mod weight;
 pub use cpu::matmul::threads as num_threads;
+pub use cuda::graph::Recorded;
 pub use device::{Device, Dtype};
 pub use freed::release_freed_memory;
 pub use int8_weight::Int8Weight;

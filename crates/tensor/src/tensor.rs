@@ -249,6 +249,11 @@ impl Tensor {
         }
     }
 
+    /// Where the memory is, for telling whether it is another one than before: 0 on the processor.
+    pub fn address(&self) -> u64 {
+        self.buffer().map_or(0, Buffer::address)
+    }
+
     /// Type of the elements.
     pub fn dtype(&self) -> Dtype {
         match &self.memory {

@@ -200,6 +200,15 @@ impl Weight {
         }
     }
 
+    /// Where the memory is on a GPU, for telling whether it is another one than before: 0 on the processor.
+    pub fn address(&self) -> u64 {
+        match self {
+            Self::Dense(tensor) => tensor.address(),
+            Self::Packed(_) | Self::Int8(_) => 0,
+            Self::Device(weight) => weight.address(),
+        }
+    }
+
     /// A copy on `device` for products with activations of `dtype`: quantised blocks and NF4 as they are, everything else
     /// dense in `dtype`.
     ///

@@ -366,5 +366,27 @@ fn models(device: &Device, dtype: Dtype, size: Size, observe: &mut dyn FnMut(Che
     device.synchronize()?;
     let bound = if dtype == Dtype::F32 { F32_BOUND } else { 3e-2 };
     report("generation", "logits after a prompt and behind its cache", crate::selftest::of_largest(&got, &want), bound);
+    let [want, got] = [false, true].map(|recorded| tokens_of_three(&model, recorded));
+    device.synchronize()?;
+    let differing = want.iter().zip(&got).filter(|(a, b)| a.to_bits() != b.to_bits()).count();
+    report("recorded passes", "logits of 3 sequences that differ from those without a record", differing as f64, 0.0);
     Ok(())
+}
+
+/// Logits behind three prompts and behind eight tokens of each, together; from a record as soon as there can be one, or never.
+fn tokens_of_three(model: &Llama, recorded: bool) -> Vec<f32> {
+    let prompts: Vec<Vec<u32>> = [5, 20, 11].map(|n| (0..n).map(|i| i * 13 % 260).collect()).to_vec();
+    let (mut sequences, mut ws) = (model.new_sequences(prompts.len(), 40), Workspace::default());
+    let mut all = Vec::new();
+    for step in 0..9u32 {
+        let next: Vec<[u32; 1]> = (0..3).map(|i| [(17 * step + 29 * i) % 260]).collect();
+        let parts = prompts.iter().zip(&next).enumerate();
+        let parts: Vec<(usize, &[u32])> =
+            parts.map(|(i, (prompt, next))| (i, if step == 0 { &prompt[..] } else { &next[..] })).collect();
+        all.extend_from_slice(model.feed(&parts, &mut sequences, &mut ws).to_host().data());
+        if !recorded {
+            ws = Workspace::default();
+        }
+    }
+    all
 }

@@ -10,9 +10,9 @@ use rayon::prelude::*;
 use tunesmith_tensor::ops::attention::{self, Segment};
 use tunesmith_tensor::ops::linear::Into::{Accumulate, Overwrite};
 use tunesmith_tensor::ops::products::{self, Product};
-use tunesmith_tensor::ops::{attention_decode, embedding, linear, rmsnorm, rope, swiglu};
+use tunesmith_tensor::ops::{attention_cached, attention_decode, embedding, linear, rmsnorm, rope, swiglu};
 use tunesmith_tensor::packed_int::Int8Rows;
-use tunesmith_tensor::{Device, Tensor, pool, team};
+use tunesmith_tensor::{Device, Recorded, Tensor, pool, team};
 
 /// Tokens of a prompt that go through the model at once: enough for large products, few enough that what a layer makes of
 /// them stays in the processor's cache.
@@ -37,11 +37,21 @@ pub(super) struct Buffers {
     /// x Aᵀ of the adapters of products that go together.
     pub(super) xa_tr: [Tensor; 3],
     pub(super) attention: attention_decode::Scratch,
+    /// On a GPU: where one new token of each sequence goes, and the record of such a pass.
+    pub(super) places: attention_cached::Places,
+    pub(super) recorded: Recorded,
     /// The input of products with integer weights.
     pub(super) rounded: Int8Rows,
 }
 
 impl Buffers {
+    /// Addresses of all buffers that a pass on a GPU uses.
+    pub(super) fn addresses(&self) -> impl Iterator<Item = u64> {
+        let Self { stream_td, normed_td, rstd_t, q_th, k_tk, v_tk, o_th, gate_tf, up_tf, act_tf, .. } = self;
+        let tensors = [stream_td, normed_td, rstd_t, q_th, k_tk, v_tk, o_th, gate_tf, up_tf, act_tf];
+        tensors.into_iter().chain(&self.xa_tr).map(Tensor::address).chain(self.angles.addresses())
+    }
+
     /// Bytes of all buffers, but for what a few rows need.
     pub(super) fn num_bytes(&self) -> usize {
         let Self { stream_td, normed_td, rstd_t, q_th, k_tk, v_tk, o_th, lse, gate_tf, up_tf, act_tf, .. } = self;

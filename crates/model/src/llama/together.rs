@@ -58,6 +58,9 @@ impl Llama {
         }
         let groups = groups(&rest);
         if let [group] = groups[..] {
+            if group.iter().all(|(_, ids)| ids.len() == 1) && self.feed_recorded(group, sequences, ws) {
+                return;
+            }
             self.pass_device(group, sequences, &mut ws.generation);
             return linear::logits(&ws.generation.normed_td, self.head_weight(), &mut ws.logits);
         }
@@ -93,6 +96,40 @@ impl Llama {
         sequences.advance(&counts);
         let Buffers { stream_td, normed_td, rstd_t, .. } = buffers;
         rmsnorm::forward(stream_td, self.tensor(self.norm), self.config.rms_norm_eps, normed_td, rstd_t);
+    }
+
+    /// On a GPU: one token of each sequence up to the logits, recorded when it comes again. Says whether there is a kernel for it.
+    fn feed_recorded(&self, parts: &[(usize, &[u32])], sequences: &mut Sequences, ws: &mut Workspace) -> bool {
+        let Workspace { generation: buffers, logits, .. } = ws;
+        let counts: Vec<(usize, usize)> = parts.iter().map(|(place, _)| (*place, 1)).collect();
+        let (index, segments) = sequences.layout(&counts);
+        self.embed_parts(parts, sequences, buffers);
+        let mut places = std::mem::take(&mut buffers.places);
+        let taken = places.set(&buffers.stream_td, &index, &segments, self.heads());
+        if taken {
+            // Everything that launches depend on: what is computed, and where everything is.
+            let weights = self.parameters.iter().map(|p| p.value.address());
+            let mut key: Vec<u64> = [parts.len() as u64, self.adapter_enabled.into(), logits.address()].into();
+            key.extend(places.key().chain(buffers.addresses()).chain(sequences.addresses()).chain(weights));
+            let mut recorded = std::mem::take(&mut buffers.recorded);
+            recorded.run(&self.device(), key, || {
+                for l in 0..self.layers.len() {
+                    self.keys_and_values(l, buffers);
+                    let Buffers { q_th, k_tk, v_tk, o_th, .. } = &mut *buffers;
+                    sequences.attend_at(l, (&*q_th, &*k_tk, &*v_tk), &places, o_th);
+                    self.finish_layer(l, buffers);
+                }
+                let Buffers { stream_td, normed_td, rstd_t, .. } = &mut *buffers;
+                rmsnorm::forward(stream_td, self.tensor(self.norm), self.config.rms_norm_eps, normed_td, rstd_t);
+                linear::logits(normed_td, self.head_weight(), logits);
+            });
+            // A record changes no shape, and another pass may have been in between.
+            logits.resize_on(&self.device(), Dtype::F32, &[parts.len(), self.config.vocab_size]);
+            buffers.recorded = recorded;
+            sequences.advance(&counts);
+        }
+        buffers.places = places;
+        taken
     }
 
     /// On the processor: one token of each sequence, all in one pass.

@@ -143,7 +143,10 @@ pub fn generation_bytes(
         + float(b.t)
         + 2 * float(b.t * b.head_dim / 2);
     let logits = float(places * b.vocab);
+    // What a recorded pass keeps: partial results, the decoded part of a matrix, where tokens go and what they see.
+    let decoded = if sizes::decodes(places) { on.decoded() } else { 0 };
     let parts = sizes::decoding(places, capacity, heads(&b)) as u64;
-    let transient = logits.max(parts).max(float(b.t * b.num_heads)).max(on.decoded());
-    cache + buffers + logits + transient + sizes::tables(b.t) as u64
+    let kept = parts + decoded + (allocated(4 * places) + allocated(8 * places)) as u64;
+    let transient = logits.max(float(b.t * b.num_heads)).max(on.decoded());
+    cache + buffers + logits + kept + transient + sizes::tables(b.t) as u64
 }

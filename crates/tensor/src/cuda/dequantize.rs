@@ -51,6 +51,14 @@ impl DeviceWeight {
         Self { shape, element, encoding: Encoding::Blocks { kind, bytes: Arc::new(gpu.upload(bytes)), half_head } }
     }
 
+    /// Where the packed elements are.
+    pub(crate) fn address(&self) -> u64 {
+        match &self.encoding {
+            Encoding::Blocks { bytes, .. } => bytes.address(),
+            Encoding::Nf4(nf4) => nf4.packed.address(),
+        }
+    }
+
     /// A matrix in NF4.
     pub(crate) fn nf4(gpu: &Arc<Gpu>, element: Dtype, shape: [usize; 2], parts: Nf4Parts<'_>) -> Self {
         assert!(shape[1].is_multiple_of(8), "rows of {} elements", shape[1]);

@@ -42,6 +42,12 @@ functions! {
     event_destroy = "cuEventDestroy_v2"(*mut c_void);
     event_record = "cuEventRecord"(*mut c_void, *mut c_void);
     stream_wait = "cuStreamWaitEvent"(*mut c_void, *mut c_void, c_uint);
+    capture_begin = "cuStreamBeginCapture_v2"(*mut c_void, c_uint);
+    capture_end = "cuStreamEndCapture"(*mut c_void, *mut *mut c_void);
+    graph_instantiate = "cuGraphInstantiateWithFlags"(*mut *mut c_void, *mut c_void, u64);
+    graph_launch = "cuGraphLaunch"(*mut c_void, *mut c_void);
+    graph_destroy = "cuGraphDestroy"(*mut c_void);
+    graph_run_destroy = "cuGraphExecDestroy"(*mut c_void);
     fill = "cuMemsetD8Async"(u64, u8, usize, *mut c_void);
     module_load = "cuModuleLoadData"(*mut *mut c_void, *const c_void);
     module_unload = "cuModuleUnload"(*mut c_void);
@@ -62,6 +68,9 @@ const OUT_OF_MEMORY: i32 = 2;
 
 /// Of a stream: it does not wait for the default stream.
 const NON_BLOCKING: c_uint = 1;
+
+/// Of a record: calls that are no work of a stream, such as asking for memory, are allowed meanwhile.
+const RELAXED: c_uint = 2;
 
 /// Of an event: it has no time.
 const NO_TIMING: c_uint = 2;
@@ -118,6 +127,8 @@ struct Memory {
     held: usize,
     used: usize,
     peak: usize,
+    /// While work is recorded: what was freed since, for the record alone.
+    recording: Option<BTreeMap<usize, Vec<u64>>>,
 }
 
 impl Driver {
@@ -246,6 +257,9 @@ impl Driver {
         self.enter()?;
         let size = allocated(bytes);
         let mut memory = locked(&self.memory);
+        if let Some(address) = memory.recording.as_mut().and_then(|own| own.get_mut(&size)).and_then(Vec::pop) {
+            return Ok(address);
+        }
         let reused = memory.free.get_mut(&size).and_then(Vec::pop);
         let address = match reused {
             Some(address) => address,
@@ -287,6 +301,11 @@ impl Driver {
 
     pub(super) fn free(&self, address: u64) {
         let mut memory = locked(&self.memory);
+        if let Memory { recording: Some(own), sizes, .. } = &mut *memory
+            && let Some(size) = sizes.get(&address)
+        {
+            return own.entry(*size).or_default().push(address);
+        }
         if let Some(size) = memory.sizes.remove(&address) {
             memory.used -= size;
             memory.free.entry(size).or_default().push(address);
@@ -426,6 +445,59 @@ impl Driver {
         self.enter()?;
         // SAFETY: the stream is alive.
         self.check("cuStreamSynchronize", unsafe { (self.api.stream_synchronize)(stream.0) })
+    }
+
+    /// From now on work is recorded.
+    #[allow(unsafe_code)]
+    pub(super) fn begin_record(&self) -> Result<(), Error> {
+        let stream = self.enter()?;
+        // SAFETY: the stream is alive.
+        self.check("cuStreamBeginCapture", unsafe { (self.api.capture_begin)(stream, RELAXED) })?;
+        locked(&self.memory).recording = Some(BTreeMap::new());
+        Ok(())
+    }
+
+    /// Ends the record and makes it ready to run; also the memory that is its own.
+    #[allow(unsafe_code)]
+    pub(super) fn end_record(&self) -> (Result<u64, Error>, Vec<u64>) {
+        let memory = locked(&self.memory).recording.take().unwrap_or_default().into_values().flatten().collect();
+        let end = || {
+            let stream = self.enter()?;
+            let (mut graph, mut run) = (ptr::null_mut(), ptr::null_mut());
+            // SAFETY: the stream is alive and being recorded; the pointer is to a pointer that outlives the call.
+            self.check("cuStreamEndCapture", unsafe { (self.api.capture_end)(stream, &mut graph) })?;
+            // SAFETY: as above; the graph was just made.
+            let status = unsafe { (self.api.graph_instantiate)(&mut run, graph, 0) };
+            // SAFETY: what was instantiated does not need the graph.
+            unsafe { (self.api.graph_destroy)(graph) };
+            self.check("cuGraphInstantiate", status)?;
+            Ok(run as u64)
+        };
+        (end(), memory)
+    }
+
+    #[allow(unsafe_code)]
+    pub(super) fn run_graph(&self, graph: u64) -> Result<(), Error> {
+        let stream = self.enter()?;
+        // SAFETY: graph and stream are alive, and so is the memory that the graph uses: its own, and what its key names.
+        self.check("cuGraphLaunch", unsafe { (self.api.graph_launch)(graph as *mut c_void, stream) })
+    }
+
+    /// Nothing useful can be done about failures.
+    #[allow(unsafe_code)]
+    pub(super) fn destroy_graph(&self, graph: u64) {
+        // It may be running.
+        if self.synchronize().is_ok() {
+            // SAFETY: the graph is not used any more.
+            unsafe { (self.api.graph_run_destroy)(graph as *mut c_void) };
+        }
+    }
+
+    /// Tells the user.
+    pub(super) fn note(&self, text: &str) {
+        if let Some(notice) = self.notice {
+            notice(text);
+        }
     }
 
     #[allow(unsafe_code)]

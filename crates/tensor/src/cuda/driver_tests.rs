@@ -71,13 +71,37 @@ int cuMemcpyDtoDAsync_v2(u64 to, u64 from, size_t n, void *s) { memmove((void *)
 int cuMemsetD8Async(u64 to, unsigned char byte, size_t n, void *s) { memset((void *)to, byte, n); return s != (void *)2; }
 int cuModuleLoadData(void **module, const void *image) { *module = (void *)3; return memcmp(image, "cubin for", 9); }
 int cuModuleGetFunction(void **f, void *module, const char *name) { *f = (void *)name; return module != (void *)3; }
+/* Launches that were recorded, and whether the stream is being recorded. */
+static struct { float *out, value, sizes, shared; } recorded[4];
+static int num_recorded, records;
+static void write(int i) {
+    recorded[i].out[0] = recorded[i].value;
+    recorded[i].out[1] = recorded[i].sizes;
+    recorded[i].out[2] = recorded[i].shared;
+}
+int cuStreamBeginCapture_v2(void *stream, unsigned mode) {
+    note("begin", (u64)stream, mode);
+    num_recorded = 0;
+    return records++;
+}
+int cuStreamEndCapture(void *stream, void **graph) { note("end", (u64)stream, 0); *graph = (void *)20; return !records--; }
+int cuGraphInstantiateWithFlags(void **run, void *graph, u64 flags) { *run = (void *)21; return graph != (void *)20 || flags; }
+int cuGraphDestroy(void *graph) { note("destroy", (u64)graph, 0); return 0; }
+int cuGraphExecDestroy(void *run) { note("destroy", (u64)run, 0); return 0; }
+int cuGraphLaunch(void *run, void *stream) {
+    note("run", (u64)run, (u64)stream);
+    for (int i = 0; i < num_recorded; i++) write(i);
+    return records;
+}
 int cuLaunchKernel(void *f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz, unsigned shared,
                    void *stream, void **args, void **extra) {
     if (gx == 13) return 700;
-    float *out = *(float **)args[0];
-    out[0] = *(float *)args[1];
-    out[1] = gx * 10000 + gy * 1000 + gz * 100 + bx;
-    out[2] = shared;
+    int i = records ? num_recorded++ : 3;
+    recorded[i].out = *(float **)args[0];
+    recorded[i].value = *(float *)args[1];
+    recorded[i].sizes = gx * 10000 + gy * 1000 + gz * 100 + bx;
+    recorded[i].shared = shared;
+    if (!records) write(i);
     return by != 1 || bz != 1 || stream != (void *)2;
 }
 "#;
@@ -352,9 +376,43 @@ fn memory_that_is_not_there_is_an_error() {
     assert_says(&device.synchronize().unwrap_err().to_string(), &["no room", "Lower the batch"]);
 }
 
+/// What the driver noted.
+#[allow(unsafe_code)]
+fn journal(fakes: &Fakes) -> String {
+    // SAFETY: the library is the one that the driver was opened from, and has no initialisers; the text outlives this.
+    unsafe {
+        let library = libloading::Library::new(fakes.0.join("libcuda.so.1")).unwrap();
+        let text = library.get::<*const std::ffi::c_char>(b"journal").unwrap();
+        std::ffi::CStr::from_ptr(*text).to_string_lossy().into_owned()
+    }
+}
+
+/// The first time work is asked for piece by piece, the second time it is recorded, and then the record runs.
+#[test]
+fn work_is_recorded_when_it_comes_again() {
+    let (fakes, device) = whole("recorded", "0");
+    let gpu = device.gpu().unwrap();
+    let mut out = Tensor::zeros_on(&device, Dtype::F32, &[3]);
+    let mut recorded = crate::Recorded::default();
+    for round in 0..4 {
+        out.clear();
+        recorded.run(&device, vec![1], || {
+            // Memory that is given back meanwhile is not anybody else's while the record is there.
+            drop(gpu.allocate(3000));
+            launch(gpu, &out, [2, 1, 3], 5);
+        });
+        assert_eq!((out.to_host().data(), recorded.is_recorded()), (&[0.5, 21_364.0, 5.0][..], round > 0));
+    }
+    let (used, _) = gpu.memory();
+    drop(recorded);
+    assert_eq!(gpu.memory().0, used - 4096);
+    device.synchronize().unwrap();
+    let record = "begin 2 2, end 2 0, destroy 20 0, run 21 2, ";
+    assert_eq!(journal(&fakes), format!("{record}run 21 2, run 21 2, destroy 21 0, "));
+}
+
 /// Copies beside the work wait for it, and it waits for them where it must.
 #[test]
-#[allow(unsafe_code)]
 fn copies_beside_the_work() {
     let (fakes, device) = whole("copies", "0");
     let gpu = device.gpu().unwrap();
@@ -373,15 +431,9 @@ fn copies_beside_the_work() {
     event.record();
     assert_eq!(x.to_host().data(), [3.0, 2.0]);
     device.synchronize().unwrap();
-    // SAFETY: the library is the one that the driver was opened from, and has no initialisers; the text outlives this.
-    let journal = unsafe {
-        let library = libloading::Library::new(fakes.0.join("libcuda.so.1")).unwrap();
-        let text = library.get::<*const std::ffi::c_char>(b"journal").unwrap();
-        std::ffi::CStr::from_ptr(*text).to_string_lossy().into_owned()
-    };
     // 10 is the event of the test, 11 the one that copies wait for.
     let out = "record 11 2, wait 4 11, out 8 4, record 10 4, wait 2 10, ";
-    assert_eq!(journal, format!("{out}record 11 2, wait 4 11, in 4 4, record 10 4, "));
+    assert_eq!(journal(&fakes), format!("{out}record 11 2, wait 4 11, in 4 4, record 10 4, "));
     let too_large = gpu.allocate_host(1 << 41);
     assert_says(&device.synchronize().unwrap_err().to_string(), &["page-locked", "training.offload"]);
     drop((too_large, memory));

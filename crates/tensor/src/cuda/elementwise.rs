@@ -1,7 +1,7 @@
 //! Launchers of operations that take elements or rows one by one.
 
 use super::kernels::{Module, Source};
-use super::{Arg, Gpu, Launch, argument, blocks, dequantize, row_threads};
+use super::{Arg, Buffer, Gpu, Launch, argument, blocks, dequantize, row_threads};
 use crate::ops::dropout::Mask;
 use crate::{Device, Dtype, Tensor, Weight};
 use std::sync::Arc;
@@ -63,18 +63,22 @@ pub(crate) fn scatter(gpu: &Arc<Gpu>, x: &Tensor, index: &[u32], y: &mut Tensor)
 }
 
 fn rows(gpu: &Arc<Gpu>, x: &Tensor, index: &[u32], y: &Tensor, scatter: bool) {
+    rows_at(gpu, x, &gpu.table(index), index.len(), y, scatter);
+}
+
+/// The first `num` rows that `index` lists.
+pub(crate) fn rows_at(gpu: &Gpu, x: &Tensor, index: &Buffer, num: usize, y: &Tensor, scatter: bool) {
     let (element, d) = (x.dtype(), x.cols());
     assert!(d.is_multiple_of(16 / element.bytes()), "rows of {d} elements");
-    let index = gpu.table(index);
     gpu.launch(&Launch {
         module: Module::new(Source::Elementwise, element),
         kernel: "rows_gather",
-        grid: [(index.bytes() / 4) as u32, 1, 1],
+        grid: [num as u32, 1, 1],
         block: row_threads(x),
         shared: 0,
         args: &[
             argument(x, element),
-            Arg::Buffer(&index, 0),
+            Arg::Buffer(index, 0),
             argument(y, element),
             Arg::U32(d as u32),
             Arg::U32(scatter.into()),

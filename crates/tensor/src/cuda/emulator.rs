@@ -38,6 +38,51 @@ pub(super) struct Emulator {
     folder: PathBuf,
     memory: Mutex<Memory>,
     copies: Mutex<Copies>,
+    records: Mutex<Records>,
+}
+
+/// Work that was recorded.
+#[derive(Default)]
+struct Records {
+    /// What is being recorded.
+    now: Option<Vec<Work>>,
+    made: HashMap<u64, Vec<Work>>,
+    last: u64,
+}
+
+/// A piece of work with the addresses of its operands.
+#[derive(Clone)]
+enum Work {
+    Launch { module: Module, kernel: &'static str, grid: [u32; 3], block: u32, shared: usize, values: Vec<u64> },
+    Product(Product, bool),
+    Copy { to: u64, from: u64, bytes: usize },
+    Fill { to: u64, byte: u8, bytes: usize },
+}
+
+/// A matrix by its address.
+#[derive(Clone, Copy)]
+struct Operand {
+    address: u64,
+    dtype: Dtype,
+    stride: usize,
+    transposed: bool,
+}
+
+impl From<&Matrix<'_>> for Operand {
+    fn from(matrix: &Matrix<'_>) -> Self {
+        let Matrix { dtype, stride, transposed, .. } = *matrix;
+        Self { address: matrix.address(), dtype, stride, transposed }
+    }
+}
+
+/// A product by the addresses of its operands: [`Gemm`] without its buffers.
+#[derive(Clone, Copy)]
+struct Product {
+    sizes: [usize; 3],
+    factors: [f32; 2],
+    a: Operand,
+    b: Operand,
+    c: Operand,
 }
 
 /// Copies that were asked for and not done yet: they are done when they are waited for and not before, so that work which does not
@@ -92,6 +137,8 @@ struct Memory {
     buffers: BTreeMap<u64, usize>,
     /// Those of the processor.
     host: BTreeMap<u64, usize>,
+    /// While work is recorded: what was freed since, for the record alone.
+    recording: Option<Vec<u64>>,
     used: usize,
     peak: usize,
 }
@@ -104,7 +151,12 @@ impl Emulator {
     pub(super) fn new(folder: &Path) -> Result<Self, Error> {
         std::fs::create_dir_all(folder)
             .map_err(|e| Error::Cache { path: folder.to_path_buf(), what: e.to_string() })?;
-        Ok(Self { folder: folder.to_path_buf(), memory: Mutex::default(), copies: Mutex::default() })
+        Ok(Self {
+            folder: folder.to_path_buf(),
+            memory: Mutex::default(),
+            copies: Mutex::default(),
+            records: Mutex::default(),
+        })
     }
 
     pub(super) fn name(&self) -> &str {
@@ -134,6 +186,11 @@ impl Emulator {
 
     #[allow(unsafe_code)]
     pub(super) fn allocate(&self, bytes: usize) -> Result<u64, Error> {
+        if let Memory { recording: Some(own), buffers, .. } = &mut *locked(&self.memory)
+            && let Some(i) = own.iter().position(|address| buffers.get(address) == Some(&bytes))
+        {
+            return Ok(own.swap_remove(i));
+        }
         // SAFETY: the layout has a size above 0.
         let start = unsafe { alloc(layout(bytes)) };
         if start.is_null() {
@@ -152,6 +209,9 @@ impl Emulator {
     #[allow(unsafe_code)]
     pub(super) fn free(&self, address: u64) {
         let mut memory = locked(&self.memory);
+        if let Some(own) = &mut memory.recording {
+            return own.push(address);
+        }
         if let Some(bytes) = memory.buffers.remove(&address) {
             locked(&self.copies).forget(address, bytes);
             memory.used -= allocated(bytes);
@@ -176,6 +236,7 @@ impl Emulator {
 
     #[allow(unsafe_code)]
     pub(super) fn upload(&self, to: u64, from: &[u8]) -> Result<(), Error> {
+        self.check_unrecorded("upload")?;
         // SAFETY: the caller has checked that the range lies in a buffer, which `from` cannot be part of.
         unsafe { std::ptr::copy_nonoverlapping(from.as_ptr(), to as *mut u8, from.len()) };
         Ok(())
@@ -183,20 +244,29 @@ impl Emulator {
 
     #[allow(unsafe_code)]
     pub(super) fn download(&self, from: u64, to: &mut [u8]) -> Result<(), Error> {
+        self.check_unrecorded("download")?;
         // SAFETY: as for uploads.
         unsafe { std::ptr::copy_nonoverlapping(from as *const u8, to.as_mut_ptr(), to.len()) };
         Ok(())
     }
 
-    #[allow(unsafe_code)]
     pub(super) fn copy(&self, to: u64, from: u64, bytes: usize) -> Result<(), Error> {
+        self.ask(Work::Copy { to, from, bytes })
+    }
+
+    #[allow(unsafe_code)]
+    fn copy_now(&self, to: u64, from: u64, bytes: usize) -> Result<(), Error> {
         // SAFETY: the caller has checked that both ranges lie in buffers.
         unsafe { std::ptr::copy(from as *const u8, to as *mut u8, bytes) };
         Ok(())
     }
 
-    #[allow(unsafe_code)]
     pub(super) fn fill(&self, to: u64, byte: u8, bytes: usize) -> Result<(), Error> {
+        self.ask(Work::Fill { to, byte, bytes })
+    }
+
+    #[allow(unsafe_code)]
+    fn fill_now(&self, to: u64, byte: u8, bytes: usize) -> Result<(), Error> {
         // SAFETY: the caller has checked that the range lies in a buffer.
         unsafe { (to as *mut u8).write_bytes(byte, bytes) };
         Ok(())
@@ -261,24 +331,92 @@ impl Emulator {
         Ok(())
     }
 
-    #[allow(unsafe_code)]
+    /// Does `work`, or records it.
+    fn ask(&self, work: Work) -> Result<(), Error> {
+        match &mut locked(&self.records).now {
+            Some(record) => record.push(work),
+            None => return self.work_now(work),
+        }
+        Ok(())
+    }
+
+    fn work_now(&self, work: Work) -> Result<(), Error> {
+        match work {
+            Work::Launch { module, kernel, grid, block, shared, values } => {
+                self.launch_now(module, kernel, grid, block, shared, values)
+            }
+            Work::Product(product, tf32) => self.product_now(product, tf32),
+            Work::Copy { to, from, bytes } => self.copy_now(to, from, bytes),
+            Work::Fill { to, byte, bytes } => self.fill_now(to, byte, bytes),
+        }
+    }
+
+    /// What goes between the processor and the device would be recorded with the processor's addresses of now.
+    fn check_unrecorded(&self, call: &str) -> Result<(), Error> {
+        let records = locked(&self.records).now.is_some();
+        if records { Err(failed(call, "it cannot be recorded")) } else { Ok(()) }
+    }
+
+    pub(super) fn begin_record(&self) -> Result<(), Error> {
+        locked(&self.records).now = Some(Vec::new());
+        locked(&self.memory).recording = Some(Vec::new());
+        Ok(())
+    }
+
+    pub(super) fn end_record(&self) -> (Result<u64, Error>, Vec<u64>) {
+        let memory = locked(&self.memory).recording.take().unwrap_or_default();
+        let mut records = locked(&self.records);
+        records.last += 1;
+        let (number, work) = (records.last, records.now.take().unwrap_or_default());
+        records.made.insert(number, work);
+        (Ok(number), memory)
+    }
+
+    pub(super) fn run_graph(&self, graph: u64) -> Result<(), Error> {
+        let work = locked(&self.records).made.get(&graph).cloned();
+        let work = work.ok_or_else(|| failed("run_graph", "there is no such graph"))?;
+        work.into_iter().try_for_each(|work| self.work_now(work))
+    }
+
+    pub(super) fn destroy_graph(&self, graph: u64) {
+        locked(&self.records).made.remove(&graph);
+    }
+
+    pub(super) fn note(&self, text: &str) {
+        locked(&self.copies).wrong = Some(failed("recording", text));
+    }
+
     pub(super) fn launch(&self, launch: &Launch<'_>) -> Result<(), Error> {
-        let loaded = self.module(launch.module)?;
-        let mut name = launch.kernel.as_bytes().to_vec();
+        let Launch { module, kernel, grid, block, shared, args } = *launch;
+        let values = args.iter().map(|a| a.bits()).collect();
+        self.ask(Work::Launch { module, kernel, grid, block, shared, values })
+    }
+
+    #[allow(unsafe_code)]
+    fn launch_now(
+        &self,
+        module: Module,
+        kernel: &'static str,
+        grid: [u32; 3],
+        block: u32,
+        shared: usize,
+        mut values: Vec<u64>,
+    ) -> Result<(), Error> {
+        let loaded = self.module(module)?;
+        let mut name = kernel.as_bytes().to_vec();
         name.push(0);
-        let mut values: Vec<u64> = launch.args.iter().map(|a| a.bits()).collect();
         let mut pointers: Vec<*mut c_void> = values.iter_mut().map(|v| std::ptr::from_mut(v).cast()).collect();
         let mut message = [0u8; 512];
-        let block = [launch.block, 1, 1];
+        let block = [block, 1, 1];
         let loaded = locked(&loaded);
         // SAFETY: all pointers outlive the call, and there are as many arguments as is said; the kernel itself is trusted
         // as far as guard zones do not show that it should not be.
         unsafe {
             (loaded.run)(
                 name.as_ptr().cast(),
-                launch.grid.as_ptr(),
+                grid.as_ptr(),
                 block.as_ptr(),
-                launch.shared,
+                shared,
                 pointers.as_mut_ptr(),
                 pointers.len() as u32,
                 message.as_mut_ptr().cast(),
@@ -287,9 +425,9 @@ impl Emulator {
         }
         let end = message.iter().position(|b| *b == 0).unwrap_or(message.len());
         if end > 0 {
-            return Err(failed(launch.kernel, String::from_utf8_lossy(&message[..end])));
+            return Err(failed(kernel, String::from_utf8_lossy(&message[..end])));
         }
-        self.check_guards(launch.kernel)
+        self.check_guards(kernel)
     }
 
     fn module(&self, module: Module) -> Result<Arc<Mutex<Loaded>>, Error> {
@@ -349,18 +487,24 @@ impl Emulator {
     }
 
     pub(super) fn gemm(&self, gemm: &Gemm<'_>, tf32: bool) -> Result<(), Error> {
-        let (mut a, mut b) = (values(&gemm.a, gemm.m, gemm.k), values(&gemm.b, gemm.k, gemm.n));
+        let Gemm { m, n, k, alpha, beta, a, b, c } = gemm;
+        let [a, b, c] = [a, b, c].map(Operand::from);
+        self.ask(Work::Product(Product { sizes: [*m, *n, *k], factors: [*alpha, *beta], a, b, c }, tf32))
+    }
+
+    fn product_now(&self, product: Product, tf32: bool) -> Result<(), Error> {
+        let Product { sizes: [m, n, k], factors: [alpha, beta], a, b, c } = product;
+        let (mut a, mut b) = (values(a, m, k), values(b, k, n));
         if tf32 {
             // Cut off, which is the worst that rounding to TF32 can be.
             a.iter_mut().chain(&mut b).for_each(|x| *x = f32::from_bits(x.to_bits() & !0x1FFF));
         }
-        for i in 0..gemm.m {
-            for j in 0..gemm.n {
-                let at = gemm.c.at(gemm.c.offset + i * gemm.c.stride + j);
-                let sum: f32 = (0..gemm.k).map(|k| a[i * gemm.k + k] * b[k * gemm.n + j]).sum();
+        for i in 0..m {
+            for j in 0..n {
+                let sum: f32 = (0..k).map(|x| a[i * k + x] * b[x * n + j]).sum();
                 // With a factor of 0 what is there is not read: it may be NaN.
-                let before = if gemm.beta == 0.0 { 0.0 } else { gemm.beta * get(&at) };
-                set(&at, gemm.alpha * sum + before);
+                let before = if beta == 0.0 { 0.0 } else { beta * get(c, i, j) };
+                set(c, i, j, alpha * sum + before);
             }
         }
         self.check_guards("gemm")
@@ -368,36 +512,34 @@ impl Emulator {
 }
 
 /// The operand as the product sees it, [rows, cols].
-fn values(matrix: &Matrix<'_>, rows: usize, cols: usize) -> Vec<f32> {
-    let mut values = Vec::with_capacity(rows * cols);
-    for i in 0..rows {
-        for j in 0..cols {
-            let (row, col) = if matrix.transposed { (j, i) } else { (i, j) };
-            values.push(get(&matrix.at(matrix.offset + row * matrix.stride + col)));
-        }
-    }
-    values
+fn values(matrix: Operand, rows: usize, cols: usize) -> Vec<f32> {
+    let at = |i: usize, j: usize| if matrix.transposed { get(matrix, j, i) } else { get(matrix, i, j) };
+    (0..rows).flat_map(|i| (0..cols).map(move |j| at(i, j))).collect()
 }
 
-/// The first element of `matrix`.
+/// Element (i, j) of `matrix` as it is stored.
 #[allow(unsafe_code)]
-fn get(matrix: &Matrix<'_>) -> f32 {
+fn get(matrix: Operand, i: usize, j: usize) -> f32 {
+    let at = (i * matrix.stride + j) * matrix.dtype.bytes();
+    let address = matrix.address + at as u64;
     // SAFETY: `Gemm::check` has shown that every element lies in its buffer, which is memory of this process.
     unsafe {
         match matrix.dtype {
-            Dtype::F32 => (matrix.address() as *const f32).read_unaligned(),
-            Dtype::BF16 => (matrix.address() as *const bf16).read_unaligned().to_f32(),
+            Dtype::F32 => (address as *const f32).read_unaligned(),
+            Dtype::BF16 => (address as *const bf16).read_unaligned().to_f32(),
         }
     }
 }
 
 #[allow(unsafe_code)]
-fn set(matrix: &Matrix<'_>, value: f32) {
+fn set(matrix: Operand, i: usize, j: usize, value: f32) {
+    let at = (i * matrix.stride + j) * matrix.dtype.bytes();
+    let address = matrix.address + at as u64;
     // SAFETY: as for reading.
     unsafe {
         match matrix.dtype {
-            Dtype::F32 => (matrix.address() as *mut f32).write_unaligned(value),
-            Dtype::BF16 => (matrix.address() as *mut bf16).write_unaligned(bf16::from_f32(value)),
+            Dtype::F32 => (address as *mut f32).write_unaligned(value),
+            Dtype::BF16 => (address as *mut bf16).write_unaligned(bf16::from_f32(value)),
         }
     }
 }

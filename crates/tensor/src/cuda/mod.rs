@@ -15,6 +15,7 @@ mod driver;
 mod emulator;
 mod error;
 mod gemm;
+pub mod graph;
 pub mod kernels;
 #[cfg(test)]
 pub(crate) mod lab;
@@ -74,6 +75,10 @@ pub struct Gpu {
     tf32: AtomicBool,
     /// Bytes of page-locked memory of the processor.
     host_bytes: AtomicUsize,
+    /// Whether work is being recorded, what went wrong with it, and whether that happened before.
+    records: AtomicBool,
+    record_failure: Mutex<Option<Error>>,
+    records_failed: AtomicBool,
 }
 
 /// Tables that are kept for further launches.
@@ -159,9 +164,18 @@ impl Gpu {
     }
 
     fn new(backend: Backend) -> Arc<Self> {
-        let [poisons, tf32] = [(); 2].map(|()| AtomicBool::new(false));
-        let host_bytes = AtomicUsize::new(0);
-        Arc::new(Self { backend, failure: OnceLock::new(), tables: Mutex::default(), poisons, tf32, host_bytes })
+        let [poisons, tf32, records, records_failed] = [(); 4].map(|()| AtomicBool::new(false));
+        Arc::new(Self {
+            backend,
+            failure: OnceLock::new(),
+            tables: Mutex::default(),
+            poisons,
+            tf32,
+            host_bytes: AtomicUsize::new(0),
+            records,
+            record_failure: Mutex::default(),
+            records_failed,
+        })
     }
 
     /// The device's name.
@@ -208,6 +222,11 @@ impl Gpu {
     fn attempt<T>(&self, f: impl FnOnce() -> Result<T, Error>) -> Option<T> {
         if self.failure.get().is_some() {
             return None;
+        }
+        if self.records.load(Ordering::Relaxed) {
+            // What cannot be recorded is done without a record.
+            let mut failure = locked(&self.record_failure);
+            return if failure.is_some() { None } else { f().map_err(|e| *failure = Some(e)).ok() };
         }
         f().map_err(|e| self.failure.set(e)).ok()
     }
@@ -284,6 +303,10 @@ impl Buffer {
 
     pub(crate) fn bytes(&self) -> usize {
         self.bytes
+    }
+
+    pub(crate) fn address(&self) -> u64 {
+        self.address
     }
 
     /// Copies `from` to the bytes from `at` on.

@@ -1,6 +1,6 @@
 //! What the launchers of a GPU ask for besides the tensors they are given, for those who plan its memory.
 
-use super::{TABLES_KEPT, attention, cross_entropy, cublaslt, decode, linear, optimizer};
+use super::{TABLES_KEPT, attention, cross_entropy, cublaslt, decode, dequantize, linear, optimizer};
 use crate::ops::adamw_8bit;
 use crate::ops::attention::Heads;
 use crate::{Dtype, nf4};
@@ -47,6 +47,11 @@ pub fn attention_sums(tokens: usize, heads: Heads) -> usize {
 /// Bytes of the partial results of attention of `rows` tokens over up to `num_keys` cached ones each.
 pub fn decoding(rows: usize, num_keys: usize, heads: Heads) -> usize {
     allocated(decode::parts_bytes(rows, num_keys, heads))
+}
+
+/// Whether a quantised matrix is decoded to multiply `rows` rows.
+pub fn decodes(rows: usize) -> bool {
+    rows > dequantize::MOST_ROWS
 }
 
 /// Bytes of the partial sums of the norm of `tensors` gradients.

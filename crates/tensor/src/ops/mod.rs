@@ -7,6 +7,7 @@ pub mod adamw;
 pub mod adamw_8bit;
 pub mod adamw_offloaded;
 pub mod attention;
+pub mod attention_cached;
 pub mod attention_decode;
 pub mod dropout;
 pub mod embedding;

@@ -16,6 +16,11 @@ impl Angles {
         self.cos.capacity_bytes() + self.sin.capacity_bytes()
     }
 
+    /// Where cosines and sines are on a GPU.
+    pub fn addresses(&self) -> [u64; 2] {
+        [self.cos.address(), self.sin.address()]
+    }
+
     /// Fills the table for `positions` [T] and inverse `frequencies` [D/2] (radians a position). The angle is rounded to f32
     /// before its sine is taken, as the reference implementation does.
     pub fn fill(&mut self, positions: &[u32], frequencies: &[f32]) {
