@@ -150,9 +150,10 @@ pub fn measure_decode(
     let mut tokens = sample::rows(model.feed(&parts, &mut cache, &mut ws), &greedy, &mut scratch);
     device.synchronize()?;
     let mut start = Instant::now();
-    // The first of the new tokens warms up.
+    // Until buffers have their sizes and the pass is recorded.
+    let warm = 3.min(new - 1);
     for i in 0..new {
-        if i == 1 {
+        if i == warm {
             device.synchronize()?;
             start = Instant::now();
         }
@@ -160,7 +161,7 @@ pub fn measure_decode(
         tokens = sample::rows(model.feed(&parts, &mut cache, &mut ws), &greedy, &mut scratch);
     }
     device.synchronize()?;
-    let seconds = start.elapsed().as_secs_f64() / (new - 1).max(1) as f64;
+    let seconds = start.elapsed().as_secs_f64() / (new - warm) as f64;
     let tokens_per_s = sequences as f64 / seconds;
     // Of the embedding a few rows are read, unless it is the head too.
     let weights: usize = model.parameters.iter().map(|p| p.value.num_bytes()).sum();
