@@ -76,6 +76,14 @@ impl KvCache {
         self.len = self.len.min(len);
     }
 
+    /// Keys and values of all layers on a GPU, with room for one more token; `None` on the processor and while there are none.
+    pub(crate) fn device_rows(&mut self) -> Option<&mut [(Tensor, Tensor)]> {
+        let Layers::Device(layers) = &mut self.layers else { return None };
+        assert!(self.len < self.capacity, "the cache holds {} tokens", self.capacity);
+        layers.iter_mut().for_each(|(k, v)| [k, v].into_iter().for_each(|all| make_room(all, self.len, 1)));
+        Some(layers)
+    }
+
     /// Writes `k` and `v` [T, K·D] of `layer` behind the cached tokens. An empty cache goes where they are.
     pub(crate) fn write(&mut self, layer: usize, k: &Tensor, v: &Tensor) {
         assert!(self.len + k.rows() <= self.capacity, "the cache holds {} tokens", self.capacity);
@@ -159,14 +167,22 @@ const STEP: usize = 256;
 
 /// Puts the rows of `new` behind the first `kept` rows of `all`; what was there behind them is forgotten.
 fn append(all: &mut Tensor, kept: usize, new: &Tensor) {
-    let (rows, cols) = (kept + new.rows(), new.cols());
-    if all.capacity_bytes() < new.dtype().bytes() * rows * cols || all.device() != new.device() {
-        let mut larger = Tensor::zeros_on(&new.device(), new.dtype(), &[rows.next_multiple_of(STEP), cols]);
+    if all.device() != new.device() {
+        *all = Tensor::zeros_on(&new.device(), new.dtype(), &[0, new.cols()]);
+    }
+    make_room(all, kept, new.rows());
+    all.copy_rows(kept, new, new.rows());
+}
+
+/// Makes `all` as many rows as the first `kept`, which stay, and `more`.
+fn make_room(all: &mut Tensor, kept: usize, more: usize) {
+    let (rows, cols) = (kept + more, all.cols());
+    if all.capacity_bytes() < all.dtype().bytes() * rows * cols {
+        let mut larger = Tensor::zeros_on(&all.device(), all.dtype(), &[rows.next_multiple_of(STEP), cols]);
         if kept > 0 {
             larger.copy_rows(0, all, kept);
         }
         *all = larger;
     }
     all.resize(&[rows, cols]);
-    all.copy_rows(kept, new, new.rows());
 }

@@ -2,7 +2,7 @@
 
 use crate::{Config, KvCache};
 use tunesmith_tensor::ops::attention::{self, Heads, Segment};
-use tunesmith_tensor::ops::{attention_cached, rows};
+use tunesmith_tensor::ops::rows;
 use tunesmith_tensor::{Device, Dtype, Tensor};
 
 /// A cache with a number of places; each holds a sequence of up to `capacity` tokens. See [`Llama::feed`](crate::Llama::feed).
@@ -134,31 +134,12 @@ impl Sequences {
         attention::forward_cached(q, all_k, all_v, segments, *heads, o);
     }
 
-    /// As [`Sequences::attend`] for one new token of each sequence, where `places` says.
-    ///
-    /// # Panics
-    /// When the cache is not on a GPU.
-    pub(crate) fn attend_at(
-        &mut self,
-        layer: usize,
-        qkv: (&Tensor, &Tensor, &Tensor),
-        places: &attention_cached::Places,
-        o: &mut Tensor,
-    ) {
-        let Places::Device(DeviceCache { layers, heads, .. }) = &mut self.places else {
-            panic!("the sequences are on the processor");
-        };
-        let (all_k, all_v) = &mut layers[layer];
-        places.attend(qkv, (all_k, all_v), *heads, o);
-    }
-
-    /// Addresses of keys and values on a GPU.
-    pub(crate) fn addresses(&self) -> impl Iterator<Item = u64> {
-        let layers = match &self.places {
-            Places::Host(_) => &[][..],
-            Places::Device(cache) => &cache.layers,
-        };
-        layers.iter().flat_map(|(k, v)| [k.address(), v.address()])
+    /// Keys and values of all layers on a GPU; `None` on the processor.
+    pub(crate) fn device_rows(&mut self) -> Option<&mut [(Tensor, Tensor)]> {
+        match &mut self.places {
+            Places::Host(_) => None,
+            Places::Device(cache) => Some(&mut cache.layers),
+        }
     }
 
     /// Counts the new tokens of `parts` (place, how many) on a GPU; caches of the processor count their own.

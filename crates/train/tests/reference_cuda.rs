@@ -219,6 +219,7 @@ fn greedy_continuation_with_the_cache() {
     let (new, _) = generate(&llama, &want[..16], &mut cache, &mut sampler, &[], 24, &mut ws, go_on).unwrap();
     device.synchronize().unwrap();
     assert_eq!(new, want[16..]);
+    assert!(ws.is_recorded());
 }
 
 /// What each of `prompts` becomes on the processor, on its own.

@@ -78,6 +78,9 @@ impl Llama {
     /// # Panics
     /// As [`Llama::decode`].
     pub fn decode_logits<'w>(&self, ids: &[u32], cache: &mut KvCache, ws: &'w mut Workspace) -> &'w mut Tensor {
+        if ids.len() == 1 && self.device() != Device::Cpu && self.decode_recorded(ids, cache, ws) {
+            return &mut ws.logits;
+        }
         let (buffers, logits) = (&mut ws.generation, &mut ws.logits);
         let mut pieces = ids.chunks(PIECE).peekable();
         while let Some(piece) = pieces.next() {
@@ -114,6 +117,18 @@ impl Llama {
             cache.advance(piece.len());
         }
         &mut ws.logits
+    }
+
+    /// One token on a GPU, recorded when it comes again. Says whether it was done: not before a prompt, nor without a kernel for it.
+    fn decode_recorded(&self, ids: &[u32], cache: &mut KvCache, ws: &mut Workspace) -> bool {
+        let len = cache.len();
+        let Some(rows) = cache.device_rows().filter(|_| len > 0) else { return false };
+        self.embed_tokens(ids, std::iter::once(len as u32), &mut ws.generation);
+        let done = self.token_pass(&[len as u32], &[Segment { queries: 0..1, keys: 0..len + 1 }], rows, ws);
+        if done {
+            cache.advance(1);
+        }
+        done
     }
 
     /// Keeps every matrix as integers from now on: [`Llama::decode`] then rounds what they multiply to 8 bits

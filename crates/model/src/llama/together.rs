@@ -4,6 +4,7 @@
 use super::decode::Buffers;
 use super::{K, Llama, Q, V, Workspace};
 use crate::Sequences;
+use tunesmith_tensor::ops::attention::Segment;
 use tunesmith_tensor::ops::linear::Into::Overwrite;
 use tunesmith_tensor::ops::products::{self, Product};
 use tunesmith_tensor::ops::{linear, rmsnorm, rope, rows};
@@ -98,25 +99,43 @@ impl Llama {
         rmsnorm::forward(stream_td, self.tensor(self.norm), self.config.rms_norm_eps, normed_td, rstd_t);
     }
 
-    /// On a GPU: one token of each sequence up to the logits, recorded when it comes again. Says whether there is a kernel for it.
+    /// On a GPU: one token of each sequence up to the logits. Says whether there is a kernel for it.
     fn feed_recorded(&self, parts: &[(usize, &[u32])], sequences: &mut Sequences, ws: &mut Workspace) -> bool {
-        let Workspace { generation: buffers, logits, .. } = ws;
         let counts: Vec<(usize, usize)> = parts.iter().map(|(place, _)| (*place, 1)).collect();
         let (index, segments) = sequences.layout(&counts);
-        self.embed_parts(parts, sequences, buffers);
+        self.embed_parts(parts, sequences, &mut ws.generation);
+        let Some(rows) = sequences.device_rows() else { return false };
+        let done = self.token_pass(&index, &segments, rows, ws);
+        if done {
+            sequences.advance(&counts);
+        }
+        done
+    }
+
+    /// One embedded token of each sequence on a GPU, whose keys and values go to the rows `index` of `cache`, up to the logits: recorded
+    /// when it comes again. Says whether there is a kernel for it.
+    pub(super) fn token_pass(
+        &self,
+        index: &[u32],
+        segments: &[Segment],
+        cache: &mut [(Tensor, Tensor)],
+        ws: &mut Workspace,
+    ) -> bool {
+        let Workspace { generation: buffers, logits, .. } = ws;
         let mut places = std::mem::take(&mut buffers.places);
-        let taken = places.set(&buffers.stream_td, &index, &segments, self.heads());
+        let taken = places.set(&buffers.stream_td, index, segments, self.heads());
         if taken {
             // Everything that launches depend on: what is computed, and where everything is.
             let weights = self.parameters.iter().map(|p| p.value.address());
-            let mut key: Vec<u64> = [parts.len() as u64, self.adapter_enabled.into(), logits.address()].into();
-            key.extend(places.key().chain(buffers.addresses()).chain(sequences.addresses()).chain(weights));
+            let mut key: Vec<u64> = [index.len() as u64, self.adapter_enabled.into(), logits.address()].into();
+            key.extend(places.key().chain(buffers.addresses()).chain(weights));
+            key.extend(cache.iter().flat_map(|(k, v)| [k.address(), v.address()]));
             let mut recorded = std::mem::take(&mut buffers.recorded);
             recorded.run(&self.device(), key, || {
-                for l in 0..self.layers.len() {
+                for (l, (all_k, all_v)) in cache.iter_mut().enumerate() {
                     self.keys_and_values(l, buffers);
                     let Buffers { q_th, k_tk, v_tk, o_th, .. } = &mut *buffers;
-                    sequences.attend_at(l, (&*q_th, &*k_tk, &*v_tk), &places, o_th);
+                    places.attend((&*q_th, &*k_tk, &*v_tk), (all_k, all_v), self.heads(), o_th);
                     self.finish_layer(l, buffers);
                 }
                 let Buffers { stream_td, normed_td, rstd_t, .. } = &mut *buffers;
@@ -124,9 +143,8 @@ impl Llama {
                 linear::logits(normed_td, self.head_weight(), logits);
             });
             // A record changes no shape, and another pass may have been in between.
-            logits.resize_on(&self.device(), Dtype::F32, &[parts.len(), self.config.vocab_size]);
+            logits.resize_on(&self.device(), Dtype::F32, &[index.len(), self.config.vocab_size]);
             buffers.recorded = recorded;
-            sequences.advance(&counts);
         }
         buffers.places = places;
         taken
