@@ -10,7 +10,7 @@ mod weights;
 use crate::optimizer::{AdamW, AdamWOptions, Optim, clip_coefficient, gradient_norm};
 use crate::selftest::{Check, small, worst};
 use crate::{Error, Result};
-use tunesmith_model::{AdapterConfig, Batch, Gradients, KvCache, Llama, LossOptions, Recompute, Workspace};
+use tunesmith_model::{AdapterConfig, Batch, Config, Gradients, KvCache, Llama, LossOptions, Recompute, Workspace};
 use tunesmith_tensor::ops::attention::{Heads, Segment};
 use tunesmith_tensor::ops::linear::{Adapter, Into};
 use tunesmith_tensor::ops::{
@@ -287,6 +287,16 @@ fn batch() -> Batch {
         batch.push(&ids, &vec![true; ids.len()]);
     }
     batch
+}
+
+/// A model with heads of 32 elements, two of which share keys and values.
+fn shape(hidden: u32, layers: u32, vocab: u32, tied: bool) -> Result<Config> {
+    let config = serde_json::json!({
+        "model_type": "llama", "vocab_size": vocab, "hidden_size": hidden, "intermediate_size": 2 * hidden,
+        "num_hidden_layers": layers, "num_attention_heads": hidden / 64 * 2, "num_key_value_heads": hidden / 64, "head_dim": 32,
+        "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "rope_theta": 10_000.0, "tie_word_embeddings": tied,
+    });
+    Ok(Config::from_json(&config.to_string(), "a shape of gpu-check")?)
 }
 
 /// Losses and gradient norms of `steps` steps.

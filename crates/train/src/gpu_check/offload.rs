@@ -1,10 +1,10 @@
 //! What waits in the processor's memory while a GPU trains, against the same run without it.
 
-use super::Check;
+use super::{Check, shape};
 use crate::Result;
 use crate::optimizer::{AdamW, AdamWOptions, Optim, gradient_norm};
 use tunesmith_model::{
-    AdapterConfig, Batch, Config, Gradients, LINEAR_NAMES, Llama, LossOptions, Modules, Recompute, Workspace,
+    AdapterConfig, Batch, Gradients, LINEAR_NAMES, Llama, LossOptions, Modules, Recompute, Workspace,
 };
 use tunesmith_tensor::{Device, Dtype};
 
@@ -12,12 +12,7 @@ use tunesmith_tensor::{Device, Dtype};
 /// differ, whatever the copies and the work overtake.
 pub(super) fn check(device: &Device, dtype: Dtype, small: bool, observe: &mut dyn FnMut(Check)) -> Result<()> {
     let (hidden, layers, vocab, tokens) = if small { (64, 3, 300, 40) } else { (1024, 8, 8192, 2048) };
-    let config = serde_json::json!({
-        "model_type": "llama", "vocab_size": vocab, "hidden_size": hidden, "intermediate_size": 2 * hidden,
-        "num_hidden_layers": layers, "num_attention_heads": hidden / 64 * 2, "num_key_value_heads": hidden / 64, "head_dim": 32,
-        "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "rope_theta": 10_000.0, "tie_word_embeddings": false,
-    });
-    let config = Config::from_json(&config.to_string(), "a shape of gpu-check")?;
+    let config = shape(hidden, layers, vocab, false)?;
     let adapter = AdapterConfig {
         r: 8,
         target_modules: Modules::List(LINEAR_NAMES.map(String::from).to_vec()),

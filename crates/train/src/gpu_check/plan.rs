@@ -1,11 +1,11 @@
 //! What was planned of a GPU's memory against the peak of its allocator.
 
-use super::Check;
+use super::{Check, shape};
 use crate::Result;
 use crate::optimizer::{AdamW, AdamWOptions, Optim, gradient_norm};
 use tunesmith_model::memory::PassShape;
 use tunesmith_model::memory::gpu::{OnGpu, dense_bytes, float_bytes, training_bytes};
-use tunesmith_model::{Batch, Config, Gradients, Llama, LossOptions, Recompute, Workspace};
+use tunesmith_model::{Batch, Gradients, Llama, LossOptions, Recompute, Workspace};
 use tunesmith_tensor::cuda::sizes;
 use tunesmith_tensor::{Device, Dtype};
 
@@ -13,12 +13,7 @@ use tunesmith_tensor::{Device, Dtype};
 pub(super) fn check(device: &Device, dtype: Dtype, small: bool, observe: &mut dyn FnMut(Check)) -> Result<()> {
     let Some(gpu) = device.gpu() else { return Ok(()) };
     let (hidden, layers, vocab, tokens) = if small { (64, 2, 300, 90) } else { (1024, 4, 8192, 2048) };
-    let config = serde_json::json!({
-        "model_type": "llama", "vocab_size": vocab, "hidden_size": hidden, "intermediate_size": 2 * hidden,
-        "num_hidden_layers": layers, "num_attention_heads": hidden / 64 * 2, "num_key_value_heads": hidden / 64, "head_dim": 32,
-        "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "rope_theta": 10_000.0, "tie_word_embeddings": true,
-    });
-    let config = Config::from_json(&config.to_string(), "a shape of gpu-check")?;
+    let config = shape(hidden, layers, vocab, true)?;
     for recompute in Recompute::ALL {
         let (before, _) = gpu.memory();
         gpu.reset_peak();
