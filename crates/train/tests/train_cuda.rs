@@ -3,6 +3,7 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
+use tunesmith_model::memory::Offload;
 use tunesmith_model::{Checkpoint, Llama, Storage};
 use tunesmith_tensor::Device;
 use tunesmith_tensor::cuda::Gpu;
@@ -94,10 +95,17 @@ fn a_run_on_the_device_follows_the_processor_and_resumes() {
             assert!((loss / want_loss - 1.0).abs() < bound, "{dtype}: {got:?} {want:?}");
             assert!((norm / want_norm - 1.0).abs() < bound, "{dtype}: {got:?} {want:?}");
         }
-        // Half of it, and the rest from its checkpoint: the same numbers and the same file.
+        // Half of it, and the rest from its checkpoint: the same numbers and the same file, and so with what can wait in the
+        // processor's memory there.
         let output = folder.path().join(format!("{dtype}-resumed"));
-        run(&config(&output, "cuda:0", Some(dtype), 2), &device, false);
-        let rest = config(&output, "cuda:0", Some(dtype), 4);
+        let offloading = |steps| {
+            let mut config = config(&output, "cuda:0", Some(dtype), steps);
+            config.training.offload = Offload { activations: true, optimizer: true, embedding: false };
+            config
+        };
+        run(&offloading(2), &device, false);
+        assert_eq!(device.gpu().unwrap().host_memory(), 0, "it is given back");
+        let rest = offloading(4);
         let resumed = run(&rest, &device, true);
         assert_eq!(curve(&rest), got, "{dtype}");
         let file = |outcome: &Outcome| std::fs::read(outcome.weights.join("adapter_model.safetensors")).unwrap();
