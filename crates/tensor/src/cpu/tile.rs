@@ -336,6 +336,7 @@ mod tests {
 
     /// The product of every instruction set that this processor has, with its panel width.
     fn products() -> Vec<(usize, Product)> {
+        #[cfg_attr(not(target_arch = "x86_64"), expect(unused_mut))]
         let mut all: Vec<(usize, Product)> = vec![(panel_width(), product)];
         #[cfg(target_arch = "x86_64")]
         if level() != Level::Baseline {
