@@ -6,7 +6,9 @@
 
 use crate::llama::{Llama, Parameter};
 use crate::{Config, Error, Result};
+use std::borrow::Cow;
 use std::collections::BTreeMap;
+use tunesmith_tensor::ops::rows;
 use tunesmith_tensor::{Device, Tensor, Weight};
 
 /// The matrices that have a row for each token, as PEFT names them.
@@ -212,24 +214,24 @@ impl Llama {
             let TokenRows { ids, rows, matrix, base, .. } = &self.token_rows[at];
             // An adapter's parameters stand behind those of the base model.
             let (matrices, others) = self.parameters.split_at_mut(*rows);
-            let host = others[0].host();
-            let from: &Tensor = if adapted { &host } else { base };
-            let copy = |to: &mut Tensor| {
-                ids.iter().enumerate().for_each(|(row, id)| to.row_mut(*id as usize).copy_from_slice(from.row(row)));
+            let (own, matrix) = (&others[0], matrices[*matrix].value.tensor_mut());
+            let device = matrix.device();
+            let from = match adapted {
+                // In bf16 the upper halves, to which the whole values are rounded.
+                true if own.value.device() == device => Cow::Borrowed(own.value.tensor()),
+                true => own.host(),
+                false => Cow::Borrowed(base),
             };
-            let matrix = &mut matrices[*matrix];
-            if matrix.value.device() == Device::Cpu {
-                copy(matrix.value.tensor_mut());
-            } else {
-                let mut whole = matrix.host().into_owned();
-                copy(&mut whole);
-                matrix.assign(whole);
-            }
+            let from = match from.device() == device {
+                true => from,
+                false => Cow::Owned(from.to_device(&device, matrix.dtype())),
+            };
+            rows::scatter(&from, ids, matrix);
         }
     }
 
     /// The rows of tokens that the attached adapter has: module and rows [n, d], on the processor.
-    pub fn adapter_token_rows(&self) -> impl Iterator<Item = (&str, std::borrow::Cow<'_, Tensor>)> {
+    pub fn adapter_token_rows(&self) -> impl Iterator<Item = (&str, Cow<'_, Tensor>)> {
         self.token_rows.iter().map(|rows| (rows.module.as_str(), self.parameters[rows.rows].host()))
     }
 
@@ -250,9 +252,9 @@ impl Llama {
     }
 }
 
-fn dense(value: &Weight) -> std::borrow::Cow<'_, Tensor> {
+fn dense(value: &Weight) -> Cow<'_, Tensor> {
     match value.dense() {
-        Some(dense) => std::borrow::Cow::Borrowed(dense),
-        None => std::borrow::Cow::Owned(value.to_tensor()),
+        Some(dense) => Cow::Borrowed(dense),
+        None => Cow::Owned(value.to_tensor()),
     }
 }

@@ -131,15 +131,17 @@ impl Lab<'_> {
         })?;
         let ids: Vec<u32> = (0..t).map(|_| self.rng.below(50)).collect();
         let inputs = vec![self.random(&[50, d]), self.random(&[t, d])];
-        self.compare("embedding", "rows, gradient of the table", inputs, |x| {
+        self.compare("embedding", "rows, gradient of the table and of single rows", inputs, |x| {
             let (mut y, mut picked) = (Tensor::default(), Tensor::default());
             embedding::forward(&x[0].clone().into(), &ids, &mut y);
             let mut d_table = Tensor::zeros_on(&x[0].device(), Dtype::F32, x[0].shape());
             embedding::backward(&x[1], &ids, &mut d_table);
+            let mut d_rows = Tensor::zeros_on(&x[0].device(), Dtype::F32, &[20, d]);
+            embedding::backward_rows(&x[1], &ids, &listed(20, 50), &mut d_rows);
             rows::gather(&x[0], &[49, 0, 7], &mut picked);
             let mut put = x[0].clone();
             rows::scatter(&picked, &[1, 2, 3], &mut put);
-            vec![y, d_table, put]
+            vec![y, d_table, d_rows, put]
         })?;
         let inputs = vec![self.random(&[t, d]), self.random(&[t, d])];
         let mask = dropout::Mask { p: 0.2, seed: 9, stream: 7, first_row: 3 };
@@ -249,19 +251,21 @@ impl Lab<'_> {
         let targets: Vec<u32> = (0..n).map(|_| self.rng.below(vocab as u32)).collect();
         let weights: Vec<f32> = (0..n).map(|_| self.rng.below(5) as f32 * 0.5).collect();
         let inputs = vec![self.random(&[n, d]), self.random(&[vocab, d])];
-        self.compare("head and loss", "loss, gradients of hidden states and head", inputs.clone(), |x| {
+        let own = listed(self.pick(3, 77), vocab as u32);
+        self.compare("head and loss", "loss, gradients of hidden states, head and single rows", inputs.clone(), |x| {
             let weight = Weight::from(x[1].clone());
             let (mut scratch, mut loss, mut d_h) = (Default::default(), Vec::new(), Tensor::default());
             let mut d_w = Tensor::zeros_on(&x[0].device(), Dtype::F32, x[1].shape());
+            let mut d_own = Tensor::zeros_on(&x[0].device(), Dtype::F32, &[own.len(), d]);
             let gradients = linear_cross_entropy::Gradients {
                 scale: 0.25,
                 weights: Some(&weights),
                 d_h: &mut d_h,
                 d_w: Some(&mut d_w),
-                d_rows: None,
+                d_rows: Some(linear_cross_entropy::HeadRows { ids: &own, d_w: &mut d_own }),
             };
             linear_cross_entropy::forward_backward(&x[0], &weight, &targets, 0.1, &mut scratch, &mut loss, gradients);
-            vec![Tensor::from_slice(&[loss.len()], &loss), d_h, d_w]
+            vec![Tensor::from_slice(&[loss.len()], &loss), d_h, d_w, d_own]
         })?;
         self.compare("greedy tokens", "token", inputs, |x| {
             let mut logits = Tensor::default();
@@ -272,6 +276,12 @@ impl Lab<'_> {
             vec![Tensor::from_slice(&[tokens.len()], &tokens)]
         })
     }
+}
+
+/// `count` numbers below `end`, ascending, the last among them.
+fn listed(count: usize, end: u32) -> Vec<u32> {
+    let count = count as u32;
+    (0..count).map(|i| end - 1 - (count - 1 - i) * (end / count)).collect()
 }
 
 fn to_bf16(x: f32) -> f32 {
@@ -322,15 +332,22 @@ fn models(device: &Device, dtype: Dtype, size: Size, observe: &mut dyn FnMut(Che
         observe(Check { model: dtype.name().into(), check, compared: compared.into(), error, bound });
     };
     let curve_bound = if dtype == Dtype::F32 { 1e-3 } else { 3e-2 };
-    for (method, optim) in
-        [("full", Optim::AdamW), ("full, 8-bit moments", Optim::AdamW8bit), ("LoRA with dropout", Optim::AdamW)]
-    {
+    for (method, optim) in [
+        ("full", Optim::AdamW),
+        ("full, 8-bit moments", Optim::AdamW8bit),
+        ("LoRA with dropout", Optim::AdamW),
+        ("LoRA with rows of tokens", Optim::AdamW),
+    ] {
         let start = || -> Result<Llama> {
             let mut model = small("plain")?;
             if method.starts_with("full") {
                 model.train_all();
             } else {
                 model.add_adapter(&AdapterConfig { r: 4, lora_dropout: 0.1, ..AdapterConfig::default() }, 1)?;
+            }
+            if method.ends_with("tokens") {
+                // Two that occur in the batch, and one that is new.
+                model.train_tokens(&[7, 200, model.config.vocab_size as u32])?;
             }
             Ok(model)
         };

@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, clippy::print_stdout)]
 
 use std::path::{Path, PathBuf};
+use tunesmith_model::token_rows::token_indices;
 use tunesmith_model::{
     AdapterConfig, Batch, Checkpoint, Gradients, LINEAR_NAMES, Llama, LossOptions, Modules, Recompute, Storage,
     Workspace,
@@ -30,7 +31,12 @@ fn measured(config: &Config, checkpoint: &Checkpoint, adapter: Option<&AdapterCo
     let device = Device::Cuda(Gpu::emulated(&binary.with_file_name("emulator")).unwrap());
     let mut model = Llama::load(checkpoint, config.model.storage, |_, _| ()).unwrap();
     match adapter {
-        Some(adapter) => model.add_adapter(adapter, 1).unwrap(),
+        Some(adapter) => {
+            model.add_adapter(adapter, 1).unwrap();
+            if let Some(ids) = adapter.trainable_token_indices.get("lm_head") {
+                model.train_tokens(ids).unwrap();
+            }
+        }
         None => model.train_all(),
     }
     let offload = config.training.offload;
@@ -74,8 +80,12 @@ fn the_allocator_holds_what_was_planned() {
         target_modules: Modules::List(LINEAR_NAMES.map(String::from).to_vec()),
         ..AdapterConfig::default()
     };
+    let ids: Vec<u32> = (0..100).map(|i| 5 * i).collect();
+    let tokens = AdapterConfig { trainable_token_indices: token_indices(checkpoint.config(), &ids), ..lora.clone() };
     for (method, storage, recompute, optim, dtype, offload) in [
         ("lora", Storage::F32, Recompute::None, "adamw", Dtype::F32, "[]"),
+        ("tokens", Storage::F32, Recompute::Norms, "adamw", Dtype::F32, "[]"),
+        ("tokens", Storage::F32, Recompute::Block, "adamw_8bit", Dtype::BF16, r#"["activations", "optimizer"]"#),
         ("lora", Storage::F32, Recompute::Norms, "adamw", Dtype::BF16, r#"["embedding"]"#),
         ("lora", Storage::Nf4, Recompute::Block, "adamw", Dtype::BF16, "[]"),
         ("lora", Storage::Nf4, Recompute::Block, "adamw", Dtype::BF16, r#"["embedding", "activations"]"#),
@@ -84,7 +94,7 @@ fn the_allocator_holds_what_was_planned() {
         ("full", Storage::F32, Recompute::Block, "adamw_8bit", Dtype::BF16, "[]"),
     ] {
         let sets = [
-            format!("method={method}"),
+            format!("method={}", if method == "full" { "full" } else { "lora" }),
             format!("model.storage={}", storage.name()),
             format!("training.recompute={recompute}"),
             format!("training.optim={optim}"),
@@ -95,7 +105,11 @@ fn the_allocator_holds_what_was_planned() {
             format!("dtype={}", dtype.name()),
         ];
         let config = Config::parse(&text, "tiny.toml", &sets).unwrap();
-        let adapter = (method == "lora").then_some(&lora);
+        let adapter = match method {
+            "full" => None,
+            "tokens" => Some(&tokens),
+            _ => Some(&lora),
+        };
         let (weights, largest_quantised) = checkpoint.gpu_weights(storage, dtype, adapter.is_none());
         let inputs = Inputs {
             config: &config,
@@ -103,7 +117,8 @@ fn the_allocator_holds_what_was_planned() {
             adapter,
             place: Place::Gpu { dtype, largest_quantised },
             weights,
-            embedding: Some(checkpoint.gpu_embedding(storage, dtype)),
+            // Rows that train are where they are placed.
+            embedding: (method != "tokens").then(|| checkpoint.gpu_embedding(storage, dtype)),
             other_weights: &[],
             loading: 0,
             baseline: 0,

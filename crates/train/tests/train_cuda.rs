@@ -4,7 +4,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 use tunesmith_model::memory::Offload;
-use tunesmith_model::{Checkpoint, Llama, Storage};
+use tunesmith_model::{AdapterFile, Checkpoint, Llama, Storage};
 use tunesmith_tensor::Device;
 use tunesmith_tensor::cuda::Gpu;
 use tunesmith_text::{ChatTemplate, Report, Tokenizer, prepare};
@@ -45,12 +45,13 @@ fn config(output: &Path, device: &str, dtype: Option<&str>, steps: u64) -> Confi
 
 fn run(config: &Config, device: &Device, resume: bool) -> Outcome {
     let folder = root().join("configs/tiny/model");
-    let tokenizer = Tokenizer::from_folder(&folder).unwrap();
+    let mut tokenizer = Tokenizer::from_folder(&folder).unwrap();
+    let new_tokens = tokenizer.add_tokens(&config.model.add_tokens, false).unwrap();
     let template = ChatTemplate::of(&tokenizer, None).unwrap();
     let data = config.output_dir.join("data");
     let report: Report = prepare(&data, &config.data, &tokenizer, template.as_ref(), &mut |_| ()).unwrap();
     let mut model = Llama::load(&Checkpoint::open(&folder).unwrap(), Storage::F32, |_, _| ()).unwrap();
-    prepare_model(config, &Start::default(), &mut model).unwrap();
+    prepare_model(config, &Start { new_tokens, ..Start::default() }, &mut model).unwrap();
     let job = Job {
         config,
         model: &mut model,
@@ -123,6 +124,50 @@ fn a_run_on_the_device_follows_the_processor_and_resumes() {
     assert!(rounded.iter().zip(&exact).all(|(a, b)| a != b), "{rounded:?} {exact:?}");
     for ((loss, norm), (want_loss, want_norm)) in rounded.iter().zip(&want) {
         assert!((loss / want_loss - 1.0).abs() < 1e-2 && (norm / want_norm - 1.0).abs() < 1e-2, "{rounded:?} {want:?}");
+    }
+    device.synchronize().unwrap();
+}
+
+/// An adapter with rows of added tokens, which occur in prompts and answers: as on the processor, and resumed to the bit.
+#[test]
+fn added_tokens_train_on_the_device_and_resume() {
+    let folder = tempfile::tempdir().unwrap();
+    let binary = std::env::current_exe().unwrap();
+    let device = Device::Cuda(Gpu::emulated(&binary.with_file_name("emulator")).unwrap());
+    let with_tokens = |name: &str, device: &str, dtype: Option<&str>, steps: u64| {
+        let mut config = config(&folder.path().join(name), device, dtype, steps);
+        config.model.add_tokens = ["comes", "12"].map(String::from).to_vec();
+        config
+    };
+    let rows = |outcome: &Outcome| {
+        let adapter = AdapterFile::open(&outcome.weights).unwrap();
+        assert_eq!(adapter.config.trainable_token_indices["embed_tokens"].len(), 2);
+        adapter.token_rows["embed_tokens"].data().to_vec()
+    };
+    let on_cpu = with_tokens("cpu", "cpu", None, 4);
+    let want_rows = rows(&run(&on_cpu, &Device::Cpu, false));
+    let want = curve(&on_cpu);
+    for (dtype, bound) in [("f32", 1e-4), ("bf16", 3e-2)] {
+        let straight = with_tokens(dtype, "cuda:0", Some(dtype), 4);
+        let outcome = run(&straight, &device, false);
+        let got = curve(&straight);
+        for ((loss, norm), (want_loss, want_norm)) in got.iter().zip(&want) {
+            assert!((loss / want_loss - 1.0).abs() < bound, "{dtype}: {got:?} {want:?}");
+            assert!((norm / want_norm - 1.0).abs() < bound, "{dtype}: {got:?} {want:?}");
+        }
+        // The rows lie where the processor's do: in bf16 as far as steps of AdamW are the same whose gradients are hardly any.
+        let trained = rows(&outcome);
+        let square = |x: f32| f64::from(x) * f64::from(x);
+        let apart: f64 = trained.iter().zip(&want_rows).map(|(a, b)| square(a - b)).sum();
+        let apart = (apart / want_rows.iter().map(|x| square(*x)).sum::<f64>()).sqrt();
+        assert!(apart < 3.0 * bound, "{dtype}: the rows are {apart} apart");
+        assert!(trained[..64] != trained[64..], "{dtype}: both began at the mean, and were trained apart");
+        let name = format!("{dtype}-resumed");
+        run(&with_tokens(&name, "cuda:0", Some(dtype), 2), &device, false);
+        let rest = with_tokens(&name, "cuda:0", Some(dtype), 4);
+        let resumed = run(&rest, &device, true);
+        assert_eq!(curve(&rest), got, "{dtype}");
+        assert!(rows(&resumed) == trained, "{dtype}: the rows differ");
     }
     device.synchronize().unwrap();
 }

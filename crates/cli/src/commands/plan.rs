@@ -9,6 +9,7 @@ use crate::terminal;
 use serde::Serialize;
 use std::path::Path;
 use std::time::Instant;
+use tunesmith_model::memory::gpu::dense_bytes;
 use tunesmith_model::memory::{AdapterRank, Offload, adapter_ranks};
 use tunesmith_model::token_rows::token_indices;
 use tunesmith_model::{AdapterConfig, Batch, Config as Model, Gradients, Llama, LossOptions, Storage, Workspace};
@@ -118,6 +119,7 @@ impl Facts {
             let [after, most] = checkpoint.int8_bytes(storage);
             (weights, loading) = (after, most - after);
         }
+        let trained = config.method == Method::Full;
         let uploads = if config.upload.is_some() { UPLOAD_MEMORY } else { 0 };
         let (mut place, mut baseline, mut host) = (Place::Cpu, resident() + GROWTH + uploads, None);
         let mut embedding = None;
@@ -125,7 +127,7 @@ impl Facts {
             // Weights are read as for the processor before they are moved.
             host = Some(Host { program: baseline + sizes::HOST as u64, weights, loading });
             let dtype = config.element();
-            let on = |storage| checkpoint.gpu_weights(storage, dtype, config.method == Method::Full);
+            let on = |storage| checkpoint.gpu_weights(storage, dtype, trained);
             let (bytes, largest_quantised) = on(storage);
             place = Place::Gpu { dtype, largest_quantised };
             let waits = config.method == Method::Lora && !checkpoint.config().tie_word_embeddings;
@@ -147,17 +149,30 @@ impl Facts {
         let grown = model.vocab_size > checkpoint.config().vocab_size;
         let all = if model.tie_word_embeddings { 1 } else { 2 };
         let matrices = if grown { all } else { rows };
+        // Rows that train are where they are placed.
         embedding = embedding.filter(|_| matrices == 0);
-        // Added tokens are refused for a GPU.
-        if matrices > 0 && !on_gpu {
+        if matrices > 0 {
             // They become dense, and one after the other is there twice while it grows.
-            let matrix = 4 * (model.vocab_size * model.hidden_size) as u64;
-            let with_rows = |storage, bytes: u64| {
-                bytes - checkpoint.token_matrix_bytes(storage, matrices) + matrices as u64 * matrix
+            let (len, count) = (model.vocab_size * model.hidden_size, matrices as u64);
+            let matrix = 4 * len as u64;
+            let on_host = |storage| (checkpoint.token_matrix_bytes(storage, matrices), count * matrix);
+            let there = |storage| match place {
+                Place::Cpu => on_host(storage),
+                Place::Gpu { dtype, .. } => {
+                    let old = checkpoint.gpu_token_matrix_bytes(storage, dtype, trained, matrices);
+                    (old, count * dense_bytes(len, dtype, trained))
+                }
             };
-            weights = with_rows(storage, weights);
-            other_weights = other_weights.map(|(other, bytes)| (other, with_rows(other, bytes)));
-            loading = loading.max(matrix);
+            let exchange = |bytes: u64, (old, new): (u64, u64)| bytes - old + new;
+            weights = exchange(weights, there(storage));
+            other_weights = other_weights.map(|(other, bytes)| (other, exchange(bytes, there(other))));
+            match &mut host {
+                None => loading = loading.max(matrix),
+                Some(host) => {
+                    host.weights = exchange(host.weights, on_host(storage));
+                    host.loading = host.loading.max(matrix);
+                }
+            }
         }
         Ok(Self {
             adapter,

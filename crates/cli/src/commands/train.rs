@@ -22,7 +22,7 @@ use tunesmith_train::config::{Compute, Config, Method};
 use tunesmith_train::memory::format_bytes;
 use tunesmith_train::metrics::{MetricRecord, read_metrics};
 use tunesmith_train::report::{self, ModelFacts, RunReport, SplitCounts};
-use tunesmith_train::train::{Event, Job, Outcome, adapter_config, prepare_model, train};
+use tunesmith_train::train::{Event, Job, Outcome, prepare_model, train};
 
 /// Tokens of a side-by-side sample in the report.
 const SAMPLE_TOKENS: usize = 80;
@@ -64,13 +64,6 @@ pub(crate) fn train_and_report(config: &Config, opened: &Opened, resume: bool, s
     }
     // Before the data, which may take long.
     let device = device::choose(&config.device, settings)?;
-    if device.gpu().is_some() && trains_token_rows(config, opened)? {
-        return Err(Error::Input(format!(
-            "device = {:?} chose a GPU, but an adapter's rows of tokens train on the processor only; use device = \"cpu\", or \
-             method = \"full\" with model.add_tokens",
-            config.device
-        )));
-    }
     let upload = Upload::open(config, resume, settings)?;
     let data_folder = dir.join("data");
     let data = super::prepare::prepare(&config.data, opened, &data_folder, settings)?;
@@ -302,12 +295,6 @@ impl Watcher<'_> {
             MetricRecord::Note { step, message } => self.line(&format!("step {step}: {message}")),
         }
     }
-}
-
-/// Whether an adapter trains that has rows of tokens.
-fn trains_token_rows(config: &Config, opened: &Opened) -> Result<bool> {
-    let adapter = adapter_config(config, &opened.start())?;
-    Ok(adapter.is_some_and(|adapter| !opened.new_tokens.is_empty() || !adapter.trainable_token_indices.is_empty()))
 }
 
 /// Base and tuned on the test split (on the validation split if there is no test split), with the split's name.

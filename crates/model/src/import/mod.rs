@@ -183,10 +183,24 @@ impl Checkpoint {
         quantised_gpu_bytes(stored, storage).unwrap_or_else(|| dense_bytes(stored.len(), dtype, false))
     }
 
+    /// As [`Checkpoint::token_matrix_bytes`], on a GPU.
+    pub fn gpu_token_matrix_bytes(&self, storage: Storage, dtype: Dtype, trained: bool, count: usize) -> u64 {
+        let bytes = |stored: &Stored| {
+            let quantised = quantised_gpu_bytes(stored, storage).filter(|_| !trained);
+            quantised.unwrap_or_else(|| dense_bytes(stored.len(), dtype, trained))
+        };
+        self.token_matrices(count).map(bytes).sum()
+    }
+
     /// Bytes of the embedding, and with `count` 2 of the head too, as [`Checkpoint::load`] keeps them.
     pub fn token_matrix_bytes(&self, storage: Storage, count: usize) -> u64 {
+        self.token_matrices(count).map(|stored| kept_bytes(stored, storage) as u64).sum()
+    }
+
+    /// The embedding, and with `count` 2 the head.
+    fn token_matrices(&self, count: usize) -> impl Iterator<Item = &Stored> {
         let names = ["model.embed_tokens.weight", "lm_head.weight"].into_iter().take(count);
-        names.filter_map(|name| self.source.tensors.get(name)).map(|s| kept_bytes(s, storage) as u64).sum()
+        names.filter_map(|name| self.source.tensors.get(name))
     }
 
     /// Bytes of all weights after [`crate::Llama::compute_int8`], and the most that there are while it works.

@@ -46,6 +46,8 @@ impl Llama {
         let stays = self.embedding_stays.then_some(self.embed);
         let moving = self.parameters.iter_mut().enumerate().filter(|(i, _)| Some(*i) != stays);
         moving.for_each(|(_, parameter)| parameter.move_to(device, dtype));
+        // Rounded as they will be after an update, so that a run goes on to the bit.
+        self.place_token_rows(self.adapter_enabled);
     }
 
     /// [`Llama::random`] on `device`, made tensor by tensor: the model is never whole on the processor. With `nf4` all matrices are

@@ -3,6 +3,7 @@
 
 use super::{Buffers, PassBytes, PassShape, Recompute};
 use crate::llama::together::PIECE;
+use crate::token_rows::TOKEN_MODULES;
 use crate::{AdapterConfig, Config};
 use tunesmith_tensor::Dtype;
 use tunesmith_tensor::cuda::sizes::{self, allocated};
@@ -77,6 +78,13 @@ fn heads(b: &Buffers) -> Heads {
     Heads { num_heads: b.num_heads, num_kv_heads: b.k / b.head_dim, head_dim: b.head_dim }
 }
 
+/// Rows of the head that `adapter` trains by themselves.
+fn head_rows(config: &Config, adapter: &AdapterConfig) -> usize {
+    let [embedding, head] = TOKEN_MODULES;
+    let module = if config.tie_word_embeddings { embedding } else { head };
+    adapter.trainable_token_indices.get(module).map_or(0, Vec::len)
+}
+
 /// As [`super::training_bytes`], on a GPU.
 pub fn training_bytes(
     config: &Config,
@@ -104,7 +112,10 @@ pub fn training_bytes(
         Recompute::Block => (if on.parked { layers.min(2) } else { layers } * input, layer + made),
     };
     let stream = e(b.t * b.d) + e(b.t * b.dropped) + 2 * float(b.t * b.head_dim / 2);
-    let head = 2 * e(b.n * b.d) + float(b.n) + sizes::loss(b.n, b.vocab, on.head_trains) as u64;
+    let own_rows = adapter.map_or(0, |adapter| head_rows(config, adapter));
+    let head = 2 * e(b.n * b.d)
+        + float(b.n)
+        + (sizes::loss(b.n, b.vocab, on.head_trains) + sizes::loss_rows(b.n, b.vocab, own_rows, on.dtype)) as u64;
     let backward = 2 * e(b.t * b.d)
         + e(b.t * b.f)
         + 2 * e(b.t * b.h)

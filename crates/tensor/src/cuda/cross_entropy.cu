@@ -50,3 +50,11 @@ cross_entropy(const float *logits, const u32 *__restrict__ targets, float smooth
         if (i < vocab) d_row[i] = from_float<element>(i == target ? gradient - at_target : gradient);
     }
 }
+
+// Columns `ids` [n] of x, whose rows lie `stride` elements apart: y [rows, width], of whose rows the first n elements are written.
+extern "C" __global__ void head_columns(const element *__restrict__ x, u64 stride, const u32 *__restrict__ ids,
+                                        element *__restrict__ y, u32 rows, u32 n, u32 width) {
+    u64 i = (u64)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= (u64)rows * n) return;
+    y[i / n * width + i % n] = x[i / n * stride + ids[i % n]];
+}

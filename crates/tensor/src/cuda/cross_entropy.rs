@@ -3,9 +3,9 @@
 
 use super::kernels::{Module, Source};
 use super::linear::{self, matrix};
-use super::{Arg, Gpu, Launch, Matrix, argument, argument_at, buffer};
+use super::{Arg, Gpu, Launch, Matrix, argument, argument_at, blocks, buffer};
 use crate::ops::linear::Into;
-use crate::ops::linear_cross_entropy::Gradients;
+use crate::ops::linear_cross_entropy::{Gradients, HeadRows};
 use crate::{Device, Dtype, Tensor, Weight};
 use std::sync::Arc;
 
@@ -18,17 +18,22 @@ const LOGITS_FROZEN: usize = 1 << 26;
 /// Rows are a multiple of this where there are as many: those that the tiles of products have.
 const TILE_ROWS: usize = 256;
 
+/// Threads of a block that copies elements.
+const BLOCK: u32 = 256;
+
 /// What is kept from call to call.
 #[derive(Debug, Default)]
 pub(crate) struct Scratch {
     /// Becomes its gradient.
     logits: Tensor,
     loss: Tensor,
+    /// Those columns of the gradient that belong to rows that train by themselves.
+    columns: Tensor,
 }
 
 impl Scratch {
     pub(crate) fn num_bytes(&self) -> usize {
-        [&self.logits, &self.loss].map(Tensor::capacity_bytes).iter().sum()
+        [&self.logits, &self.loss, &self.columns].map(Tensor::capacity_bytes).iter().sum()
     }
 }
 
@@ -37,6 +42,16 @@ pub(super) fn chunk_rows(n: usize, vocab: usize, head_trains: bool) -> usize {
     let rows = if head_trains { LOGITS_TRAINED } else { LOGITS_FROZEN } / vocab.max(1);
     let whole = if rows > TILE_ROWS { rows / TILE_ROWS * TILE_ROWS } else { rows };
     whole.clamp(1, n.max(1))
+}
+
+/// Elements from one row of columns to the next: rows begin on 16 bytes, which products of bf16 are fastest with.
+fn columns_stride(columns: usize, element: Dtype) -> usize {
+    columns.next_multiple_of(16 / element.bytes())
+}
+
+/// Bytes of the columns of a chunk that belong to `columns` rows of a head whose others are frozen.
+pub(super) fn columns_bytes(n: usize, vocab: usize, columns: usize, element: Dtype) -> usize {
+    chunk_rows(n, vocab, false) * columns_stride(columns, element) * element.bytes()
 }
 
 pub(crate) fn run(
@@ -92,6 +107,29 @@ pub(crate) fn run(
             linear::input_gradient(gpu, d_logits, rows, w, 1.0, None, d_h, Into::Overwrite);
             if let Some(d_w) = g.d_w.as_deref_mut() {
                 linear::weight_gradient(gpu, d_logits, h, rows, 1.0, d_w);
+            }
+            if let Some(HeadRows { ids, d_w }) = &mut g.d_rows {
+                assert_eq!(d_w.shape(), [ids.len(), d], "a gradient for each row");
+                let (count, stride) = (ids.len(), columns_stride(ids.len(), element));
+                scratch.columns.resize_on(&device, element, &[rows, stride]);
+                let ids = gpu.table(ids);
+                gpu.launch(&Launch {
+                    module: Module::new(Source::CrossEntropy, element),
+                    kernel: "head_columns",
+                    grid: [blocks(rows * count, BLOCK), 1, 1],
+                    block: BLOCK,
+                    shared: 0,
+                    args: &[
+                        Arg::Buffer(buffer(&scratch.logits), 0),
+                        Arg::U64(d_logits.stride as u64),
+                        Arg::Buffer(&ids, 0),
+                        argument(&scratch.columns, element),
+                        Arg::U32(rows as u32),
+                        Arg::U32(count as u32),
+                        Arg::U32(stride as u32),
+                    ],
+                });
+                linear::weight_gradient(gpu, matrix(&scratch.columns), h, rows, 1.0, d_w);
             }
         }
     }

@@ -98,17 +98,17 @@ pub(crate) fn embedding(gpu: &Arc<Gpu>, table: &Weight, ids: &[u32], x: &mut Ten
     }
 }
 
-/// `d_table` [V, d] (f32) += `d_x` [T, d] at rows `ids`.
-pub(crate) fn embedding_gradient(gpu: &Arc<Gpu>, d_x: &Tensor, ids: &[u32], d_table: &mut Tensor) {
-    let mut order: Vec<u32> = (0..ids.len() as u32).collect();
-    order.sort_by_key(|t| ids[*t as usize]);
+/// Row `r` of `d_table` (f32) += row `t` of `d_x` for each (r, t) of `rows`, which rise in t.
+pub(crate) fn embedding_gradient(gpu: &Arc<Gpu>, d_x: &Tensor, mut rows: Vec<(u32, u32)>, d_table: &mut Tensor) {
+    rows.sort_by_key(|(row, _)| *row);
     let mut groups: Vec<[u32; 3]> = Vec::new();
-    for (i, t) in order.iter().enumerate() {
+    for ((row, _), i) in rows.iter().zip(0..) {
         match groups.last_mut() {
-            Some([id, _, end]) if *id == ids[*t as usize] => *end = i as u32 + 1,
-            _ => groups.push([ids[*t as usize], i as u32, i as u32 + 1]),
+            Some([same, _, end]) if same == row => *end = i + 1,
+            _ => groups.push([*row, i, i + 1]),
         }
     }
+    let order: Vec<u32> = rows.iter().map(|(_, t)| *t).collect();
     let (table, order) = (gpu.table(bytemuck::cast_slice(&groups)), gpu.table(&order));
     let element = d_x.dtype();
     gpu.launch(&Launch {

@@ -49,7 +49,7 @@ macro_rules! sources {
 sources! {
     Attention "attention" [attention_forward, attention_delta, attention_backward_keys, attention_backward_queries];
     AttentionF32 "attention_f32" [attention_forward, attention_delta, attention_backward_keys, attention_backward_queries];
-    CrossEntropy "cross_entropy" [cross_entropy];
+    CrossEntropy "cross_entropy" [cross_entropy, head_columns];
     Decode "decode" [attention_decode, attention_join];
     Dequantize "dequantize" [dequantize_blocks, dequantize_nf4, multiply_blocks, multiply_nf4];
     Elementwise "elementwise" [

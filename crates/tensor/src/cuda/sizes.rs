@@ -64,6 +64,11 @@ pub fn loss(n: usize, vocab: usize, head_trains: bool) -> usize {
     allocated(4 * n) + allocated(4 * cross_entropy::chunk_rows(n, vocab, head_trains) * vocab)
 }
 
+/// Bytes of what head and loss need besides when `rows` rows of the head train by themselves.
+pub fn loss_rows(n: usize, vocab: usize, rows: usize, element: Dtype) -> usize {
+    allocated(cross_entropy::columns_bytes(n, vocab, rows, element))
+}
+
 /// Bytes of a matrix of `len` elements in NF4 with doubly quantised scales.
 pub fn nf4(len: usize) -> usize {
     let blocks = len.div_ceil(nf4::BLOCK);

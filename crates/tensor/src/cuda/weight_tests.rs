@@ -3,7 +3,7 @@
 use super::lab::labs;
 use crate::ops::adamw_8bit::{self, DeviceMoment, Moment, Sign};
 use crate::ops::linear::{self, Adapter, Into};
-use crate::ops::linear_cross_entropy::{self, Gradients, Scratch};
+use crate::ops::linear_cross_entropy::{self, Gradients, HeadRows, Scratch};
 use crate::ops::{adamw, dropout, embedding, grad_norm, rows, sample};
 use crate::quant::BlockType;
 use crate::quant_encode::quantize;
@@ -142,26 +142,32 @@ fn head_and_loss() {
             let weights = (vocab == 13).then_some(&[0.25, 1.0, 0.0, 3.0][..]);
             let (h, w) = (lab.random(&[n, d], 2.0), lab.random(&[vocab, d], 1.0));
             let targets: Vec<u32> = (0..n).map(|_| lab.rng.below(vocab as u32)).collect();
+            let d_own = lab.random(&[3, d], 0.1);
             let mut results = Vec::new();
             for on_device in [false, true] {
                 let place = |t: &Tensor| if on_device { lab.up(t) } else { t.clone() };
                 let (h, w) = (place(&h), Weight::from(place(&w)));
                 let (mut scratch, mut loss, mut d_h) = (Scratch::default(), Vec::new(), Tensor::default());
                 let mut d_w = Tensor::zeros_on(&h.device(), Dtype::F32, &[vocab, d]);
-                let gradients = Gradients { scale: 0.25, weights, d_h: &mut d_h, d_w: Some(&mut d_w), d_rows: None };
+                // Rows that train by themselves get the same, behind what was there.
+                let ids = [0, 3, vocab as u32 - 1];
+                let mut d_own = d_own.to_device(&h.device(), Dtype::F32);
+                let d_rows = Some(HeadRows { ids: &ids, d_w: &mut d_own });
+                let gradients = Gradients { scale: 0.25, weights, d_h: &mut d_h, d_w: Some(&mut d_w), d_rows };
                 linear_cross_entropy::forward_backward(&h, &w, &targets, smoothing, &mut scratch, &mut loss, gradients);
                 let mut only = Vec::new();
                 linear_cross_entropy::forward(&h, &w, &targets, smoothing, &mut scratch, &mut only);
                 assert_eq!(only, loss);
-                results.push((loss, d_h, d_w));
+                results.push((loss, d_h, d_w, d_own));
             }
-            let [(loss, d_h, d_w), (gloss, gd_h, gd_w)] = &results[..] else { unreachable!() };
+            let [(loss, d_h, d_w, d_own), (gloss, gd_h, gd_w, gd_own)] = &results[..] else { unreachable!() };
             // The logits are f32 in both precisions, so that the loss is as exact in one as in the other.
             for (a, b) in gloss.iter().zip(loss) {
                 assert!((a - b).abs() < 3e-6 * b.abs().max(1.0), "{a} {b}");
             }
             lab.close("d_h", gd_h, d_h, 2e-6);
             lab.close("d_w", gd_w, d_w, 2e-6);
+            lab.close("d_rows", gd_own, d_own, 2e-6);
         }
     }
 }
@@ -179,6 +185,13 @@ fn embeddings_rows_and_dropout() {
         embedding::backward(&d_x, &ids, &mut d_table);
         embedding::backward(&lab.up(&d_x), &ids, &mut gd_table);
         assert_eq!(gd_table.to_host().data(), d_table.data(), "the same sums in the same order");
+        for rows in [&[0u32, 2, 8][..], &[3], &[5], &[]] {
+            let before = lab.random(&[rows.len(), 24], 1.0);
+            let (mut d_rows, mut gd_rows) = (before.clone(), lab.up_f32(&before));
+            embedding::backward_rows(&d_x, &ids, rows, &mut d_rows);
+            embedding::backward_rows(&lab.up(&d_x), &ids, rows, &mut gd_rows);
+            assert_eq!(gd_rows.to_host().data(), d_rows.data(), "rows {rows:?}");
+        }
 
         let (mut y, mut gy) = (Tensor::default(), Tensor::default());
         rows::gather(&table, &[8, 1, 5], &mut y);

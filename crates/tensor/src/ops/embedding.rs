@@ -35,7 +35,8 @@ pub fn forward_on(table: &Weight, ids: &[u32], device: &Device, dtype: Dtype, x:
 pub fn backward(d_x: &Tensor, ids: &[u32], d_table: &mut Tensor) {
     assert_eq!((d_x.rows(), d_x.cols()), (ids.len(), d_table.cols()));
     if let Some(gpu) = d_x.gpu() {
-        return cuda::elementwise::embedding_gradient(gpu, d_x, ids, d_table);
+        let rows = ids.iter().copied().zip(0..).collect();
+        return cuda::elementwise::embedding_gradient(gpu, d_x, rows, d_table);
     }
     // In token order on one thread: rows that occur twice are summed in one order, and this is a sliver of the step.
     for (t, id) in ids.iter().enumerate() {
@@ -46,17 +47,15 @@ pub fn backward(d_x: &Tensor, ids: &[u32], d_table: &mut Tensor) {
 }
 
 /// `d_rows` [n, d] += `d_x` [T, d] where `ids` [T] is one of `rows` [n], which ascend: the gradient of a part of the table.
-///
-/// # Panics
-/// On a GPU.
 pub fn backward_rows(d_x: &Tensor, ids: &[u32], rows: &[u32], d_rows: &mut Tensor) {
     assert_eq!((d_x.rows(), d_x.cols(), rows.len()), (ids.len(), d_rows.cols(), d_rows.rows()));
-    assert!(d_x.gpu().is_none(), "single rows train on the processor");
-    for (t, id) in ids.iter().enumerate() {
-        if let Ok(row) = rows.binary_search(id) {
-            for (sum, g) in d_rows.row_mut(row).iter_mut().zip(d_x.row(t)) {
-                *sum += g;
-            }
+    let found = ids.iter().zip(0..).filter_map(|(id, t)| Some((rows.binary_search(id).ok()? as u32, t)));
+    if let Some(gpu) = d_x.gpu() {
+        return cuda::elementwise::embedding_gradient(gpu, d_x, found.collect(), d_rows);
+    }
+    for (row, t) in found {
+        for (sum, g) in d_rows.row_mut(row as usize).iter_mut().zip(d_x.row(t as usize)) {
+            *sum += g;
         }
     }
 }

@@ -50,7 +50,7 @@ pub struct Gradients<'a> {
     pub d_rows: Option<HeadRows<'a>>,
 }
 
-/// Rows of the head that train while the rest is frozen (on the processor).
+/// Rows of the head that train while the rest is frozen.
 pub struct HeadRows<'a> {
     /// Which rows [n].
     pub ids: &'a [u32],
@@ -87,7 +87,6 @@ fn run(
     assert!(weights.is_none_or(|weights| weights.len() == n), "one weight a row");
     loss.resize(n, 0.0);
     if let Some(gpu) = h.gpu() {
-        assert!(gradients.as_ref().is_none_or(|g| g.d_rows.is_none()), "single rows train on the processor");
         return cuda::cross_entropy::run(gpu, h, w, targets, smoothing, &mut scratch.device, loss, gradients);
     }
     if let Some(g) = &mut gradients {
