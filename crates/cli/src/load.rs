@@ -196,6 +196,15 @@ impl Opened {
         Ok(llama?)
     }
 
+    /// How weights are read that will be kept as `storage` says on a GPU. Frozen floats stay in the mapped file until they are moved, matrix
+    /// by matrix: expanded to f32 first, the model would be in memory as a whole, at twice its size or more, for the same numbers.
+    pub(crate) fn storage_before_gpu(&self, storage: Storage, trained: bool) -> Storage {
+        match storage {
+            Storage::F32 if !trained && !self.checkpoint.is_quantised() => Storage::Stored,
+            storage => storage,
+        }
+    }
+
     /// Reads the weights and puts the adapter on top, if there is one.
     pub(crate) fn llama_with(&self, adapter: Option<&str>, storage: Storage, settings: &Settings) -> Result<Llama> {
         let mut llama = self.llama(storage)?;

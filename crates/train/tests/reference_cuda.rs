@@ -420,3 +420,27 @@ fn offloading_changes_nothing() {
         assert!(less < most && on_host == 0 && waiting > 0, "{less} of {most}, {waiting} on the host");
     }
 }
+
+/// Floats that stay in the mapped file until they are moved become what they become by way of f32.
+#[test]
+fn floats_go_from_the_file_to_the_device() {
+    let config = load("tiny-llama3", Storage::F32).config;
+    let folder = tempfile::tempdir().unwrap();
+    for kind in [BlockType::BF16, BlockType::F16] {
+        let path = folder.path().join(kind.name());
+        let rows = |name: &str, rows, out: &mut [f32]| {
+            initial_rows(&config, 3, name, rows, out);
+            Ok(())
+        };
+        save_gguf(&path, &config, GgufOptions { kind, name: "test", tokenizer: None }, rows).unwrap();
+        let checkpoint = Checkpoint::open(&path).unwrap();
+        assert!(!checkpoint.is_quantised());
+        let [by_f32, mapped] = [Storage::F32, Storage::Stored].map(|storage| {
+            let mut llama = Llama::load(&checkpoint, storage, |_, _| ()).unwrap();
+            llama.add_adapter(&AdapterConfig::default(), 1).unwrap();
+            llama.move_to(&device(), Dtype::BF16);
+            run(&llama, &batch_of(&[9, 30]), Recompute::Block)
+        });
+        assert_eq!(by_f32, mapped, "{}", kind.name());
+    }
+}

@@ -54,8 +54,12 @@ pub(crate) fn run(args: &EvaluateArgs, settings: &Settings) -> Result<()> {
     let score = |model: &Llama, what: &str| score(model, &opened, &split, &prompts, args.max_new_tokens, what);
 
     let ready = |opened: &Opened, adapter: Option<&str>| -> Result<Llama> {
-        let mut model = opened.llama_with(adapter, args.storage.into(), settings)?;
         let on_gpu = args.device.device != "cpu";
+        let storage = args.storage.into();
+        // With `auto` it may be the processor after all, whose products want f32.
+        let certain = on_gpu && args.device.device != "auto";
+        let storage = if certain { opened.storage_before_gpu(storage, false) } else { storage };
+        let mut model = opened.llama_with(adapter, storage, settings)?;
         if args.compute == ComputeName::Int8 && on_gpu {
             return Err(Error::Input("--compute int8 is the processor's; leave it out, or use --device cpu".into()));
         }

@@ -124,8 +124,13 @@ impl Facts {
         let (mut place, mut baseline, mut host) = (Place::Cpu, resident() + GROWTH + uploads, None);
         let mut embedding = None;
         if on_gpu {
-            // Weights are read as for the processor before they are moved.
-            host = Some(Host { program: baseline + sizes::HOST as u64, weights, loading });
+            // Weights are there before they are moved, as they are read or in the mapped file.
+            let held = opened.storage_before_gpu(storage, trained);
+            host = Some(Host {
+                program: baseline + sizes::HOST as u64,
+                weights: checkpoint.weight_bytes(held),
+                loading: checkpoint.loading_bytes(held),
+            });
             let dtype = config.element();
             let on = |storage| checkpoint.gpu_weights(storage, dtype, trained);
             let (bytes, largest_quantised) = on(storage);

@@ -101,7 +101,11 @@ fn train_and_compare(
 ) -> Result<Done> {
     let (config, plan) = (&settled.config, settled.plan);
     let dir = &config.output_dir;
-    let mut model = opened.llama(config.model.storage)?;
+    let storage = match device.gpu() {
+        Some(_) => opened.storage_before_gpu(config.model.storage, config.method == Method::Full),
+        None => config.model.storage,
+    };
+    let mut model = opened.llama(storage)?;
     prepare_model(config, &opened.start(), &mut model)?;
     let num_trained = model.num_trained();
     let outcome = run_loop(config, opened, &mut model, device, data, data_folder, resume, uploads)?;
