@@ -2,6 +2,9 @@
 //! transformers and PEFT, and against the processor.
 #![allow(clippy::unwrap_used, clippy::print_stdout)]
 
+mod distance;
+
+use distance::distance;
 use std::path::{Path, PathBuf};
 use tunesmith_model::memory::Offload;
 use tunesmith_model::{
@@ -98,15 +101,6 @@ fn run(llama: &Llama, batch: &Batch, recompute: Recompute) -> (f64, Vec<f32>) {
     let loss = llama.loss_and_gradients(batch, OPTIONS, &mut Workspace::new(recompute), &mut gradients);
     llama.device().synchronize().unwrap();
     (loss, gradients.tensors.iter().flatten().flat_map(|t| t.to_host().data().to_vec()).collect())
-}
-
-/// Of `a` from `b`, relative to the norm of `b`.
-fn distance(a: &[f32], b: &[f32]) -> f64 {
-    assert_eq!(a.len(), b.len());
-    let square = |x: f64| x * x;
-    let norm: f64 = b.iter().map(|x| square(f64::from(*x))).sum();
-    let apart: f64 = a.iter().zip(b).map(|(a, b)| square(f64::from(*a) - f64::from(*b))).sum();
-    (apart / norm).sqrt()
 }
 
 /// The same dropout, the same loss, the same gradients as on the processor; recomputing changes no bit.

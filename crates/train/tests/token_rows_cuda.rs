@@ -1,6 +1,9 @@
 //! An adapter's rows of added tokens on the emulated GPU against the processor: losses, gradients and updates.
 #![allow(clippy::unwrap_used, clippy::print_stdout)]
 
+mod distance;
+
+use distance::distance;
 use std::path::Path;
 use tunesmith_model::token_rows::token_rows_name;
 use tunesmith_model::{
@@ -80,15 +83,6 @@ fn placed(llama: &Llama, ids: &[u32]) -> Vec<f32> {
     let matrices = ["model.embed_tokens.weight", "lm_head.weight"];
     let found = matrices.iter().filter_map(|name| llama.host_tensor(name).ok());
     found.flat_map(|m| ids.iter().flat_map(|id| m.row(*id as usize).to_vec()).collect::<Vec<_>>()).collect()
-}
-
-/// Largest distance of two tensors, relative to the norm of the second.
-fn distance(a: &[f32], b: &[f32]) -> f64 {
-    assert_eq!(a.len(), b.len());
-    let square = |x: f64| x * x;
-    let norm: f64 = b.iter().map(|x| square(f64::from(*x))).sum();
-    let apart: f64 = a.iter().zip(b).map(|(a, b)| square(f64::from(*a) - f64::from(*b))).sum();
-    (apart / norm).sqrt()
 }
 
 #[test]
