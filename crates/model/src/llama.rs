@@ -9,6 +9,7 @@ mod layer;
 mod placement;
 pub(crate) mod together;
 
+use crate::memory::Offload;
 use crate::token_rows::TokenRows;
 use crate::{Checkpoint, Config, Recompute, Result, Storage, batch::Batch};
 use inputs::Inputs;
@@ -16,7 +17,7 @@ use layer::{ForwardBuffers, KeptActivations, Masks, Pass};
 use rayon::prelude::*;
 use std::ops::Range;
 use tunesmith_tensor::ops::{attention, embedding, linear, linear_cross_entropy, rmsnorm, rope, rows};
-use tunesmith_tensor::{Dtype, Tensor, Weight, pool, rng::Rng};
+use tunesmith_tensor::{Device, Dtype, Tensor, Weight, pool, rng::Rng};
 
 /// A named tensor of the model, under its Hugging Face (or PEFT) name.
 #[derive(Debug)]
@@ -256,6 +257,14 @@ impl Workspace {
         let layers = self.layers.iter().map(layer).sum::<usize>() + self.made.iter().map(made).sum::<usize>();
         let generation = self.generation.num_bytes();
         tensors + layers + generation + self.angles.num_bytes() + self.head.num_bytes() + 4 * self.losses.capacity()
+    }
+
+    /// Buffers for passes of a model on `device`: as [`Workspace::parked`] where that is a GPU and `offload` says so.
+    pub fn on(device: &Device, recompute: Recompute, offload: Offload) -> Self {
+        match device.gpu() {
+            Some(_) if offload.activations => Self::parked(recompute),
+            _ => Self::new(recompute),
+        }
     }
 
     /// Whether generation on a GPU goes by a record of its last pass.

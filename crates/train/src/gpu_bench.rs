@@ -289,7 +289,7 @@ pub fn measure(device: &Device, dtype: Dtype, settled: &Settled, steps: u64, pea
     batch.push(&ids, &vec![true; ids.len()]);
     let options = AdamWOptions { optim: case.optim, offload: case.offload.optimizer, ..AdamWOptions::default() };
     let (mut optimizer, mut gradients) = (AdamW::new(&model, options), Gradients::new(&model));
-    let mut ws = workspace(case.recompute, case.offload);
+    let mut ws = Workspace::on(device, case.recompute, case.offload);
     let (mut first_loss, mut start) = (f64::NAN, Instant::now());
     for step in 0..steps + 2 {
         if step == 2 {
@@ -326,11 +326,6 @@ pub fn measure(device: &Device, dtype: Dtype, settled: &Settled, steps: u64, pea
         offload: case.offload,
         first_loss,
     })
-}
-
-/// Buffers for passes of a model on a GPU.
-fn workspace(recompute: Recompute, offload: Offload) -> Workspace {
-    if offload.activations { Workspace::parked(recompute) } else { Workspace::new(recompute) }
 }
 
 /// Operations for a token: two a weight forwards, two for the gradient of the input, two more for that of the weight where it

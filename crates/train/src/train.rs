@@ -260,10 +260,7 @@ impl<'a, 'o> Run<'a, 'o> {
             max_steps,
             optimizer,
             gradients,
-            ws: match job.device.gpu() {
-                Some(_) if t.offload.activations => Workspace::parked(config.recompute()),
-                _ => Workspace::new(config.recompute()),
-            },
+            ws: Workspace::on(job.device, config.recompute(), t.offload),
             metrics,
             earlier_s: state.elapsed_s,
             state,

@@ -123,9 +123,9 @@ impl Facts {
         let uploads = if config.upload.is_some() { UPLOAD_MEMORY } else { 0 };
         let (mut place, mut baseline, mut host) = (Place::Cpu, resident() + GROWTH + uploads, None);
         let mut embedding = None;
+        // On a GPU weights are in the process's memory before they are moved: as they are read, or in the mapped file.
+        let held = if on_gpu { opened.storage_before_gpu(storage, trained) } else { storage };
         if on_gpu {
-            // Weights are there before they are moved, as they are read or in the mapped file.
-            let held = opened.storage_before_gpu(storage, trained);
             host = Some(Host {
                 program: baseline + sizes::HOST as u64,
                 weights: checkpoint.weight_bytes(held),
@@ -174,7 +174,7 @@ impl Facts {
             match &mut host {
                 None => loading = loading.max(matrix),
                 Some(host) => {
-                    host.weights = exchange(host.weights, on_host(storage));
+                    host.weights = exchange(host.weights, on_host(held));
                     host.loading = host.loading.max(matrix);
                 }
             }
@@ -349,10 +349,7 @@ impl Facts {
         let options = AdamWOptions { optim, offload: offload_moments, ..AdamWOptions::default() };
         let mut optimizer = AdamW::new(&llama, options);
         let mut gradients = Gradients::new(&llama);
-        let mut ws = match device.gpu() {
-            Some(_) if offload.activations => Workspace::parked(recompute),
-            _ => Workspace::new(recompute),
-        };
+        let mut ws = Workspace::on(device, recompute, offload);
         let options = LossOptions { scale: 1.0, label_smoothing: 0.0, dropout_seed: Some(0), step: 0, first_token: 0 };
         let mut best = [f64::INFINITY; 3];
         // The first round also asks the system for memory.

@@ -24,7 +24,7 @@ pub struct Host {
 /// Bytes of the process's own memory while a run computes on a GPU.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct HostPlan {
-    /// Program, tokenizer, data and the driver's libraries; all that there is between loading and saving.
+    /// Program, tokenizer, data and the driver's libraries; with what is offloaded, all that there is between loading and saving.
     pub program: u64,
     /// What waits here while the GPU trains (`training.offload`), all the time.
     pub offloaded: u64,
