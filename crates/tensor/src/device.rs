@@ -1,6 +1,7 @@
 //! Where tensors are, as values: the processor, or a GPU.
 
-use crate::cuda::{self, Gpu};
+use crate::cuda::error::Error;
+use crate::cuda::gpu::Gpu;
 use std::sync::Arc;
 
 /// Where a tensor's memory is and where its operations run.
@@ -27,7 +28,7 @@ impl Device {
     /// # Errors
     /// The first failure since the device was opened. Operations do not report errors one by one, as the device works
     /// behind the program's back: after a failure they do nothing, and this says what it was.
-    pub fn synchronize(&self) -> Result<(), cuda::Error> {
+    pub fn synchronize(&self) -> Result<(), Error> {
         self.gpu().map_or(Ok(()), |gpu| gpu.synchronize())
     }
 }
@@ -38,34 +39,6 @@ impl PartialEq for Device {
             (Self::Cpu, Self::Cpu) => true,
             (Self::Cuda(a), Self::Cuda(b)) => Arc::ptr_eq(a, b),
             _ => false,
-        }
-    }
-}
-
-/// Type of a tensor's elements. On the processor it is always f32.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
-pub enum Dtype {
-    /// 32 bits.
-    #[default]
-    F32,
-    /// The upper half of an f32.
-    BF16,
-}
-
-impl Dtype {
-    /// Bytes of an element.
-    pub fn bytes(self) -> usize {
-        match self {
-            Self::F32 => 4,
-            Self::BF16 => 2,
-        }
-    }
-
-    /// The name in configurations: `f32` or `bf16`.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::F32 => "f32",
-            Self::BF16 => "bf16",
         }
     }
 }

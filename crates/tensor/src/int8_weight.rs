@@ -1,8 +1,8 @@
 //! A frozen matrix rounded to 8 bits, for products with quantised activations and gradients.
 
-use crate::Tensor;
-use crate::ops::linear::Into;
+use crate::contract::Store;
 use crate::packed_int::{Int8Rows, PackedInt, Product, multiply};
+use crate::tensor::Tensor;
 use std::cell::Cell;
 
 thread_local! {
@@ -41,25 +41,25 @@ impl Int8Weight {
     }
 
     /// `y` [T, out] = or += `x` [T, in] · selfᵀ, over rows that lie one behind the other.
-    pub(crate) fn forward(&self, x: &[f32], y: &mut [f32], into: Into) {
-        product(&self.forward, x, y, into);
+    pub(crate) fn forward(&self, x: &[f32], y: &mut [f32], store: Store) {
+        product(&self.forward, x, y, store);
     }
 
     /// `d_x` [T, in] = or += `d_y` [T, out] · self.
     ///
     /// # Panics
     /// When the weight was made without its backward half.
-    pub(crate) fn input_gradient(&self, d_y: &[f32], d_x: &mut [f32], into: Into) {
+    pub(crate) fn input_gradient(&self, d_y: &[f32], d_x: &mut [f32], store: Store) {
         let Some(backward) = &self.backward else { panic!("int8 weight {:?} has no backward half", self.shape) };
-        product(backward, d_y, d_x, into);
+        product(backward, d_y, d_x, store);
     }
 }
 
-fn product(weights: &PackedInt, x: &[f32], y: &mut [f32], into: Into) {
+fn product(weights: &PackedInt, x: &[f32], y: &mut [f32], store: Store) {
     // Taken, not borrowed: while this thread waits for the others it may be given another product.
     let mut rows = ROWS.take();
     rows.quantize_rows(x, weights.cols(), weights.block_len());
-    multiply(&rows, &mut [Product { weights, y, into }]);
+    multiply(&rows, &mut [Product { weights, y, store }]);
     ROWS.set(rows);
 }
 
@@ -93,15 +93,15 @@ mod tests {
             let (w, x, d_y) = slices(t, n, k);
             let int8 = Int8Weight::new(&w, true);
             let (mut y, mut d_x) = (vec![f32::NAN; t * n], vec![f32::NAN; t * k]);
-            int8.forward(x.data(), &mut y, Into::Overwrite);
-            int8.input_gradient(d_y.data(), &mut d_x, Into::Overwrite);
+            int8.forward(x.data(), &mut y, Store::Overwrite);
+            int8.input_gradient(d_y.data(), &mut d_x, Store::Overwrite);
             let (mut want_y, mut want_d_x) = (Tensor::default(), Tensor::default());
-            crate::ops::linear::matmul(&x, &w, 1.0, &mut want_y, Into::Overwrite);
-            crate::ops::linear::matmul_input_gradient(&d_y, &w, 1.0, &mut want_d_x, Into::Overwrite);
+            crate::ops::linear::matmul(&x, &w, 1.0, &mut want_y, Store::Overwrite);
+            crate::ops::linear::matmul_input_gradient(&d_y, &w, 1.0, &mut want_d_x, Store::Overwrite);
             let cosines = [cosine(&y, want_y.data()), cosine(&d_x, want_d_x.data())];
             assert!(cosines.iter().all(|c| *c > 0.9998 && *c < 1.0), "{t} {n} {k}: {cosines:?}");
             let once = y.clone();
-            int8.forward(x.data(), &mut y, Into::Accumulate);
+            int8.forward(x.data(), &mut y, Store::Accumulate);
             assert!(y.iter().zip(&once).all(|(y, once)| (y - 2.0 * once).abs() < 1e-4));
         }
     }

@@ -4,12 +4,16 @@
 //! the kernels behind them are in `cpu`. Gradients are added to (`d_x += ...`) or written (`d_x = ...`) as each
 //! function says.
 
+mod contract;
 mod cpu;
 pub mod cuda;
 mod device;
+mod dtype;
 mod freed;
 mod int8_weight;
+mod kv;
 mod mapped;
+mod moments;
 pub mod nf4;
 pub mod ops;
 pub mod packed_int;
@@ -21,9 +25,10 @@ pub mod rng;
 pub mod team;
 mod tensor;
 mod weight;
-pub use cpu::matmul::threads as num_threads;
+pub use cpu::view::threads as num_threads;
 pub use cuda::graph::Recorded;
-pub use device::{Device, Dtype};
+pub use device::Device;
+pub use dtype::Dtype;
 pub use freed::release_freed_memory;
 pub use int8_weight::Int8Weight;
 pub use mapped::MappedFile;

@@ -14,13 +14,14 @@
 //! rows, so that one 512-bit register of weights meets four broadcast activations. Codes are stored as c + 128, or two a
 //! byte: the low halves of a line are the line before, the high halves the line behind.
 
-use crate::Tensor;
-use crate::cpu::int8::{GROUP, Level, Output, Rows, Weights, products};
-use crate::cpu::int8_rows::{QuantizedRow, quantize_row};
-use crate::cpu::matmul::Shared;
+use crate::contract::Store;
+use crate::cpu::int8::{Output, Rows, Weights, products};
+use crate::cpu::int8_rows::quantize_row;
+use crate::cpu::int8_tile::{GROUP, Level, QuantizedRow};
 use crate::cpu::rows_per_task;
-use crate::ops::linear::Into;
+use crate::cpu::view::Shared;
 use crate::quant::BlockType;
+use crate::tensor::Tensor;
 use bytemuck::{Pod, Zeroable};
 use half::f16;
 use rayon::prelude::*;
@@ -185,7 +186,7 @@ pub struct Product<'a> {
     /// The destination [T, out].
     pub y: &'a mut [f32],
     /// Whether the product is added to what is there.
-    pub into: Into,
+    pub store: Store,
 }
 
 /// y [T, out] = or += `x` [T, in] · weightsᵀ for each of `outputs`, all in one parallel pass.
@@ -202,10 +203,10 @@ fn multiply_at(level: Level, x: &Int8Rows, outputs: &mut [Product<'_>]) {
     let mut borrowed = [const { None }; 4];
     assert!(outputs.len() <= borrowed.len(), "{} products at once", outputs.len());
     for (slot, output) in borrowed.iter_mut().zip(&mut *outputs) {
-        let Product { weights, y, into } = output;
+        let Product { weights, y, store } = output;
         assert_eq!(weights.cols, x.cols, "x [{}, {}] against {weights:?}", x.count, x.cols);
         assert_eq!(y.len(), x.count * weights.rows, "{} rows of {weights:?}", x.count);
-        let accumulate = *into == Into::Accumulate;
+        let accumulate = *store == Store::Accumulate;
         *slot = Some(Output { weights: weights.view(), y: Shared::new(y), accumulate });
     }
     products(level, x.view(), &borrowed);
@@ -394,13 +395,13 @@ impl PackedInt {
     ///
     /// # Panics
     /// When shapes do not fit together.
-    pub fn forward(&self, x: &Tensor, buffer: &mut Int8Rows, y: &mut Tensor, into: Into) {
-        match into {
-            Into::Overwrite => y.resize(&[x.rows(), self.rows]),
-            Into::Accumulate => assert!(y.rows() == x.rows() && y.cols() == self.rows, "{y:?} += {x:?} {self:?}"),
+    pub fn forward(&self, x: &Tensor, buffer: &mut Int8Rows, y: &mut Tensor, store: Store) {
+        match store {
+            Store::Overwrite => y.resize(&[x.rows(), self.rows]),
+            Store::Accumulate => assert!(y.rows() == x.rows() && y.cols() == self.rows, "{y:?} += {x:?} {self:?}"),
         }
         buffer.quantize(x, self.block_len);
-        multiply(buffer, &mut [Product { weights: self, y: y.data_mut(), into }]);
+        multiply(buffer, &mut [Product { weights: self, y: y.data_mut(), store }]);
     }
 
     /// The exact values of `rows`, in f32: `out` [rows.len(), in].

@@ -157,11 +157,11 @@ fn every_kernel_matches_f64() {
             for level in &levels {
                 let what = format!("{level:?} {w:?} of {t} rows");
                 let mut y = vec![f32::NAN; t * n];
-                multiply_at(*level, &rows, &mut [Product { weights: w, y: &mut y, into: Into::Overwrite }]);
+                multiply_at(*level, &rows, &mut [Product { weights: w, y: &mut y, store: Store::Overwrite }]);
                 check(&what, &y, &want, 0.0);
                 results.push(y.clone());
                 y.fill(0.5);
-                multiply_at(*level, &rows, &mut [Product { weights: w, y: &mut y, into: Into::Accumulate }]);
+                multiply_at(*level, &rows, &mut [Product { weights: w, y: &mut y, store: Store::Accumulate }]);
                 check(&what, &y, &want, 0.5);
             }
             // Kernels with fused multiply-add agree to the bit.
@@ -180,10 +180,10 @@ fn lengths_that_fill_no_block() {
         let own = Tensor::from_slice(&[n, k], &rng.normals(n * k, 0.05));
         let w = PackedInt::from_tensor(&own, 64);
         let (mut rows, mut y) = (Int8Rows::default(), Tensor::default());
-        w.forward(&x, &mut rows, &mut y, Into::Overwrite);
+        w.forward(&x, &mut rows, &mut y, Store::Overwrite);
         check("y", y.data(), &reference(&rows, &w), 0.0);
         for level in Level::available() {
-            multiply_at(level, &rows, &mut [Product { weights: &w, y: y.data_mut(), into: Into::Overwrite }]);
+            multiply_at(level, &rows, &mut [Product { weights: &w, y: y.data_mut(), store: Store::Overwrite }]);
             check("y", y.data(), &reference(&rows, &w), 0.0);
         }
     }
@@ -204,7 +204,7 @@ fn integers_are_exact_at_the_extremes() {
     int8.quantize(&x, 32);
     for level in Level::available() {
         let mut y = [f32::NAN; 6];
-        multiply_at(level, &int8, &mut [Product { weights: &w, y: &mut y, into: Into::Overwrite }]);
+        multiply_at(level, &int8, &mut [Product { weights: &w, y: &mut y, store: Store::Overwrite }]);
         let unit = (127 * k) as f32;
         assert_eq!(y, [-128.0 * unit, 127.0 * unit, 0.0, 128.0 * unit, -127.0 * unit, 0.0], "{level:?}");
     }
@@ -222,8 +222,8 @@ fn rows_and_outputs_together_or_alone() {
     multiply(
         &rows,
         &mut [
-            Product { weights: &a, y: y_a.data_mut(), into: Into::Overwrite },
-            Product { weights: &b, y: y_b.data_mut(), into: Into::Overwrite },
+            Product { weights: &a, y: y_a.data_mut(), store: Store::Overwrite },
+            Product { weights: &b, y: y_b.data_mut(), store: Store::Overwrite },
         ],
     );
     let mut one = Int8Rows::default();
@@ -231,14 +231,14 @@ fn rows_and_outputs_together_or_alone() {
         one.quantize(&Tensor::from_slice(&[1, k], x.row(i)), 32);
         for (w, all) in [(&a, &y_a), (&b, &y_b)] {
             let mut y = vec![f32::NAN; w.rows()];
-            multiply(&one, &mut [Product { weights: w, y: &mut y, into: Into::Overwrite }]);
+            multiply(&one, &mut [Product { weights: w, y: &mut y, store: Store::Overwrite }]);
             assert_eq!(y, all.row(i), "row {i}");
         }
     }
     for threads in [1, 3] {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
         let mut y = vec![f32::NAN; t * 300];
-        pool.install(|| multiply(&rows, &mut [Product { weights: &b, y: &mut y, into: Into::Overwrite }]));
+        pool.install(|| multiply(&rows, &mut [Product { weights: &b, y: &mut y, store: Store::Overwrite }]));
         assert_eq!(y, y_b.data());
     }
 }
@@ -250,11 +250,11 @@ fn what_is_not_finite_reaches_the_product() {
         let mut x = Tensor::from_slice(&[2, 64], &[1.0; 128]);
         x.row_mut(0)[40] = bad;
         let (mut rows, mut y) = (Int8Rows::default(), Tensor::default());
-        w.forward(&x, &mut rows, &mut y, Into::Overwrite);
+        w.forward(&x, &mut rows, &mut y, Store::Overwrite);
         assert!(y.row(0).iter().all(|y| !y.is_finite()), "{y:?}");
         assert!(y.row(1).iter().all(|y| (y - 32.0).abs() < 0.1), "{y:?}");
     }
     let (mut rows, mut y) = (Int8Rows::default(), Tensor::default());
-    w.forward(&Tensor::from_slice(&[1, 64], &[1e-38; 64]), &mut rows, &mut y, Into::Overwrite);
+    w.forward(&Tensor::from_slice(&[1, 64], &[1e-38; 64]), &mut rows, &mut y, Store::Overwrite);
     assert_eq!(y.data(), [0.0, 0.0]);
 }

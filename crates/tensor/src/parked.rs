@@ -1,8 +1,7 @@
 //! Activations of a GPU that wait in the processor's memory between the forward and the backward pass.
 
-use crate::Tensor;
-use crate::cuda::buffer;
 use crate::cuda::offload::{Event, HostBuffer};
+use crate::tensor::Tensor;
 
 /// Tensors under numbers, put in ascending order and taken out in descending order. Two at a time are on the GPU, one with an even and
 /// one with an odd number: while the device works with one, the other is on its way.
@@ -58,7 +57,7 @@ impl Parked {
         }
         shape.clear();
         shape.extend_from_slice(x.shape());
-        memory.copy_out(0, buffer(&place.tensor), 0, bytes);
+        memory.copy_out(0, place.tensor.device_buffer(), 0, bytes);
         place.copied.get_or_insert_with(|| gpu.event()).record();
         place.under_way = Some(Way::Out);
     }
@@ -75,7 +74,7 @@ impl Parked {
         place.settle();
         let Waiting { memory, shape } = &self.waiting[i];
         place.tensor.resize(shape);
-        memory.copy_in(0, buffer(&place.tensor), 0, place.tensor.len() * place.tensor.dtype().bytes());
+        memory.copy_in(0, place.tensor.device_buffer(), 0, place.tensor.len() * place.tensor.dtype().bytes());
         if let Some(event) = &place.copied {
             event.record();
         }
@@ -162,12 +161,12 @@ mod tests {
         let [x, y] = [(); 2].map(|()| lab.random(&[4, 8], 1.0));
         let (mut on_device, gpu) = (lab.up(&x), lab.device.gpu().unwrap().clone());
         let memory = gpu.allocate_host(128);
-        memory.copy_out(0, buffer(&on_device), 0, 128);
+        memory.copy_out(0, on_device.device_buffer(), 0, 128);
         on_device.assign(&lab.up(&y));
         let mut arrived = [0f32; 32];
         memory.read(0, bytemuck::cast_slice_mut(&mut arrived));
         assert_eq!(arrived, y.data(), "what was written meanwhile");
-        memory.copy_out(0, buffer(&on_device), 0, 128);
+        memory.copy_out(0, on_device.device_buffer(), 0, 128);
         drop(on_device);
         let error = lab.device.synchronize().unwrap_err().to_string();
         assert!(error.contains("128 bytes were given back while they were copied"), "{error}");

@@ -1,7 +1,8 @@
 //! Row-major, contiguous tensors: f32 in cache-line-aligned memory of the processor, f32 or bf16 in that of a GPU.
 
-use crate::cuda::{Buffer, Gpu};
-use crate::{Device, Dtype};
+use crate::cuda::gpu::{Buffer, Gpu};
+use crate::device::Device;
+use crate::dtype::Dtype;
 use bytemuck::{Pod, Zeroable};
 use memmap2::MmapMut;
 use rayon::prelude::*;
@@ -211,7 +212,7 @@ impl Tensor {
             let mut half = Self::default();
             half.resize_on(device, Dtype::BF16, &self.shape);
             let values: Vec<u16> = self.data().par_iter().map(|x| f(x.to_bits())).collect();
-            crate::cuda::buffer(&half).write(0, bytemuck::cast_slice(&values));
+            half.device_buffer().write(0, bytemuck::cast_slice(&values));
             half
         };
         let upper = |bits: u32| (bits.wrapping_add(0x8000) >> 16) as u16;
@@ -222,7 +223,7 @@ impl Tensor {
     pub fn join(&self, low: &Self) -> Self {
         let read = |half: &Self| {
             let mut values = vec![0u16; half.len];
-            crate::cuda::buffer(half).read(0, bytemuck::cast_slice_mut(&mut values));
+            half.device_buffer().read(0, bytemuck::cast_slice_mut(&mut values));
             values
         };
         let mut joined = Self::zeros(&self.shape);
@@ -246,6 +247,14 @@ impl Tensor {
         match &self.memory {
             Memory::Host(_) => None,
             Memory::Device(buffer, _) => Some(buffer),
+        }
+    }
+
+    /// The memory of a tensor that must be on a GPU.
+    pub(crate) fn device_buffer(&self) -> &Buffer {
+        match self.buffer() {
+            Some(buffer) => buffer,
+            None => panic!("{self:?} must be on the GPU"),
         }
     }
 

@@ -3,11 +3,15 @@
 //! A packed matrix is decoded to f32 a panel of rows at a time, where a product needs it; the dense matrix is never
 //! built. Decoding is exact, so products over a packed matrix are those over the dense one.
 
-use crate::cuda::DeviceWeight;
+use crate::cuda::dequantize::DeviceWeight;
+use crate::device::Device;
+use crate::dtype::Dtype;
+use crate::int8_weight::Int8Weight;
+use crate::mapped::MappedFile;
 use crate::nf4::Nf4;
 use crate::packed_int::{GGUF_BLOCK, PackedInt};
 use crate::quant::{BlockType, all_finite, dequantize};
-use crate::{Device, Dtype, Int8Weight, MappedFile, Tensor};
+use crate::tensor::Tensor;
 use rayon::prelude::*;
 use std::ops::Range;
 use std::sync::Arc;

@@ -9,12 +9,12 @@
 //! `tile.rs` with both operands where they lie: k, v, q and d_o in the caller's memory, tiles as they were written.
 //! Only the queries (and d_o) of a tile are turned once. Keys that no query of a strip sees are left out.
 
-use crate::Tensor;
-use crate::cpu::matmul::{Shared, View};
+use crate::contract::{Heads, Segment};
 use crate::cpu::simd::{exp, multiversion};
 use crate::cpu::tile::{Panels, product};
 use crate::cpu::transpose::transpose;
-use crate::ops::attention::{Heads, Segment};
+use crate::cpu::view::{Shared, View};
+use crate::tensor::Tensor;
 use rayon::prelude::*;
 use std::cell::{Cell, RefCell};
 

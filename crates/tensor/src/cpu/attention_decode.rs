@@ -1,8 +1,8 @@
-//! Kernels of attention over a cache in f32 or f16; contract and layout of the cache in `ops/attention_decode.rs`.
+//! Kernels of attention over a cache in f32 or f16; contract in `ops/attention_decode.rs`, layout of the
+//! cache in `kv.rs`.
 
 use crate::cpu::simd::{exp, max, multiversion, reduce2};
-use crate::ops::attention_decode::{Element, RUN, TILE};
-use half::f16;
+use crate::kv::{Element, RUN, TILE};
 
 /// Query heads of which one pass over keys or values keeps the sums in registers.
 const QUERIES: usize = 4;
@@ -102,15 +102,6 @@ fn weigh<E: Element>(weights: &[[f32; RUN]], values: &[E], d: usize, sums: &mut 
         return unsafe { avx512::weigh(weights, values, d, sums) };
     }
     weigh_portable(weights, values, d, sums);
-}
-
-/// f16 → f32 for finite numbers, in integer and float operations that vectorise on every target: the exponent moves by
-/// 112, which multiplication does right for subnormal numbers too.
-#[inline(always)]
-pub(crate) fn widen(x: f16) -> f32 {
-    let bits = u32::from(x.to_bits());
-    let magnitude = f32::from_bits((bits & 0x7fff) << 13) * f32::from_bits((127 + 112) << 23);
-    f32::from_bits(magnitude.to_bits() | (bits & 0x8000) << 16)
 }
 
 multiversion! {
@@ -287,16 +278,7 @@ mod avx512 {
 mod tests {
     use super::*;
     use crate::rng::Rng;
-
-    #[test]
-    fn widening_is_exact() {
-        for bits in 0..=u16::MAX {
-            let x = f16::from_bits(bits);
-            if x.is_finite() {
-                assert_eq!(widen(x).to_bits(), x.to_f32().to_bits(), "{bits:x}");
-            }
-        }
-    }
+    use half::f16;
 
     #[test]
     fn portable_and_chosen_kernels_agree() {

@@ -1,7 +1,7 @@
 //! Dropout kernels; contract in `ops/dropout.rs`.
 
+use crate::contract::Mask;
 use crate::cpu::rows_per_task;
-use crate::ops::dropout::Mask;
 use crate::rng::philox;
 use rayon::prelude::*;
 

@@ -4,27 +4,19 @@
 //! in L1, and each chunk in register tiles. The sum of an output element over the blocks has one order, whatever the
 //! strips, the number of rows and the number of threads.
 
+use crate::cpu::int8_tile::{GROUP, Level, STRIP_GROUPS, Tile};
+use crate::cpu::simd::multiversion;
+use crate::cpu::view::{Shared, threads};
 #[cfg(target_arch = "x86_64")]
 use crate::cpu::{int8_avx2, int8_avx512};
-use crate::cpu::{
-    matmul::{Shared, threads},
-    simd::multiversion,
-};
 use crate::team;
 use half::f16;
-use std::sync::OnceLock;
-
-/// Columns of a group: the 32-bit lanes of a 512-bit register.
-pub(crate) const GROUP: usize = 16;
 
 /// Elements of the inner dimension that a strip takes at a time, so that the codes of its columns stay in L1.
 const CHUNK: usize = 512;
 
 /// Rows of a strip.
 const STRIP_ROWS: usize = 256;
-
-/// Groups of a strip: the widest tile.
-const STRIP_GROUPS: usize = 3;
 
 /// Up to this many rows the weights are streamed once from memory, one group after the other.
 const FEW_ROWS: usize = 4;
@@ -34,62 +26,6 @@ const FEW_ROWS_GROUPS: usize = 8;
 
 /// Products with fewer multiplications than this are not worth waking another thread.
 const SERIAL: usize = 1 << 17;
-
-/// Instruction sets with a kernel of their own.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Level {
-    /// Plain Rust.
-    Portable,
-    /// AVX2 and F16C.
-    #[cfg(target_arch = "x86_64")]
-    Avx2,
-    /// AVX2, F16C and the 256-bit dot products of AVX-VNNI.
-    #[cfg(target_arch = "x86_64")]
-    AvxVnni,
-    /// AVX-512 with VNNI.
-    #[cfg(target_arch = "x86_64")]
-    Avx512,
-}
-
-impl Level {
-    /// Every level that this processor has, the best one last.
-    pub(crate) fn available() -> Vec<Self> {
-        #[cfg_attr(not(target_arch = "x86_64"), expect(unused_mut))]
-        let mut levels = vec![Self::Portable];
-        #[cfg(target_arch = "x86_64")]
-        if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c") {
-            levels.push(Self::Avx2);
-            if is_x86_feature_detected!("avxvnni") {
-                levels.push(Self::AvxVnni);
-            }
-            if is_x86_feature_detected!("avx512f")
-                && is_x86_feature_detected!("avx512bw")
-                && is_x86_feature_detected!("avx512vl")
-                && is_x86_feature_detected!("avx512vnni")
-            {
-                levels.push(Self::Avx512);
-            }
-        }
-        levels
-    }
-
-    /// The best one; probed once.
-    pub(crate) fn best() -> Self {
-        static LEVEL: OnceLock<Level> = OnceLock::new();
-        *LEVEL.get_or_init(|| Self::available().into_iter().next_back().unwrap_or(Self::Portable))
-    }
-
-    /// Rows and groups of the largest tile, which are what the registers hold.
-    fn tile(self) -> (usize, usize) {
-        match self {
-            Self::Portable => (4, 1),
-            #[cfg(target_arch = "x86_64")]
-            Self::Avx2 | Self::AvxVnni => (2, 1),
-            #[cfg(target_arch = "x86_64")]
-            Self::Avx512 => (4, STRIP_GROUPS),
-        }
-    }
-}
 
 /// Borrowed parts of packed weights.
 #[derive(Clone, Copy)]
@@ -144,63 +80,6 @@ pub(crate) struct Output<'a> {
     pub weights: Weights<'a>,
     pub y: Shared,
     pub accumulate: bool,
-}
-
-/// The operands of one register tile: `num_rows` rows by `num_groups` groups over `blocks` blocks.
-pub(crate) struct Tile<'a> {
-    pub num_rows: usize,
-    pub num_groups: usize,
-    pub blocks: usize,
-    /// Steps of four elements in a block.
-    pub steps: usize,
-    /// Codes from the tile's first block on; groups are `codes_stride` bytes apart.
-    pub codes: &'a [u8],
-    pub codes_stride: usize,
-    /// Scales (minima) from the first block on; groups are `scales_stride` apart.
-    pub scales: &'a [f16],
-    pub minima: Option<&'a [f16]>,
-    pub scales_stride: usize,
-    /// Activations from the first row and block on; rows are `x_stride` elements or `x_blocks` blocks apart.
-    pub x: &'a [i8],
-    pub x_stride: usize,
-    pub x_scales: &'a [f32],
-    pub x_offsets: &'a [i32],
-    pub x_sums: &'a [f32],
-    pub x_blocks: usize,
-    pub unit: f32,
-    /// Destination: `width` elements from `y_start` on, rows `y_stride` apart.
-    pub y: Shared,
-    pub y_start: usize,
-    pub y_stride: usize,
-    pub width: usize,
-    /// Add to what is there.
-    pub accumulate: bool,
-}
-
-impl Tile<'_> {
-    /// Panics unless all that a kernel reads lies inside the slices. `codes_per_byte` is 1 or 2.
-    pub(crate) fn check(&self, codes_per_byte: usize) {
-        let (rows, groups, blocks) = (self.num_rows, self.num_groups, self.blocks);
-        assert!(rows > 0 && groups > 0 && blocks > 0, "an empty tile");
-        let block_bytes = self.steps * 4 * GROUP / codes_per_byte;
-        assert!(self.codes.len() >= (groups - 1) * self.codes_stride + blocks * block_bytes);
-        let scales = (groups - 1) * self.scales_stride + blocks * GROUP;
-        assert!(self.scales.len() >= scales && self.minima.is_none_or(|m| m.len() >= scales));
-        assert!(self.x.len() >= (rows - 1) * self.x_stride + blocks * self.steps * 4);
-        let x_blocks = (rows - 1) * self.x_blocks + blocks;
-        assert!(self.x_scales.len() >= x_blocks && self.x_offsets.len() >= x_blocks && self.x_sums.len() >= x_blocks);
-        assert!(self.width > (groups - 1) * GROUP && self.width <= groups * GROUP);
-    }
-
-    /// The tile's elements of row `r`.
-    ///
-    /// # Safety
-    /// No other thread touches the tile's elements of the destination.
-    #[allow(unsafe_code, clippy::mut_from_ref)]
-    pub(crate) unsafe fn y_row(&self, r: usize) -> &mut [f32] {
-        // SAFETY: the caller's promise is the one that `slice` asks for.
-        unsafe { self.y.slice(self.y_start + r * self.y_stride, self.width) }
-    }
 }
 
 /// A rectangle of one output: rows and groups.
@@ -344,17 +223,6 @@ fn walk_strip(level: Level, x: Rows<'_>, output: &Output<'_>, strip: Strip, spre
             }
         }
         first += num_groups;
-    }
-}
-
-impl Level {
-    /// Whether the kernel takes two codes a byte.
-    fn reads_nibbles(self) -> bool {
-        match self {
-            #[cfg(target_arch = "x86_64")]
-            Self::Avx512 => true,
-            _ => false,
-        }
     }
 }
 

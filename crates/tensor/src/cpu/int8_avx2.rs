@@ -1,6 +1,6 @@
 //! The int8 tile for 256-bit registers: with the dot products of AVX-VNNI, or by `vpmaddubsw` on AVX2 alone.
 
-use crate::cpu::int8::{GROUP, Tile};
+use crate::cpu::int8_tile::{GROUP, Tile};
 use std::arch::x86_64::*;
 
 /// Computes `t` with AVX2.

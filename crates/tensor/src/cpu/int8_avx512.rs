@@ -1,7 +1,6 @@
 //! The int8 tile for AVX-512 with VNNI: `vpdpbusd` adds four products u8 · i8 to each 32-bit lane.
 
-use crate::cpu::int8::{GROUP, Tile};
-use crate::cpu::int8_rows::{QuantizedRow, scale_of};
+use crate::cpu::int8_tile::{GROUP, QuantizedRow, Tile, scale_of};
 use std::arch::x86_64::*;
 
 /// Computes `t`; `nibble_zero` is given when codes are two a byte (then of one group only).

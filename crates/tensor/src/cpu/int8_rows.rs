@@ -2,29 +2,8 @@
 
 #[cfg(target_arch = "x86_64")]
 use crate::cpu::int8_avx512;
-use crate::cpu::{int8::Level, simd::multiversion};
-
-/// Blocks whose largest element is below this count as zero: their reciprocal scale would overflow.
-const TINY: f32 = 1e-30;
-
-/// Where the quantised form of one row goes: codes (filled up to whole blocks with zeros), and for each block its scale,
-/// −128 · Σ codes, and scale · Σ codes.
-pub(crate) struct QuantizedRow<'a> {
-    pub codes: &'a mut [i8],
-    pub scales: &'a mut [f32],
-    pub offsets: &'a mut [i32],
-    pub sums: &'a mut [f32],
-}
-
-/// Scale and reciprocal scale of a block, given the bits of its largest magnitude.
-///
-/// The largest magnitude is found on bit patterns, in which infinity and NaN are the largest, so that a block that holds
-/// one gets it as its scale and every product shows it.
-#[inline(always)]
-pub(crate) fn scale_of(largest_bits: i32) -> (f32, f32) {
-    let largest = f32::from_bits(largest_bits as u32);
-    if largest < TINY { (0.0, 0.0) } else { (largest * (1.0 / 127.0), 127.0 / largest) }
-}
+use crate::cpu::int8_tile::{Level, QuantizedRow, scale_of};
+use crate::cpu::simd::multiversion;
 
 /// Quantises `row` in blocks of `block_len` elements, a multiple of 32. Every level gives the same codes.
 #[allow(unsafe_code)]

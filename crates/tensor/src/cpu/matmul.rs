@@ -8,63 +8,15 @@
 //! sum of products in one pass over the result, which an adapter needs. Weight gradients, products of few columns and the head's
 //! input gradient were mostly slower (0.77 to 1.0): [`gemm`] leaves them to that crate.
 
+use crate::cpu::library;
 use crate::cpu::simd::{Level, level, multiversion, reduce2};
 use crate::cpu::tile::{Panels, panel_width, product, tile_rows};
 use crate::cpu::transpose::transpose;
-use crate::{Packed, Tensor};
+use crate::cpu::view::{Shared, View, threads};
+use crate::tensor::Tensor;
 use rayon::prelude::*;
 use std::cell::RefCell;
 use std::ops::Range;
-
-/// A read-only matrix inside a slice: element (i, j) is `data[i * row_stride + j * col_stride]`.
-#[derive(Clone, Copy)]
-pub(crate) struct View<'a> {
-    pub data: &'a [f32],
-    pub row_stride: usize,
-    pub col_stride: usize,
-}
-
-impl<'a> View<'a> {
-    /// A row-major matrix with `cols` columns.
-    pub(crate) fn rows(data: &'a [f32], cols: usize) -> Self {
-        Self { data, row_stride: cols, col_stride: 1 }
-    }
-
-    /// The transpose: no data moves.
-    pub(crate) fn t(self) -> Self {
-        Self { data: self.data, row_stride: self.col_stride, col_stride: self.row_stride }
-    }
-
-    /// Whether its columns, not its rows, lie in one piece.
-    fn is_turned(&self) -> bool {
-        self.row_stride == 1 && self.col_stride != 1
-    }
-
-    /// The matrix without its first `row` rows and `col` columns.
-    fn part(&self, row: usize, col: usize) -> Self {
-        Self { data: &self.data[row * self.row_stride + col * self.col_stride..], ..*self }
-    }
-
-    /// Asks for the first `rows` x `cols` elements of a row-major matrix to be brought near.
-    #[cfg_attr(target_arch = "x86_64", allow(unsafe_code))]
-    fn prefetch(&self, rows: usize, cols: usize) {
-        #[cfg(target_arch = "x86_64")]
-        for row in self.data.chunks(self.row_stride).take(rows) {
-            for line in row[..cols.min(row.len())].chunks(16) {
-                use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
-                // SAFETY: every x86-64 processor has the instruction, and it reads nothing.
-                unsafe { _mm_prefetch::<_MM_HINT_T1>(line.as_ptr().cast()) };
-            }
-        }
-        #[cfg(not(target_arch = "x86_64"))]
-        let _ = (rows, cols);
-    }
-
-    pub(crate) fn check(&self, rows: usize, cols: usize) {
-        let last = (rows.max(1) - 1) * self.row_stride + (cols.max(1) - 1) * self.col_stride;
-        assert!(rows == 0 || cols == 0 || last < self.data.len(), "matrix {rows} x {cols} exceeds its slice");
-    }
-}
 
 /// One summand of a product: `alpha · a[m, k] · b[k, n]`.
 #[derive(Clone, Copy)]
@@ -123,8 +75,8 @@ pub(crate) fn gemm(
     b: View<'_>,
 ) {
     let (m, n, k) = mn_k;
-    if m * n * k > 0 && (n <= FEW_COLUMNS || k > LONG || a.is_turned() && k >= LONG_TURNED) {
-        return library(mn_k, dst, dst_stride, accumulate, alpha, a, b, threads());
+    if m * n * k > 0 && (n <= FEW_COLUMNS || k > LONG || a.is_transposed() && k >= LONG_TURNED) {
+        return library::product(mn_k, dst, dst_stride, accumulate, alpha, a, b, threads());
     }
     gemm_sum((m, n), dst, dst_stride, accumulate, &[Term { a, b, k, alpha }]);
 }
@@ -155,11 +107,11 @@ pub(crate) fn gemm_sum(
     }
     if level() == Level::Baseline {
         for (i, t) in terms.iter().enumerate() {
-            library((m, n, t.k), dst, dst_stride, accumulate || i > 0, t.alpha, t.a, t.b, threads());
+            library::product((m, n, t.k), dst, dst_stride, accumulate || i > 0, t.alpha, t.a, t.b, threads());
         }
         return;
     }
-    let grid = Grid::new(m, n, total, terms.iter().any(|t| t.a.is_turned()));
+    let grid = Grid::new(m, n, total, terms.iter().any(|t| t.a.is_transposed()));
     let dst = Shared::new(dst);
     (0..grid.tasks()).into_par_iter().with_max_len(1).for_each(|task| {
         let (rows, cols) = grid.task(task);
@@ -273,7 +225,7 @@ fn product_block(
             let mut add = accumulate || pass_start > 0;
             pieces(terms, &mut |term, k, at| {
                 let mut a = term.a.part(first, k.start);
-                if a.is_turned() {
+                if a.is_transposed() {
                     // Steps that lie a row apart would miss the first-level cache at each step, for each panel.
                     turned.resize(&[k.len(), ROWS]);
                     for (to, l) in turned.data_mut().chunks_exact_mut(ROWS).zip(0..) {
@@ -296,7 +248,7 @@ fn product_block(
                 };
                 // Rows of a long `a` come from memory in pieces too short for the processor to see a pattern in them.
                 let next = first + ROWS;
-                if !term.a.is_turned() && next < rows.end {
+                if !term.a.is_transposed() && next < rows.end {
                     term.a.part(next, k.start).prefetch(ROWS.min(rows.end - next), k.len());
                 }
                 product((m, n, k.len()), dst, dst_stride, add, term.alpha, a, b);
@@ -345,49 +297,6 @@ fn copy(from: &[f32], to: &mut [f32]) {
     to_rest.copy_from_slice(from_rest);
 }
 
-/// As [`gemm`] by the `gemm` crate, among `threads` threads: for processors that `tile.rs` has no tiles for.
-#[allow(unsafe_code)]
-pub(crate) fn library(
-    (m, n, k): (usize, usize, usize),
-    dst: &mut [f32],
-    dst_stride: usize,
-    accumulate: bool,
-    alpha: f32,
-    a: View<'_>,
-    b: View<'_>,
-    threads: usize,
-) {
-    assert!(m > 0 && n > 0 && k > 0 && dst_stride >= n && (m - 1) * dst_stride + n <= dst.len());
-    a.check(m, k);
-    b.check(k, n);
-    let parallelism = if threads <= 1 { gemm::Parallelism::None } else { gemm::Parallelism::Rayon(threads) };
-    // SAFETY: the three matrices lie inside their slices (checked above), `dst` is borrowed mutably and so overlaps
-    // neither `a` nor `b`, and all strides are those of live f32 memory.
-    unsafe {
-        gemm::gemm(
-            m,
-            n,
-            k,
-            dst.as_mut_ptr(),
-            1,
-            dst_stride as isize,
-            accumulate,
-            a.data.as_ptr(),
-            a.col_stride as isize,
-            a.row_stride as isize,
-            b.data.as_ptr(),
-            b.col_stride as isize,
-            b.row_stride as isize,
-            1.0,
-            alpha,
-            false,
-            false,
-            false,
-            parallelism,
-        );
-    }
-}
-
 /// Products with up to this many rows of activations read the weights once, row by row, instead of packing them.
 pub(crate) const FEW_ROWS: usize = 4;
 
@@ -410,14 +319,20 @@ pub(crate) fn matmul_nt(
     });
 }
 
-/// As [`matmul_nt`] for few rows of `x` and a packed weight, whose rows are decoded one by one.
-pub(crate) fn matmul_nt_packed(m: usize, y: &mut [f32], accumulate: bool, alpha: f32, x: &[f32], w: &Packed) {
-    let [n, k] = w.shape();
+/// As [`matmul_nt`] for few rows of `x` and a weight whose row j `row(j, ..)` writes.
+pub(crate) fn matmul_nt_by_row(
+    (m, n, k): (usize, usize, usize),
+    y: &mut [f32],
+    accumulate: bool,
+    alpha: f32,
+    x: &[f32],
+    row: impl Fn(usize, &mut [f32]) + Sync,
+) {
     few_rows((m, n), y, accumulate, alpha, |columns, out| {
-        let mut row = vec![0.0; k];
+        let mut w = vec![0.0; k];
         for j in columns {
-            w.decode_rows(j..j + 1, &mut row);
-            dots(out, x, &row);
+            row(j, &mut w);
+            dots(out, x, &w);
         }
     });
 }
@@ -457,40 +372,6 @@ multiversion! {
         for row in x.chunks_exact(w.len()) {
             out.push(reduce2(row, w, |a, b| a * b));
         }
-    }
-}
-
-/// Threads of the current pool.
-pub fn threads() -> usize {
-    rayon::current_num_threads()
-}
-
-/// A pointer that tasks share to write disjoint parts of one buffer.
-#[derive(Clone, Copy)]
-pub(crate) struct Shared(*mut f32, usize);
-
-// SAFETY: a `Shared` is only dereferenced through `slice`, whose caller promises that concurrent ranges are disjoint.
-#[allow(unsafe_code)]
-unsafe impl Send for Shared {}
-// SAFETY: as above.
-#[allow(unsafe_code)]
-unsafe impl Sync for Shared {}
-
-impl Shared {
-    pub(crate) fn new(data: &mut [f32]) -> Self {
-        Self(data.as_mut_ptr(), data.len())
-    }
-
-    /// The elements `start..start + len`.
-    ///
-    /// # Safety
-    /// The buffer given to [`Shared::new`] is still borrowed, and while the returned slice lives no other thread touches
-    /// an element of it that this thread writes.
-    #[allow(unsafe_code, clippy::mut_from_ref)]
-    pub(crate) unsafe fn slice(&self, start: usize, len: usize) -> &mut [f32] {
-        assert!(start + len <= self.1, "a task reaches past its buffer");
-        // SAFETY: inside the buffer (checked); exclusive by the caller's promise.
-        unsafe { std::slice::from_raw_parts_mut(self.0.add(start), len) }
     }
 }
 

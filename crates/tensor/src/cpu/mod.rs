@@ -16,6 +16,8 @@ mod int8_avx2;
 #[cfg(target_arch = "x86_64")]
 mod int8_avx512;
 pub(crate) mod int8_rows;
+pub(crate) mod int8_tile;
+pub(crate) mod library;
 pub(crate) mod matmul;
 pub(crate) mod products;
 pub(crate) mod rmsnorm;
@@ -24,6 +26,7 @@ pub(crate) mod simd;
 pub(crate) mod swiglu;
 pub(crate) mod tile;
 pub(crate) mod transpose;
+pub(crate) mod view;
 
 /// Rows of a block that one thread takes at a time, so that a block of `cols` columns is about 16 KiB and stays in L1.
 pub(crate) fn rows_per_task(cols: usize) -> usize {

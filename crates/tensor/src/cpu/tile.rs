@@ -8,8 +8,9 @@
 //! Every element is summed over the inner dimension in order by one fused multiply-add a step, whatever tile it falls in:
 //! results do not depend on how a product is cut into tiles, or tiles are dealt to threads.
 
-use crate::cpu::matmul::View;
+use crate::cpu::library;
 use crate::cpu::simd::{Level, level};
+use crate::cpu::view::View;
 
 /// The right-hand side of a product: element (l, j) is `data[l * row_stride + j / width * panel_stride + j % width]`
 /// with the `width` of [`panel_width`].
@@ -92,7 +93,7 @@ pub(crate) fn product(
                 let cols = panel_width().min(n - j);
                 let b = View { data: &b.data[panel * b.panel_stride..], row_stride: b.row_stride, col_stride: 1 };
                 let dst = &mut dst[j..(m - 1) * stride + j + cols];
-                crate::cpu::matmul::library((m, cols, k), dst, stride, accumulate, alpha, a, b, 1);
+                library::product((m, cols, k), dst, stride, accumulate, alpha, a, b, 1);
             }
         }
     }

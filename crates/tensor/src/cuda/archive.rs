@@ -120,8 +120,8 @@ pub fn native(major: i32, minor: i32) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::Dtype;
     use crate::cuda::kernels::Source;
+    use crate::dtype::Dtype;
 
     #[test]
     fn what_is_written_is_read() {

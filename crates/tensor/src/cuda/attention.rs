@@ -1,9 +1,11 @@
 //! Launchers of attention; contract in `ops/attention.rs`. Tables of tiles are made here and sent once for all layers.
 
+use super::arguments::{argument, blocks};
+use super::gpu::{Arg, Buffer, Gpu, Launch};
 use super::kernels::{Module, Source};
-use super::{Arg, Buffer, Gpu, Launch, argument, blocks};
-use crate::ops::attention::{Heads, Segment};
-use crate::{Dtype, Tensor};
+use crate::contract::{Heads, Segment};
+use crate::dtype::Dtype;
+use crate::tensor::Tensor;
 use std::sync::Arc;
 
 /// Rows of a tile of queries or keys.

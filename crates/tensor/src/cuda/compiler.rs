@@ -1,8 +1,8 @@
 //! NVRTC: CUDA C++ to machine code, at run time, without a GPU or a toolkit.
 
-use super::library::functions;
-use super::{Error, Library, Search};
-use crate::cuda::kernels::Module;
+use super::error::Error;
+use super::kernels::Module;
+use super::library::{Library, Search, functions};
 use sha2::{Digest, Sha256};
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::path::Path;

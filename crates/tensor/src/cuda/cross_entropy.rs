@@ -1,12 +1,16 @@
 //! Head and cross-entropy in chunks of rows; contract in `ops/linear_cross_entropy.rs`. Logits are f32 whatever the element is:
 //! the loss of a vocabulary of 128,000 would not survive bf16.
 
+use super::arguments::{argument, argument_at, blocks};
+use super::gemm::Matrix;
+use super::gpu::{Arg, Gpu, Launch};
 use super::kernels::{Module, Source};
 use super::linear::{self, matrix};
-use super::{Arg, Gpu, Launch, Matrix, argument, argument_at, blocks, buffer};
-use crate::ops::linear::Into;
-use crate::ops::linear_cross_entropy::{Gradients, HeadRows};
-use crate::{Device, Dtype, Tensor, Weight};
+use crate::contract::{Gradients, HeadRows, Store};
+use crate::device::Device;
+use crate::dtype::Dtype;
+use crate::tensor::Tensor;
+use crate::weight::Weight;
 use std::sync::Arc;
 
 /// Logits that exist at a time while the head trains, 512 MiB: its gradient is read and written for each chunk of them.
@@ -80,7 +84,7 @@ pub(crate) fn run(
         let rows = step.min(n - start);
         scratch.logits.resize_on(&device, Dtype::F32, &[rows, vocab]);
         let h = matrix(h).at(start * d);
-        linear::forward(gpu, h, rows, w, 1.0, None, matrix(&scratch.logits), Into::Overwrite);
+        linear::forward(gpu, h, rows, w, 1.0, None, matrix(&scratch.logits), Store::Overwrite);
         let d_arg = if gradients.is_some() { argument(&scratch.logits, Dtype::F32) } else { Arg::Null };
         let block = if vocab < 4096 { 128 } else { 1024 };
         gpu.launch(&Launch {
@@ -102,9 +106,9 @@ pub(crate) fn run(
         });
         if let Some(g) = &mut gradients {
             // A row of the gradient begins where that of the logits does, and is shorter in bf16.
-            let d_logits = Matrix::new(buffer(&scratch.logits), element, vocab * (4 / element.bytes()));
+            let d_logits = Matrix::new(scratch.logits.device_buffer(), element, vocab * (4 / element.bytes()));
             let d_h = matrix(g.d_h).at(start * d);
-            linear::input_gradient(gpu, d_logits, rows, w, 1.0, None, d_h, Into::Overwrite);
+            linear::input_gradient(gpu, d_logits, rows, w, 1.0, None, d_h, Store::Overwrite);
             if let Some(d_w) = g.d_w.as_deref_mut() {
                 linear::weight_gradient(gpu, d_logits, h, rows, 1.0, d_w);
             }
@@ -120,7 +124,7 @@ pub(crate) fn run(
                     block: BLOCK,
                     shared: 0,
                     args: &[
-                        Arg::Buffer(buffer(&scratch.logits), 0),
+                        Arg::Buffer(scratch.logits.device_buffer(), 0),
                         Arg::U64(d_logits.stride as u64),
                         Arg::Buffer(&ids, 0),
                         argument(&scratch.columns, element),

@@ -3,9 +3,10 @@
 //! cuBLASLt's matrices are column-major. A row-major matrix is the transpose of the column-major one with the same
 //! memory, so cᵀ = bᵀ aᵀ is asked for: the operands change places and nothing is copied.
 
-use super::library::functions;
-use super::{Error, Gemm, Library, Matrix, Search, locked};
-use crate::Dtype;
+use super::error::Error;
+use super::library::{Library, Search, functions};
+use super::work::{self, Product, locked};
+use crate::dtype::Dtype;
 use cudarc::cublaslt::sys as lt;
 use std::collections::HashMap;
 use std::ffi::c_void;
@@ -80,9 +81,9 @@ struct Operand {
 }
 
 impl Operand {
-    fn new(matrix: &Matrix<'_>) -> Self {
-        let Matrix { dtype, stride, transposed, .. } = *matrix;
-        Self { dtype, stride, transposed, alignment: 1 << matrix.address().trailing_zeros().min(8) }
+    fn new(operand: &work::Operand) -> Self {
+        let work::Operand { address, dtype, stride, transposed } = *operand;
+        Self { dtype, stride, transposed, alignment: 1 << address.trailing_zeros().min(8) }
     }
 
     fn kind(self) -> u32 {
@@ -127,12 +128,11 @@ impl CublasLt {
         Ok(Self { state: Mutex::new(State { handle: ptr::null_mut(), plans: HashMap::new(), workspace: 0 }), api })
     }
 
-    /// Asks for the product on `stream`, with f32 operands rounded to TF32 if `tf32`; `allocate` gives the workspace at the first one. A context must be current.
+    /// Asks for the product on `stream`; `allocate` gives the workspace at the first one. A context must be current.
     #[allow(unsafe_code)]
     pub(super) fn gemm(
         &self,
-        gemm: &Gemm<'_>,
-        tf32: bool,
+        product: &Product,
         stream: *mut c_void,
         allocate: impl FnOnce(usize) -> Result<u64, Error>,
     ) -> Result<(), Error> {
@@ -147,10 +147,10 @@ impl CublasLt {
             state.workspace = allocate(WORKSPACE)?;
         }
         let key = Key {
-            sizes: [gemm.m, gemm.n, gemm.k],
-            operands: [&gemm.a, &gemm.b, &gemm.c].map(Operand::new),
-            accumulates: gemm.beta != 0.0,
-            tf32,
+            sizes: [product.m, product.n, product.k],
+            operands: [&product.a, &product.b, &product.c].map(Operand::new),
+            accumulates: product.beta != 0.0,
+            tf32: product.tf32,
         };
         if !state.plans.contains_key(&key) {
             let plan = self.plan(state.handle, &key)?;
@@ -158,7 +158,8 @@ impl CublasLt {
         }
         let State { handle, plans, workspace } = &*state;
         let plan = &plans[&key];
-        let (a, b, c) = (gemm.a.address() as *const c_void, gemm.b.address() as *const c_void, gemm.c.address());
+        let (a, b) = (product.a.address as *const c_void, product.b.address as *const c_void);
+        let c = product.c.address;
         // SAFETY: the plan was made for these sizes, strides, types and alignments; `Gemm::check` has shown that the
         // operands lie in their buffers; factors are f32 as the description says; the workspace has the size that is named
         // and is used by one product after the other, since all run in one stream.
@@ -166,12 +167,12 @@ impl CublasLt {
             (self.api.matmul)(
                 *handle,
                 plan.desc,
-                ptr::from_ref(&gemm.alpha).cast(),
+                ptr::from_ref(&product.alpha).cast(),
                 b,
                 plan.layouts[0],
                 a,
                 plan.layouts[1],
-                ptr::from_ref(&gemm.beta).cast(),
+                ptr::from_ref(&product.beta).cast(),
                 c as *const c_void,
                 plan.layouts[2],
                 c as *mut c_void,

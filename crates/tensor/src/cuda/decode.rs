@@ -1,9 +1,10 @@
 //! Launchers of attention over caches.
 
+use super::arguments::argument;
+use super::gpu::{Arg, Buffer, Gpu, Launch};
 use super::kernels::{Module, Source};
-use super::{Arg, Buffer, Gpu, Launch, argument};
-use crate::Tensor;
-use crate::ops::attention::{Heads, Segment};
+use crate::contract::{Heads, Segment};
+use crate::tensor::Tensor;
 use std::sync::Arc;
 
 const THREADS: u32 = 128;

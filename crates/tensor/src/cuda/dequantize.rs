@@ -1,10 +1,13 @@
 //! Quantised weights on the device, their decoding and their products with few rows; formats in `quant.rs` and `nf4.rs`.
 
+use super::arguments::blocks;
+use super::gemm::Matrix;
+use super::gpu::{Arg, Buffer, Gpu, Launch};
 use super::kernels::{Module, Source};
-use super::{Arg, Buffer, Gpu, Launch, Matrix, blocks, buffer};
+use crate::dtype::Dtype;
 use crate::nf4::{self, Nf4Parts};
 use crate::quant::BlockType;
-use crate::{Dtype, Tensor};
+use crate::tensor::Tensor;
 use std::sync::Arc;
 
 const THREADS: u32 = 256;
@@ -133,7 +136,7 @@ pub(crate) fn rows(gpu: &Gpu, w: &DeviceWeight, first: usize, count: usize, to: 
 
 /// Decodes the rows `index` to `y` [N, cols], which has its shape.
 pub(crate) fn listed_rows(gpu: &Arc<Gpu>, w: &DeviceWeight, index: &[u32], y: &Tensor) {
-    decode(gpu, w, Rows::Listed(&gpu.table(index)), buffer(y), y.dtype());
+    decode(gpu, w, Rows::Listed(&gpu.table(index)), y.device_buffer(), y.dtype());
 }
 
 fn decode(gpu: &Gpu, w: &DeviceWeight, rows: Rows<'_>, to: &Buffer, element: Dtype) {

@@ -3,16 +3,29 @@
 use super::archive::{self, Archive};
 use super::compiler::Compiler;
 use super::cublaslt::CublasLt;
+use super::error::Error;
 use super::kernels::Module;
-use super::library::functions;
-use super::sizes::allocated;
-use super::{Error, Gemm, Launch, Library, Options, Search, locked};
+use super::library::{Library, Search, functions};
+use super::work::{KernelCall, Product, allocated, locked};
 use cudarc::driver::sys::{CUdevice_attribute, CUfunction_attribute};
 use std::collections::{BTreeMap, HashMap};
 use std::ffi::{CStr, CString, c_char, c_int, c_uint, c_void};
 use std::path::PathBuf;
 use std::ptr;
 use std::sync::{Mutex, OnceLock};
+
+/// How a GPU is opened.
+#[derive(Clone, Debug, Default)]
+pub struct Options {
+    /// Where the libraries are looked for.
+    pub search: Search,
+    /// Folder of compiled kernels; `None` compiles them in every process.
+    pub cache: Option<PathBuf>,
+    /// Kernels that need not be compiled.
+    pub archive: Archive,
+    /// Is told, once, when kernels are compiled since the archive does not have them.
+    pub notice: Option<fn(&str)>,
+}
 
 functions! {
     /// The functions of the driver that are used.
@@ -501,12 +514,11 @@ impl Driver {
     }
 
     #[allow(unsafe_code)]
-    pub(super) fn launch(&self, launch: &Launch<'_>) -> Result<(), Error> {
-        let function = self.function(launch.module, launch.kernel, launch.shared)?;
+    pub(super) fn launch(&self, mut call: KernelCall) -> Result<(), Error> {
+        let function = self.function(call.module, call.kernel, call.shared)?;
         let stream = self.enter()?;
-        let mut values: Vec<u64> = launch.args.iter().map(|a| a.bits()).collect();
-        let mut pointers: Vec<*mut c_void> = values.iter_mut().map(|v| ptr::from_mut(v).cast()).collect();
-        let [x, y, z] = launch.grid;
+        let mut pointers: Vec<*mut c_void> = call.values.iter_mut().map(|v| ptr::from_mut(v).cast()).collect();
+        let [x, y, z] = call.grid;
         // SAFETY: the function is loaded in the current context; each pointer is to a value of at least the size of its
         // parameter (little-endian, so that smaller ones are its first bytes), copied before the call returns. That
         // number, order and types of arguments are those of the kernel is tested by running every launcher on the emulator,
@@ -517,16 +529,16 @@ impl Driver {
                 x,
                 y,
                 z,
-                launch.block,
+                call.block,
                 1,
                 1,
-                launch.shared as c_uint,
+                call.shared as c_uint,
                 stream,
                 pointers.as_mut_ptr(),
                 ptr::null_mut(),
             )
         };
-        self.check(launch.kernel, status)
+        self.check(call.kernel, status)
     }
 
     /// The loaded kernel, allowed to use `shared` bytes of shared memory.
@@ -595,9 +607,9 @@ impl Driver {
         Ok(Handle(loaded))
     }
 
-    pub(super) fn gemm(&self, gemm: &Gemm<'_>, tf32: bool) -> Result<(), Error> {
+    pub(super) fn gemm(&self, product: Product) -> Result<(), Error> {
         let stream = self.enter()?;
-        self.cublas.gemm(gemm, tf32, stream, |bytes| self.allocate(bytes))
+        self.cublas.gemm(&product, stream, |bytes| self.allocate(bytes))
     }
 }
 

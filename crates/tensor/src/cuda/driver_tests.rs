@@ -2,8 +2,10 @@
 //! the way out, and what works is asked for in the right order.
 #![cfg(target_os = "linux")]
 
-use super::{Arg, Error, Gemm, Gpu, Launch, Matrix, Options, Search};
-use crate::cuda::kernels::{Module, Source};
+use super::gemm::{Gemm, Matrix};
+use super::gpu::{Arg, Launch};
+use super::kernels::{Module, Source};
+use super::{Error, Gpu, Options, Search};
 use crate::{Device, Dtype, Tensor};
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -271,7 +273,7 @@ fn whole(name: &str, nvrtc_status: &str) -> (Fakes, Device) {
 }
 
 fn launch(gpu: &Gpu, out: &Tensor, grid: [u32; 3], shared: usize) {
-    let args = [super::argument(out, Dtype::F32), Arg::F32(0.5)];
+    let args = [super::arguments::argument(out, Dtype::F32), Arg::F32(0.5)];
     let module = Module::new(Source::Rope, Dtype::F32);
     gpu.launch(&Launch { module, kernel: "rope_rotate", grid, block: 64, shared, args: &args });
 }
@@ -420,14 +422,14 @@ fn copies_beside_the_work() {
     let memory = gpu.allocate_host(8);
     assert_eq!((memory.bytes(), gpu.host_memory()), (8, 8));
     let event = gpu.event();
-    memory.copy_out(0, super::buffer(&x), 0, 8);
+    memory.copy_out(0, x.device_buffer(), 0, 8);
     event.record();
     event.wait();
     let mut read = [0f32; 2];
     memory.read(0, bytemuck::cast_slice_mut(&mut read));
     assert_eq!(read, [1.0, 2.0]);
     memory.write(4, &3f32.to_ne_bytes());
-    memory.copy_in(4, super::buffer(&x), 0, 4);
+    memory.copy_in(4, x.device_buffer(), 0, 4);
     event.record();
     assert_eq!(x.to_host().data(), [3.0, 2.0]);
     device.synchronize().unwrap();

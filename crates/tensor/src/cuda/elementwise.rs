@@ -1,9 +1,14 @@
 //! Launchers of operations that take elements or rows one by one.
 
+use super::arguments::{argument, blocks, row_threads};
+use super::dequantize;
+use super::gpu::{Arg, Buffer, Gpu, Launch};
 use super::kernels::{Module, Source};
-use super::{Arg, Buffer, Gpu, Launch, argument, blocks, dequantize, row_threads};
-use crate::ops::dropout::Mask;
-use crate::{Device, Dtype, Tensor, Weight};
+use crate::contract::Mask;
+use crate::device::Device;
+use crate::dtype::Dtype;
+use crate::tensor::Tensor;
+use crate::weight::Weight;
 use std::sync::Arc;
 
 const BLOCK: u32 = 256;

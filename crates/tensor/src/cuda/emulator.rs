@@ -3,10 +3,10 @@
 //! Memory is counted as a GPU's allocator counts it. New memory holds NaN, every buffer lies between guard zones that each launch checks, and shared memory has exactly the
 //! size that the launcher asks for.
 
+use super::error::Error;
 use super::kernels::Module;
-use super::sizes::allocated;
-use super::{Error, Gemm, Launch, Matrix, locked};
-use crate::Dtype;
+use super::work::{KernelCall, Operand, Product, allocated, locked};
+use crate::dtype::Dtype;
 use half::bf16;
 use sha2::{Digest, Sha256};
 use std::alloc::{Layout, alloc, dealloc};
@@ -53,36 +53,10 @@ struct Records {
 /// A piece of work with the addresses of its operands.
 #[derive(Clone)]
 enum Work {
-    Launch { module: Module, kernel: &'static str, grid: [u32; 3], block: u32, shared: usize, values: Vec<u64> },
-    Product(Product, bool),
+    Launch(KernelCall),
+    Product(Product),
     Copy { to: u64, from: u64, bytes: usize },
     Fill { to: u64, byte: u8, bytes: usize },
-}
-
-/// A matrix by its address.
-#[derive(Clone, Copy)]
-struct Operand {
-    address: u64,
-    dtype: Dtype,
-    stride: usize,
-    transposed: bool,
-}
-
-impl From<&Matrix<'_>> for Operand {
-    fn from(matrix: &Matrix<'_>) -> Self {
-        let Matrix { dtype, stride, transposed, .. } = *matrix;
-        Self { address: matrix.address(), dtype, stride, transposed }
-    }
-}
-
-/// A product by the addresses of its operands: [`Gemm`] without its buffers.
-#[derive(Clone, Copy)]
-struct Product {
-    sizes: [usize; 3],
-    factors: [f32; 2],
-    a: Operand,
-    b: Operand,
-    c: Operand,
 }
 
 /// Copies that were asked for and not done yet: they are done when they are waited for and not before, so that work which does not
@@ -342,10 +316,8 @@ impl Emulator {
 
     fn work_now(&self, work: Work) -> Result<(), Error> {
         match work {
-            Work::Launch { module, kernel, grid, block, shared, values } => {
-                self.launch_now(module, kernel, grid, block, shared, values)
-            }
-            Work::Product(product, tf32) => self.product_now(product, tf32),
+            Work::Launch(call) => self.launch_now(call),
+            Work::Product(product) => self.product_now(product),
             Work::Copy { to, from, bytes } => self.copy_now(to, from, bytes),
             Work::Fill { to, byte, bytes } => self.fill_now(to, byte, bytes),
         }
@@ -386,22 +358,13 @@ impl Emulator {
         locked(&self.copies).wrong = Some(failed("recording", text));
     }
 
-    pub(super) fn launch(&self, launch: &Launch<'_>) -> Result<(), Error> {
-        let Launch { module, kernel, grid, block, shared, args } = *launch;
-        let values = args.iter().map(|a| a.bits()).collect();
-        self.ask(Work::Launch { module, kernel, grid, block, shared, values })
+    pub(super) fn launch(&self, call: KernelCall) -> Result<(), Error> {
+        self.ask(Work::Launch(call))
     }
 
     #[allow(unsafe_code)]
-    fn launch_now(
-        &self,
-        module: Module,
-        kernel: &'static str,
-        grid: [u32; 3],
-        block: u32,
-        shared: usize,
-        mut values: Vec<u64>,
-    ) -> Result<(), Error> {
+    fn launch_now(&self, call: KernelCall) -> Result<(), Error> {
+        let KernelCall { module, kernel, grid, block, shared, mut values } = call;
         let loaded = self.module(module)?;
         let mut name = kernel.as_bytes().to_vec();
         name.push(0);
@@ -486,14 +449,12 @@ impl Emulator {
         Ok(path)
     }
 
-    pub(super) fn gemm(&self, gemm: &Gemm<'_>, tf32: bool) -> Result<(), Error> {
-        let Gemm { m, n, k, alpha, beta, a, b, c } = gemm;
-        let [a, b, c] = [a, b, c].map(Operand::from);
-        self.ask(Work::Product(Product { sizes: [*m, *n, *k], factors: [*alpha, *beta], a, b, c }, tf32))
+    pub(super) fn gemm(&self, product: Product) -> Result<(), Error> {
+        self.ask(Work::Product(product))
     }
 
-    fn product_now(&self, product: Product, tf32: bool) -> Result<(), Error> {
-        let Product { sizes: [m, n, k], factors: [alpha, beta], a, b, c } = product;
+    fn product_now(&self, product: Product) -> Result<(), Error> {
+        let Product { m, n, k, alpha, a, b, beta, c, tf32 } = product;
         let (mut a, mut b) = (values(a, m, k), values(b, k, n));
         if tf32 {
             // Cut off, which is the worst that rounding to TF32 can be.

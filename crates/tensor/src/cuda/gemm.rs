@@ -1,7 +1,9 @@
 //! A matrix product as both back ends are asked for it.
 
-use super::Buffer;
-use crate::Dtype;
+use super::gpu::{Buffer, Gpu, backend};
+use super::work::{Operand, Product};
+use crate::dtype::Dtype;
+use std::sync::atomic::Ordering;
 
 /// A row-major matrix in a buffer.
 #[derive(Clone, Copy, Debug)]
@@ -29,8 +31,9 @@ impl<'a> Matrix<'a> {
         Self { transposed: !self.transposed, ..self }
     }
 
-    pub(super) fn address(&self) -> u64 {
-        self.buffer.address + (self.offset * self.dtype.bytes()) as u64
+    fn operand(&self) -> Operand {
+        let Self { buffer, offset, dtype, stride, transposed } = *self;
+        Operand { address: buffer.address + (offset * dtype.bytes()) as u64, dtype, stride, transposed }
     }
 
     /// Panics unless [rows, cols] as the product sees it lies within the buffer.
@@ -46,7 +49,7 @@ impl<'a> Matrix<'a> {
     }
 }
 
-/// c [m, n] = `alpha` · a [m, k] · b [k, n] + `beta` · c, summed in f32. With `beta` 0, c is not read.
+/// [`Product`] of matrices in buffers.
 pub(crate) struct Gemm<'a> {
     pub(crate) m: usize,
     pub(crate) n: usize,
@@ -59,12 +62,25 @@ pub(crate) struct Gemm<'a> {
 }
 
 impl Gemm<'_> {
-    pub(super) fn check(&self) {
+    fn check(&self) {
         self.a.check(self.m, self.k);
         self.b.check(self.k, self.n);
         self.c.check(self.m, self.n);
         assert!(self.a.dtype == self.b.dtype && !self.c.transposed, "{:?} times {:?}", self.a, self.b);
         // What cuBLASLt offers: a result of the operands' type, or f32.
         assert!(self.c.dtype == Dtype::F32 || self.c.dtype == self.a.dtype, "{:?} from {:?}", self.c, self.a);
+    }
+}
+
+impl Gpu {
+    /// Asks for a matrix product; an empty result is nothing to do.
+    pub(crate) fn gemm(&self, gemm: &Gemm<'_>) {
+        gemm.check();
+        let Gemm { m, n, k, alpha, beta, .. } = *gemm;
+        let tf32 = gemm.a.dtype == Dtype::F32 && self.tf32.load(Ordering::Relaxed);
+        let [a, b, c] = [&gemm.a, &gemm.b, &gemm.c].map(Matrix::operand);
+        if m > 0 && n > 0 {
+            self.attempt(|| backend!(self, gemm(Product { m, n, k, alpha, a, b, beta, c, tf32 })));
+        }
     }
 }

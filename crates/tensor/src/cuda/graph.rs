@@ -3,8 +3,10 @@
 //! A pass of generation asks for hundreds of small kernels, each with its way through the driver. Recorded, they are one
 //! request. A record has the addresses of all memory that it uses; what was allocated while it was made stays its own.
 
-use super::{Backend, Gpu, backend, locked};
-use crate::Device;
+use super::error::Error;
+use super::gpu::{Gpu, backend};
+use super::work::locked;
+use crate::device::Device;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -37,7 +39,7 @@ impl Gpu {
                     }
                     Err(failed
                         .or_else(|| ended.err())
-                        .unwrap_or(super::Error::Call { call: "recording".into(), what: "it failed".into() }))
+                        .unwrap_or(Error::Call { call: "recording".into(), what: "it failed".into() }))
                 }
             }
         });
@@ -107,7 +109,7 @@ impl Recorded {
 mod tests {
     use super::*;
     use crate::cuda::lab::labs;
-    use crate::ops::linear::{self, Into};
+    use crate::ops::linear::{self, Store};
     use crate::ops::swiglu;
     use crate::{Dtype, Tensor};
 
@@ -127,13 +129,13 @@ mod tests {
                     asked += 1;
                     // Memory that is given back within the work stays the record's.
                     let mut between = Tensor::default();
-                    linear::matmul(&x, &w, 1.0, &mut between, Into::Overwrite);
+                    linear::matmul(&x, &w, 1.0, &mut between, Store::Overwrite);
                     swiglu::forward(&between, &x, &mut y);
                 });
                 let kept = gpu.memory().0 - before;
                 assert_eq!((recorded.is_recorded(), kept > 0), (round > 0, round < 2), "round {round}: {kept}");
                 let (mut product, mut want) = (Tensor::default(), Tensor::default());
-                linear::matmul(&x, &w, 1.0, &mut product, Into::Overwrite);
+                linear::matmul(&x, &w, 1.0, &mut product, Store::Overwrite);
                 swiglu::forward(&product, &x, &mut want);
                 assert_eq!(y.to_host().data(), want.to_host().data(), "round {round}");
             }

@@ -1,6 +1,6 @@
 //! The kernels: one module a source file, built for each type of element that is used.
 
-use crate::Dtype;
+use crate::dtype::Dtype;
 
 /// Put in front of every source.
 const DEVICE: &str = include_str!("device.cuh");

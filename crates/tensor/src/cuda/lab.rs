@@ -1,6 +1,6 @@
 //! What tests of launchers share: an emulated device in one precision, inputs that it can hold, and comparisons.
 
-use super::Gpu;
+use super::gpu::Gpu;
 use crate::rng::Rng;
 use crate::{Device, Dtype, Tensor};
 

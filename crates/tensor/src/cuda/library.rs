@@ -4,7 +4,7 @@
 //! cudarc's own look-up is not used: it panics when a library is missing, knows the file names of one CUDA release only,
 //! and does not look into Python's wheels. Its types and constants are.
 
-use super::Error;
+use super::error::Error;
 use libloading::Library as Opened;
 use std::path::{Path, PathBuf};
 
@@ -162,13 +162,13 @@ macro_rules! functions {
             /// # Errors
             /// `TooOld` when the library does not have one of them.
             #[allow(unsafe_code)]
-            pub(super) fn load(library: libloading::Library, path: &std::path::Path) -> Result<Self, super::Error> {
+            pub(super) fn load(library: libloading::Library, path: &std::path::Path) -> Result<Self, crate::cuda::error::Error> {
                 Ok(Self {
                     $( $field: {
                         // SAFETY: the signature is that of NVIDIA's documentation; status codes are taken as plain integers,
                         // so that one this program does not know is no undefined behaviour.
                         let found = unsafe { library.get::<unsafe extern "C" fn($($arg),*) -> i32>($symbol.as_bytes()) };
-                        *found.map_err(|_| super::Error::TooOld {
+                        *found.map_err(|_| crate::cuda::error::Error::TooOld {
                             library: $library.name(),
                             path: path.to_path_buf(),
                             found: format!("it has no {}", $symbol),

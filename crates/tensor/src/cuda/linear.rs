@@ -1,11 +1,15 @@
 //! Matrix products of linear layers; contract in `ops/linear.rs`. An adapter's product comes first and the layer's own is added to it
 //! (`beta` = 1). The own product reads what is there while its sums are being made, so that the adapter costs no pass over the output
 //! but the writing of its own product; and what is rounded to bf16 between the two is the smaller one. A quantised weight is decoded a
-//! tile of rows at a time into memory that is used again, or multiplied as it is where few rows go through it.
+//! tile of rows at a time store memory that is used again, or multiplied as it is where few rows go through it.
 
-use super::{Buffer, Gemm, Gpu, Matrix, buffer, dequantize};
-use crate::ops::linear::{Adapter, Into};
-use crate::{Dtype, Tensor, Weight};
+use super::dequantize;
+use super::gemm::{Gemm, Matrix};
+use super::gpu::{Buffer, Gpu};
+use crate::contract::{Adapter, Store};
+use crate::dtype::Dtype;
+use crate::tensor::Tensor;
+use crate::weight::Weight;
 use std::sync::Arc;
 
 /// Elements of a quantised weight that are decoded at a time: large enough for whole products, small beside the weights.
@@ -13,12 +17,12 @@ pub(super) const TILE: usize = 1 << 25;
 
 /// The rows of a matrix tensor.
 pub(crate) fn matrix(tensor: &Tensor) -> Matrix<'_> {
-    Matrix::new(buffer(tensor), tensor.dtype(), tensor.cols())
+    Matrix::new(tensor.device_buffer(), tensor.dtype(), tensor.cols())
 }
 
 /// Factor on what is there.
-pub(crate) fn beta(into: Into) -> f32 {
-    if into == Into::Accumulate { 1.0 } else { 0.0 }
+pub(crate) fn beta(store: Store) -> f32 {
+    if store == Store::Accumulate { 1.0 } else { 0.0 }
 }
 
 /// Calls `f(first row, rows, decoded rows)` for the whole of a dense weight, or tile by tile.
@@ -48,17 +52,17 @@ pub(crate) fn forward(
     alpha: f32,
     adapter: Option<Adapter<'_>>,
     y: Matrix<'_>,
-    into: Into,
+    store: Store,
 ) {
     let (k, element) = (w.cols(), x.dtype);
-    let into = adapted(gpu, rows, w.rows(), adapter, |outer| outer.t(), y, into);
+    let store = adapted(gpu, rows, w.rows(), adapter, |outer| outer.t(), y, store);
     match w {
         Weight::Device(w) if rows <= dequantize::MOST_ROWS => {
-            dequantize::multiply(gpu, w, x, rows, alpha, y, into == Into::Accumulate);
+            dequantize::multiply(gpu, w, x, rows, alpha, y, store == Store::Accumulate);
         }
         _ => tiles(gpu, w, element, |first, count, tile| {
             let c = y.at(y.offset + first);
-            gpu.gemm(&Gemm { m: rows, n: count, k, alpha, a: x, b: tile.t(), beta: beta(into), c });
+            gpu.gemm(&Gemm { m: rows, n: count, k, alpha, a: x, b: tile.t(), beta: beta(store), c });
         }),
     }
 }
@@ -71,12 +75,12 @@ fn adapted(
     adapter: Option<Adapter<'_>>,
     turned: impl FnOnce(Matrix<'_>) -> Matrix<'_>,
     c: Matrix<'_>,
-    into: Into,
-) -> Into {
-    let Some(Adapter { inner, outer, scale }) = adapter else { return into };
+    store: Store,
+) -> Store {
+    let Some(Adapter { inner, outer, scale }) = adapter else { return store };
     let (a, b) = (matrix(inner), turned(matrix(outer)));
-    gpu.gemm(&Gemm { m: rows, n, k: inner.cols(), alpha: scale, a, b, beta: beta(into), c });
-    Into::Accumulate
+    gpu.gemm(&Gemm { m: rows, n, k: inner.cols(), alpha: scale, a, b, beta: beta(store), c });
+    Store::Accumulate
 }
 
 /// `d_x` [T, in] = or += `alpha` d_y w + the adapter's product.
@@ -88,12 +92,12 @@ pub(crate) fn input_gradient(
     alpha: f32,
     adapter: Option<Adapter<'_>>,
     d_x: Matrix<'_>,
-    into: Into,
+    store: Store,
 ) {
     let n = w.cols();
-    let into = adapted(gpu, rows, n, adapter, |outer| outer, d_x, into);
+    let store = adapted(gpu, rows, n, adapter, |outer| outer, d_x, store);
     tiles(gpu, w, d_y.dtype, |first, count, tile| {
-        let beta = if first > 0 { 1.0 } else { beta(into) };
+        let beta = if first > 0 { 1.0 } else { beta(store) };
         let a = d_y.at(d_y.offset + first);
         gpu.gemm(&Gemm { m: rows, n, k: count, alpha, a, b: tile, beta, c: d_x });
     });

@@ -3,7 +3,7 @@
 //! Copies go through a stream of their own. Each begins when all work that was asked for before it is done, and the copies
 //! are done in their order; work that needs what was copied, or writes where a copy reads, has to wait for an [`Event`].
 
-use super::{Backend, Buffer, Gpu, backend};
+use super::gpu::{Buffer, Gpu, backend};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 

@@ -1,12 +1,12 @@
 //! Launchers of AdamW and of the gradient norm; contracts in `ops/adamw.rs`, `ops/adamw_8bit.rs` and `ops/grad_norm.rs`.
 
+use super::arguments::{argument, argument_at, blocks};
+use super::gpu::{Arg, Gpu, Launch};
 use super::kernels::{Module, Source};
-use super::{Arg, Gpu, Launch, argument, argument_at, blocks};
-use crate::cpu::adamw::Factors;
-use crate::cpu::adamw_8bit::tables;
-use crate::ops::adamw::Step;
-use crate::ops::adamw_8bit::BLOCK;
-use crate::{Dtype, Tensor};
+use crate::contract::{Factors, Step};
+use crate::dtype::Dtype;
+use crate::moments::{BLOCK, tables};
+use crate::tensor::Tensor;
 use std::ops::Range;
 use std::sync::Arc;
 

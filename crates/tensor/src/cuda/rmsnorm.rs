@@ -1,8 +1,10 @@
 //! Launchers of RMSNorm; contract in `ops/rmsnorm.rs`.
 
+use super::arguments::{argument, blocks, row_threads};
+use super::gpu::{Arg, Gpu, Launch};
 use super::kernels::{Module, Source};
-use super::{Arg, Gpu, Launch, argument, blocks, row_threads};
-use crate::{Dtype, Tensor};
+use crate::dtype::Dtype;
+use crate::tensor::Tensor;
 
 fn check_row(x: &Tensor) {
     let width = 16 / x.dtype().bytes();

@@ -1,8 +1,10 @@
 //! Launchers of the rotation; contract in `ops/rope.rs`.
 
+use super::arguments::{argument, blocks};
+use super::gpu::{Arg, Gpu, Launch};
 use super::kernels::{Module, Source};
-use super::{Arg, Gpu, Launch, argument, blocks};
-use crate::{Dtype, Tensor};
+use crate::dtype::Dtype;
+use crate::tensor::Tensor;
 use std::sync::Arc;
 
 const BLOCK: u32 = 256;

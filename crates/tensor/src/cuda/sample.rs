@@ -1,9 +1,11 @@
 //! Launchers of the choice of tokens; contract in `ops/sample.rs`.
 
+use super::arguments::{argument, blocks};
+use super::gpu::{Arg, Gpu, Launch};
 use super::kernels::{Module, Source};
-use super::{Arg, Gpu, Launch, argument, blocks};
-use crate::ops::sample::Choice;
-use crate::{Dtype, Tensor};
+use crate::contract::Choice;
+use crate::dtype::Dtype;
+use crate::tensor::Tensor;
 use bytemuck::{Pod, Zeroable};
 use std::sync::Arc;
 

@@ -1,18 +1,25 @@
 //! What the launchers of a GPU ask for besides the tensors they are given, for those who plan its memory.
 
-use super::{TABLES_KEPT, attention, cross_entropy, cublaslt, decode, dequantize, linear, optimizer};
-use crate::ops::adamw_8bit;
-use crate::ops::attention::Heads;
-use crate::{Dtype, nf4};
+use super::gpu::TABLES_KEPT;
+pub use super::work::allocated;
+use super::{attention, cross_entropy, cublaslt, decode, dequantize, linear, optimizer};
+use crate::contract::Heads;
+use crate::dtype::Dtype;
+use crate::{moments, nf4};
 
-/// Bytes that a buffer of `bytes` bytes takes: few distinct sizes, so that freed ones fit again.
-pub fn allocated(bytes: usize) -> usize {
-    const LARGE: usize = 1 << 20;
-    match bytes {
-        0 => 0,
-        1..LARGE => bytes.next_power_of_two().max(512),
-        _ => bytes.next_multiple_of(LARGE),
+/// Why a model of these sizes cannot run on a GPU in `dtype`; `None` when it can.
+pub fn unsupported(dtype: Dtype, hidden_size: usize, intermediate_size: usize, head_dim: usize) -> Option<String> {
+    if let Some((name, size)) = [("hidden_size", hidden_size), ("intermediate_size", intermediate_size)]
+        .into_iter()
+        .find(|(_, size)| !size.is_multiple_of(16 / dtype.bytes()))
+    {
+        return Some(format!(
+            "{name} is {size}; on a GPU in {} it must be a multiple of {}",
+            dtype.name(),
+            16 / dtype.bytes()
+        ));
     }
+    attention::unsupported(dtype, head_dim)
 }
 
 /// Bytes that cuBLASLt's products work in, from the first one on.
@@ -78,16 +85,5 @@ pub fn nf4(len: usize) -> usize {
 
 /// Bytes of a moment of `len` elements in 8 bits.
 pub fn moment_8bit(len: usize) -> usize {
-    allocated(len) + allocated(4 * len.div_ceil(adamw_8bit::BLOCK))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn few_sizes() {
-        let sizes = [0, 1, 512, 513, 100_000, 1 << 20, (1 << 20) + 1].map(allocated);
-        assert_eq!(sizes, [0, 512, 512, 1024, 131_072, 1 << 20, 2 << 20]);
-    }
+    allocated(len) + allocated(4 * len.div_ceil(moments::BLOCK))
 }

@@ -83,8 +83,9 @@ fn rotation_there_and_back() {
 /// A launch that asks for what a kernel does not have, or for too little shared memory, is caught.
 #[test]
 fn the_emulator_sees_what_is_wrong() {
+    use super::arguments::argument;
+    use super::gpu::{Arg, Launch};
     use super::kernels::{Module, Source};
-    use super::{Arg, Launch, argument};
     let launch = |lab: &Lab, shared: usize, num_args: usize| {
         let x = lab.up(&Tensor::zeros(&[1, 2048]));
         let rstd = lab.up_f32(&Tensor::zeros(&[1]));

@@ -2,7 +2,7 @@
 
 use super::lab::labs;
 use crate::ops::adamw_8bit::{self, DeviceMoment, Moment, Sign};
-use crate::ops::linear::{self, Adapter, Into};
+use crate::ops::linear::{self, Adapter, Store};
 use crate::ops::linear_cross_entropy::{self, Gradients, HeadRows, Scratch};
 use crate::ops::{adamw, dropout, embedding, grad_norm, rows, sample};
 use crate::quant::BlockType;
@@ -30,15 +30,15 @@ fn linear_layers_with_adapters_and_biases() {
                 &weight,
                 Adapter { inner: &inner, outer: &b, scale: 0.5 },
                 &mut y,
-                Into::Overwrite,
+                Store::Overwrite,
             );
-            linear::forward(&x, &weight, 0.5, &mut y, Into::Accumulate);
+            linear::forward(&x, &weight, 0.5, &mut y, Store::Accumulate);
             linear::add_bias(&bias, &mut y);
             let adapter = Adapter { inner: &d_inner, outer: &a, scale: 1.0 };
-            linear::input_gradient_adapted(&d_y, &weight, adapter, &mut d_x, Into::Overwrite);
-            linear::input_gradient(&d_y, &weight, 1.0, &mut d_x, Into::Accumulate);
-            linear::matmul(&x, &a, 1.0, &mut xa, Into::Overwrite);
-            linear::matmul_input_gradient(&inner, &a, 2.0, &mut d_x, Into::Accumulate);
+            linear::input_gradient_adapted(&d_y, &weight, adapter, &mut d_x, Store::Overwrite);
+            linear::input_gradient(&d_y, &weight, 1.0, &mut d_x, Store::Accumulate);
+            linear::matmul(&x, &a, 1.0, &mut xa, Store::Overwrite);
+            linear::matmul_input_gradient(&inner, &a, 2.0, &mut d_x, Store::Accumulate);
             for _ in 0..2 {
                 linear::matmul_weight_gradient(&d_y, &x, 1.5, &mut d_w);
                 linear::bias_gradient(&d_y, &mut d_bias);
@@ -92,7 +92,7 @@ fn quantised_weights() {
             let weight = Weight::Packed(packed).to_device(&lab.device, lab.dtype);
             let Weight::Device(on_device) = &weight else { panic!("{name} became dense") };
             let out = Tensor::zeros_on(&lab.device, lab.dtype, &[11, 512]);
-            super::dequantize::rows(&gpu, on_device, 3, 11, super::buffer(&out), lab.dtype);
+            super::dequantize::rows(&gpu, on_device, 3, 11, out.device_buffer(), lab.dtype);
             lab.device.synchronize().unwrap();
             assert_eq!(out.to_host().data(), rounded(&decoded.data()[3 * 512..14 * 512], lab.dtype), "{name}");
             let mut x = Tensor::default();
@@ -120,14 +120,14 @@ fn products_with_quantised_weights() {
             for t in [1, 3, 8, 11] {
                 let (x, d_y) = (lab.random(&[t, 512], 1.0), lab.random(&[t, 48], 1.0));
                 let [mut y, mut d_x, mut gy, mut gd_x, mut logits] = [(); 5].map(|()| Tensor::default());
-                linear::forward(&x, &decoded, 1.0, &mut y, Into::Overwrite);
+                linear::forward(&x, &decoded, 1.0, &mut y, Store::Overwrite);
                 linear::logits(&lab.up(&x), &weight, &mut logits);
                 lab.close("logits", &logits, &y, 1e-6);
-                linear::forward(&x, &decoded, 0.5, &mut y, Into::Accumulate);
-                linear::input_gradient(&d_y, &decoded, 1.0, &mut d_x, Into::Overwrite);
-                linear::forward(&lab.up(&x), &weight, 1.0, &mut gy, Into::Overwrite);
-                linear::forward(&lab.up(&x), &weight, 0.5, &mut gy, Into::Accumulate);
-                linear::input_gradient(&lab.up(&d_y), &weight, 1.0, &mut gd_x, Into::Overwrite);
+                linear::forward(&x, &decoded, 0.5, &mut y, Store::Accumulate);
+                linear::input_gradient(&d_y, &decoded, 1.0, &mut d_x, Store::Overwrite);
+                linear::forward(&lab.up(&x), &weight, 1.0, &mut gy, Store::Overwrite);
+                linear::forward(&lab.up(&x), &weight, 0.5, &mut gy, Store::Accumulate);
+                linear::input_gradient(&lab.up(&d_y), &weight, 1.0, &mut gd_x, Store::Overwrite);
                 lab.close("y", &gy, &y, 1e-6);
                 lab.close("d_x", &gd_x, &d_x, 1e-6);
             }

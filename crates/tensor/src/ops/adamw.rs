@@ -1,32 +1,17 @@
 //! AdamW (Loshchilov and Hutter, "Decoupled weight decay regularization", 2019), in the order of operations of PyTorch.
 
-use crate::{Dtype, Tensor, cpu, cuda};
-
-/// The numbers of one update.
-#[derive(Clone, Copy, Debug)]
-pub struct Step {
-    /// Number of this update, counted from 1 (bias correction).
-    pub number: u64,
-    /// Learning rate after the schedule.
-    pub learning_rate: f64,
-    /// Decay of the first moment.
-    pub beta1: f64,
-    /// Decay of the second moment.
-    pub beta2: f64,
-    /// Added to the root of the second moment.
-    pub epsilon: f64,
-    /// Decoupled weight decay for this tensor.
-    pub weight_decay: f64,
-    /// Factor on the gradient (1, or the clipping coefficient).
-    pub grad_scale: f64,
-}
+pub use crate::contract::Step;
+use crate::cuda::arguments::argument;
+use crate::dtype::Dtype;
+use crate::tensor::Tensor;
+use crate::{cpu, cuda};
 
 /// Updates `value`, first moment `m` and second moment `v` (all of one shape) with `grad`.
 pub fn update(value: &mut Tensor, grad: &Tensor, m: &mut Tensor, v: &mut Tensor, step: &Step) {
     assert!(value.len() == grad.len() && value.len() == m.len() && value.len() == v.len());
     assert!(step.number > 0, "updates count from 1");
     if let Some(gpu) = value.gpu().cloned() {
-        let moments = [&*m, v].map(|t| cuda::argument(t, Dtype::F32));
+        let moments = [&*m, v].map(|t| argument(t, Dtype::F32));
         return cuda::optimizer::update(&gpu, value, None, grad, 0..grad.len(), moments, step);
     }
     cpu::adamw::update(value.data_mut(), grad.data(), m.data_mut(), v.data_mut(), step);
@@ -41,7 +26,7 @@ pub fn update_split(value: &mut Tensor, low: &mut Tensor, grad: &Tensor, m: &mut
     assert!(value.len() == grad.len() && value.len() == m.len() && value.len() == v.len());
     assert!(step.number > 0, "updates count from 1");
     let Some(gpu) = value.gpu().cloned() else { panic!("{value:?} must be on a GPU") };
-    let moments = [&*m, v].map(|t| cuda::argument(t, Dtype::F32));
+    let moments = [&*m, v].map(|t| argument(t, Dtype::F32));
     cuda::optimizer::update(&gpu, value, Some(low), grad, 0..grad.len(), moments, step);
 }
 

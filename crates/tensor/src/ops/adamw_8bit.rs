@@ -8,52 +8,12 @@
 //! explodes, while the smallest code makes one that is merely too short. And the code of the first moment is a sign and 7
 //! bits of magnitude, so that the largest element of a block is exact whatever its sign.
 
-use crate::cuda::{self, Arg, Buffer, Gpu};
-use crate::ops::adamw::Step;
-use crate::{Tensor, cpu};
+use crate::contract::Step;
+use crate::cuda::gpu::{Arg, Buffer, Gpu};
+pub use crate::moments::{BLOCK, Moment, Sign};
+use crate::tensor::Tensor;
+use crate::{cpu, cuda};
 use std::sync::Arc;
-
-/// Elements that share a scale.
-pub const BLOCK: usize = 256;
-
-/// What a moment is: it decides the code.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Sign {
-    /// The first moment: a sign bit and 7 bits of magnitude.
-    Signed,
-    /// The root of the second moment, never below 0: 8 bits of magnitude.
-    Unsigned,
-}
-
-/// A moment of `len` elements in about `len` · (1 + 4 / [`BLOCK`]) bytes.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Moment {
-    /// One code an element.
-    pub codes: Vec<u8>,
-    /// The largest magnitude of each block.
-    pub scales: Vec<f32>,
-    pub(crate) sign: Sign,
-}
-
-impl Moment {
-    /// `len` zeros.
-    pub fn zeros(len: usize, sign: Sign) -> Self {
-        Self { codes: vec![0; len], scales: vec![0.0; len.div_ceil(BLOCK)], sign }
-    }
-
-    /// Bytes that a moment of `len` elements takes.
-    pub fn bytes(len: usize) -> usize {
-        len + 4 * len.div_ceil(BLOCK)
-    }
-
-    /// What the moment decodes to.
-    pub fn decode(&self) -> Vec<f32> {
-        let mut values = vec![0.0; self.codes.len()];
-        let blocks = values.chunks_mut(BLOCK).zip(self.codes.chunks(BLOCK)).zip(&self.scales);
-        blocks.for_each(|((values, codes), scale)| cpu::adamw_8bit::decode(codes, *scale, self.sign, values));
-        values
-    }
-}
 
 /// A moment on a GPU.
 #[derive(Debug)]
@@ -107,20 +67,21 @@ pub fn update(value: &mut Tensor, grad: &Tensor, m: &mut Moment, r: &mut Moment,
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::moments::{encode, levels};
     use crate::ops::adamw;
     use crate::rng::Rng;
 
     fn encoded(values: &[f32], sign: Sign) -> Moment {
         let mut moment = Moment::zeros(values.len(), sign);
         let blocks = values.chunks(BLOCK).zip(moment.codes.chunks_mut(BLOCK)).zip(&mut moment.scales);
-        blocks.for_each(|((values, codes), scale)| *scale = cpu::adamw_8bit::encode(values, sign, codes));
+        blocks.for_each(|((values, codes), scale)| *scale = encode(values, sign, codes));
         moment
     }
 
     #[test]
     fn codes_are_the_nearest() {
         for sign in [Sign::Signed, Sign::Unsigned] {
-            let levels = cpu::adamw_8bit::levels(sign);
+            let levels = levels(sign);
             assert_eq!(levels.len(), if sign == Sign::Signed { 128 } else { 256 });
             assert!(levels.is_sorted() && levels[0] == 0.0 && levels.last() == Some(&1.0));
             let mut rng = Rng::new(1, 0);

@@ -1,11 +1,13 @@
 //! AdamW on a GPU whose moments wait in the processor's memory: they come piece by piece, are brought up to date, and go back, while
 //! the next piece is on its way. What is computed is what [`super::adamw`] and [`super::adamw_8bit`] compute, to the bit.
 
-use crate::Tensor;
+use crate::contract::Step;
+use crate::cuda::gpu::{Arg, Buffer, Gpu};
 use crate::cuda::offload::{Event, HostBuffer};
-use crate::cuda::{Arg, Buffer, Gpu, optimizer};
-use crate::ops::adamw::Step;
-use crate::ops::adamw_8bit::{BLOCK, Moment, Sign};
+use crate::cuda::optimizer;
+use crate::cuda::work::allocated;
+use crate::moments::{BLOCK, Moment, Sign};
+use crate::tensor::Tensor;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -155,7 +157,7 @@ struct Piece {
 impl Pieces {
     /// Bytes of the GPU that updates of tensors of up to `longest` elements take, as its allocator counts them.
     pub fn bytes(longest: usize, bits8: bool) -> usize {
-        2 * crate::cuda::sizes::allocated(layout(longest.min(PIECE), bits8)[4])
+        2 * allocated(layout(longest.min(PIECE), bits8)[4])
     }
 }
 

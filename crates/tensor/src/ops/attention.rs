@@ -1,8 +1,9 @@
 //! Causal scaled dot-product attention with grouped heads over independent segments:
 //! o = softmax(q kᵀ / √D, causal) v, for each segment and query head; query head h reads key/value head h / (H / K).
 
-use crate::{Tensor, cpu, cuda};
-use std::ops::Range;
+pub use crate::contract::{Heads, Segment};
+use crate::tensor::Tensor;
+use crate::{cpu, cuda};
 
 /// Bytes of the tiles that each thread keeps.
 pub fn thread_bytes(head_dim: usize) -> usize {
@@ -12,63 +13,6 @@ pub fn thread_bytes(head_dim: usize) -> usize {
 /// Bytes of the sums that the backward pass of a document of `tokens` tokens keeps beside its gradients.
 pub fn shared_bytes(tokens: usize, heads: Heads) -> usize {
     cpu::attention::partial_bytes(&Segment::documents(&[tokens]), heads)
-}
-
-/// Numbers of heads and their size.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Heads {
-    /// Query heads, H.
-    pub num_heads: usize,
-    /// Key/value heads, K; divides H.
-    pub num_kv_heads: usize,
-    /// Size of a head, D.
-    pub head_dim: usize,
-}
-
-impl Heads {
-    /// Query heads that share one key/value head.
-    pub fn group(&self) -> usize {
-        self.num_heads / self.num_kv_heads
-    }
-
-    /// Columns of q and o: H · D.
-    pub fn q_cols(&self) -> usize {
-        self.num_heads * self.head_dim
-    }
-
-    /// Columns of k and v: K · D.
-    pub fn kv_cols(&self) -> usize {
-        self.num_kv_heads * self.head_dim
-    }
-
-    pub(crate) fn scale(&self) -> f32 {
-        1.0 / (self.head_dim as f32).sqrt()
-    }
-}
-
-/// One document (or one cached sequence): the rows of q that are its queries and the rows of k and v that they may see.
-/// The last query sees all keys, the one before all but the last, and so on; there are at least as many keys as queries.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Segment {
-    /// Rows of q.
-    pub queries: Range<usize>,
-    /// Rows of k and v.
-    pub keys: Range<usize>,
-}
-
-impl Segment {
-    /// The segments of documents with these `lengths`, one behind the other in a packed micro-batch.
-    pub fn documents(lengths: &[usize]) -> Vec<Self> {
-        let mut start = 0;
-        lengths
-            .iter()
-            .map(|length| {
-                let rows = start..start + length;
-                start += length;
-                Self { queries: rows.clone(), keys: rows }
-            })
-            .collect()
-    }
 }
 
 fn check(q: &Tensor, k: &Tensor, v: &Tensor, segments: &[Segment], heads: Heads) {

@@ -2,10 +2,11 @@
 //! sequence. Which rows these are lies at one address from token to token, so that a pass can be recorded
 //! ([`crate::Recorded`]).
 
-use crate::Tensor;
+use crate::contract::{Heads, Segment};
 use crate::cuda::decode::{self, Seen};
-use crate::cuda::{Buffer, elementwise};
-use crate::ops::attention::{Heads, Segment};
+use crate::cuda::elementwise;
+use crate::cuda::gpu::Buffer;
+use crate::tensor::Tensor;
 
 /// Where new tokens go, and what they see.
 #[derive(Debug, Default)]

@@ -2,32 +2,9 @@
 //! backward pass makes it again, every device draws the same one, and rows that are taken in several parts get what they
 //! would have got together.
 
-use crate::{Tensor, cpu, cuda};
-
-/// Which mask: a probability of dropping, a seed for the run, and a stream for (step, layer, module).
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Mask {
-    /// Probability that an element is dropped, in [0, 1).
-    pub p: f32,
-    /// Seed of the run.
-    pub seed: u64,
-    /// Number of the use within the run.
-    pub stream: u64,
-    /// Number of the first row within the stream: tokens of the step that went before.
-    pub first_row: u64,
-}
-
-impl Mask {
-    /// An element is dropped when its random word is below this.
-    pub(crate) fn threshold(&self) -> u32 {
-        (self.p as f64 * (1u64 << 32) as f64) as u32
-    }
-
-    /// Factor of what is kept.
-    pub(crate) fn keep(&self) -> f32 {
-        1.0 / (1.0 - self.p)
-    }
-}
+pub use crate::contract::Mask;
+use crate::tensor::Tensor;
+use crate::{cpu, cuda};
 
 /// `y` [T, d] = masked and rescaled `x`.
 pub fn forward(x: &Tensor, mask: Mask, y: &mut Tensor) {

@@ -1,6 +1,10 @@
 //! Token embedding: x[t] = table[ids[t]].
 
-use crate::{Device, Dtype, Tensor, Weight, cuda};
+use crate::cuda;
+use crate::device::Device;
+use crate::dtype::Dtype;
+use crate::tensor::Tensor;
+use crate::weight::Weight;
 
 /// `x` [T, d] = rows `ids` [T] of `table` [V, d].
 ///

@@ -1,6 +1,7 @@
 //! Squared Euclidean norm of a gradient; the global norm for clipping is the root of the sum over all tensors.
 
-use crate::{Tensor, cpu, cuda};
+use crate::tensor::Tensor;
+use crate::{cpu, cuda};
 
 /// Σ x², summed in f64 in an order that does not depend on the number of threads.
 pub fn sum_of_squares(x: &Tensor) -> f64 {

@@ -1,10 +1,15 @@
 //! Linear layer with an optional bias and an optional LoRA pair:
 //! y = x Wᵀ + bias + s · (dropout(x) Aᵀ) Bᵀ (Hu et al., "LoRA", 2021). Weights are stored [out, in], A [r, in], B [out, r].
 
-use crate::cpu::matmul::{FEW_ROWS, Term, View, gemm, gemm_sum, matmul_nt, matmul_nt_packed};
+pub use crate::contract::{Adapter, Store, Store as Into};
+use crate::cpu::matmul::{FEW_ROWS, Term, gemm, gemm_sum, matmul_nt, matmul_nt_by_row};
+use crate::cpu::view::View;
+use crate::cuda::gemm::Gemm;
 use crate::cuda::linear::{self as on_gpu, beta, matrix};
-use crate::cuda::{self, Gemm};
-use crate::{Dtype, Packed, Tensor, Weight, cpu};
+use crate::dtype::Dtype;
+use crate::tensor::Tensor;
+use crate::weight::{Packed, Weight};
+use crate::{cpu, cuda};
 use rayon::prelude::*;
 use std::cell::Cell;
 
@@ -32,59 +37,57 @@ fn panels(w: &Packed, mut f: impl FnMut(usize, usize, &[f32])) {
     DECODED.set(panel);
 }
 
-/// The second product of an adapter. It joins the layer's own, so that the destination is passed over once.
-#[derive(Clone, Copy, Debug)]
-pub struct Adapter<'a> {
-    /// x Aᵀ [T, r] in [`forward_adapted`], its gradient in [`input_gradient_adapted`].
-    pub inner: &'a Tensor,
-    /// B [out, r] in [`forward_adapted`], A [r, in] in [`input_gradient_adapted`].
-    pub outer: &'a Tensor,
-    /// Factor on their product.
-    pub scale: f32,
-}
-
 /// `y` [T, out] = or += `alpha` · `x` [T, in] · `w` [out, in]ᵀ. A packed weight is decoded panel by panel, a strip of output
 /// columns each.
-pub fn forward(x: &Tensor, w: &Weight, alpha: f32, y: &mut Tensor, into: Into) {
+pub fn forward(x: &Tensor, w: &Weight, alpha: f32, y: &mut Tensor, store: Store) {
     assert_eq!(w.cols(), x.cols(), "x {:?} against weight {:?}", x.shape(), w.shape());
-    prepare(y, x, w.rows(), into);
+    prepare(y, x, w.rows(), store);
     if let Some(gpu) = x.gpu() {
-        return on_gpu::forward(gpu, matrix(x), x.rows(), w, alpha, None, matrix(y), into);
+        return on_gpu::forward(gpu, matrix(x), x.rows(), w, alpha, None, matrix(y), store);
     }
-    forward_rows(x.data(), w, alpha, None, y.data_mut(), into);
+    forward_rows(x.data(), w, alpha, None, y.data_mut(), store);
 }
 
 /// Logits: `y` [T, V] in f32 = `x` [T, d] · `w` [V, d]ᵀ, whatever the type of the activations.
 pub fn logits(x: &Tensor, w: &Weight, y: &mut Tensor) {
-    let Some(gpu) = x.gpu() else { return forward(x, w, 1.0, y, Into::Overwrite) };
+    let Some(gpu) = x.gpu() else { return forward(x, w, 1.0, y, Store::Overwrite) };
     assert_eq!(w.cols(), x.cols(), "x {:?} against weight {:?}", x.shape(), w.shape());
     y.resize_on(&x.device(), Dtype::F32, &[x.rows(), w.rows()]);
-    on_gpu::forward(gpu, matrix(x), x.rows(), w, 1.0, None, matrix(y), Into::Overwrite);
+    on_gpu::forward(gpu, matrix(x), x.rows(), w, 1.0, None, matrix(y), Store::Overwrite);
 }
 
 /// As [`forward`] with `alpha` 1, plus `scale` · `inner` · `outer`ᵀ of the adapter.
-pub fn forward_adapted(x: &Tensor, w: &Weight, adapter: Adapter<'_>, y: &mut Tensor, into: Into) {
+pub fn forward_adapted(x: &Tensor, w: &Weight, adapter: Adapter<'_>, y: &mut Tensor, store: Store) {
     assert_eq!(w.cols(), x.cols(), "x {:?} against weight {:?}", x.shape(), w.shape());
     let Adapter { inner, outer, .. } = adapter;
     assert!(inner.rows() == x.rows() && outer.shape() == [w.rows(), inner.cols()], "{inner:?} against {outer:?}");
-    prepare(y, x, w.rows(), into);
+    prepare(y, x, w.rows(), store);
     if let Some(gpu) = x.gpu() {
-        return on_gpu::forward(gpu, matrix(x), x.rows(), w, 1.0, Some(adapter), matrix(y), into);
+        return on_gpu::forward(gpu, matrix(x), x.rows(), w, 1.0, Some(adapter), matrix(y), store);
     }
-    forward_rows(x.data(), w, 1.0, Some(adapter), y.data_mut(), into);
+    forward_rows(x.data(), w, 1.0, Some(adapter), y.data_mut(), store);
 }
 
 /// [`forward`] over rows that lie one behind the other in `x` and `y`.
-pub(crate) fn forward_rows(x: &[f32], w: &Weight, alpha: f32, adapter: Option<Adapter<'_>>, y: &mut [f32], into: Into) {
+pub(crate) fn forward_rows(
+    x: &[f32],
+    w: &Weight,
+    alpha: f32,
+    adapter: Option<Adapter<'_>>,
+    y: &mut [f32],
+    store: Store,
+) {
     let (n, k) = (w.rows(), w.cols());
-    let (m, accumulate) = (x.len() / k.max(1), into == Into::Accumulate);
+    let (m, accumulate) = (x.len() / k.max(1), store == Store::Accumulate);
     assert!(alpha == 1.0 || !matches!(w, Weight::Int8(_)), "int8 products have no factor");
     if m <= FEW_ROWS {
         match w {
             Weight::Dense(w) => matmul_nt((m, n, k), y, accumulate, alpha, x, w.data()),
-            Weight::Packed(w) => matmul_nt_packed(m, y, accumulate, alpha, x, w),
+            Weight::Packed(w) => {
+                matmul_nt_by_row((m, n, k), y, accumulate, alpha, x, |j, row| w.decode_rows(j..j + 1, row));
+            }
             Weight::Device(_) => panic!("a weight on a GPU times a tensor on the processor"),
-            Weight::Int8(w) => w.forward(x, y, into),
+            Weight::Int8(w) => w.forward(x, y, store),
         }
         if let Some(Adapter { inner, outer, scale }) = adapter {
             matmul_nt((m, n, inner.cols()), y, true, scale, inner.data(), outer.data());
@@ -109,7 +112,7 @@ pub(crate) fn forward_rows(x: &[f32], w: &Weight, alpha: f32, adapter: Option<Ad
         Weight::Packed(w) => panels(w, columns),
         Weight::Device(_) => panic!("a weight on a GPU times a tensor on the processor"),
         Weight::Int8(w) => {
-            w.forward(x, y, into);
+            w.forward(x, y, store);
             if let Some(Adapter { inner, outer, scale }) = adapter {
                 matmul_nt((m, n, inner.cols()), y, true, scale, inner.data(), outer.data());
             }
@@ -118,25 +121,25 @@ pub(crate) fn forward_rows(x: &[f32], w: &Weight, alpha: f32, adapter: Option<Ad
 }
 
 /// Gradient of the input: `d_x` [T, in] = or += `alpha` · `d_y` [T, out] · `w` [out, in]; a packed weight as in [`forward`].
-pub fn input_gradient(d_y: &Tensor, w: &Weight, alpha: f32, d_x: &mut Tensor, into: Into) {
+pub fn input_gradient(d_y: &Tensor, w: &Weight, alpha: f32, d_x: &mut Tensor, store: Store) {
     assert_eq!(w.rows(), d_y.cols(), "d_y {:?} against weight {:?}", d_y.shape(), w.shape());
-    prepare(d_x, d_y, w.cols(), into);
+    prepare(d_x, d_y, w.cols(), store);
     if let Some(gpu) = d_y.gpu() {
-        return on_gpu::input_gradient(gpu, matrix(d_y), d_y.rows(), w, alpha, None, matrix(d_x), into);
+        return on_gpu::input_gradient(gpu, matrix(d_y), d_y.rows(), w, alpha, None, matrix(d_x), store);
     }
-    input_gradient_rows(d_y.data(), w, alpha, None, d_x.data_mut(), into);
+    input_gradient_rows(d_y.data(), w, alpha, None, d_x.data_mut(), store);
 }
 
 /// As [`input_gradient`] with `alpha` 1, plus `scale` · `inner` · `outer` of the adapter.
-pub fn input_gradient_adapted(d_y: &Tensor, w: &Weight, adapter: Adapter<'_>, d_x: &mut Tensor, into: Into) {
+pub fn input_gradient_adapted(d_y: &Tensor, w: &Weight, adapter: Adapter<'_>, d_x: &mut Tensor, store: Store) {
     assert_eq!(w.rows(), d_y.cols(), "d_y {:?} against weight {:?}", d_y.shape(), w.shape());
     let Adapter { inner, outer, .. } = adapter;
     assert!(inner.rows() == d_y.rows() && outer.shape() == [inner.cols(), w.cols()], "{inner:?} against {outer:?}");
-    prepare(d_x, d_y, w.cols(), into);
+    prepare(d_x, d_y, w.cols(), store);
     if let Some(gpu) = d_y.gpu() {
-        return on_gpu::input_gradient(gpu, matrix(d_y), d_y.rows(), w, 1.0, Some(adapter), matrix(d_x), into);
+        return on_gpu::input_gradient(gpu, matrix(d_y), d_y.rows(), w, 1.0, Some(adapter), matrix(d_x), store);
     }
-    input_gradient_rows(d_y.data(), w, 1.0, Some(adapter), d_x.data_mut(), into);
+    input_gradient_rows(d_y.data(), w, 1.0, Some(adapter), d_x.data_mut(), store);
 }
 
 /// [`input_gradient`] over rows that lie one behind the other in `d_y` and `d_x`.
@@ -146,7 +149,7 @@ pub(crate) fn input_gradient_rows(
     alpha: f32,
     adapter: Option<Adapter<'_>>,
     d_x: &mut [f32],
-    into: Into,
+    store: Store,
 ) {
     let (k, n) = (w.rows(), w.cols());
     let m = d_y.len() / k.max(1);
@@ -154,7 +157,7 @@ pub(crate) fn input_gradient_rows(
     let mut rows = |first: usize, count: usize, panel: &[f32]| {
         let a = View { data: &d_y[first..], row_stride: k, col_stride: 1 };
         let own = Term { a, b: View::rows(panel, n), k: count, alpha };
-        let accumulate = into == Into::Accumulate || first > 0;
+        let accumulate = store == Store::Accumulate || first > 0;
         match adapter.filter(|_| first == 0) {
             None => gemm_sum((m, n), d_x, n, accumulate, &[own]),
             Some(Adapter { inner, outer, scale }) => {
@@ -169,7 +172,7 @@ pub(crate) fn input_gradient_rows(
         Weight::Packed(w) => panels(w, rows),
         Weight::Device(_) => panic!("a weight on a GPU times a tensor on the processor"),
         Weight::Int8(w) => {
-            w.input_gradient(d_y, d_x, into);
+            w.input_gradient(d_y, d_x, store);
             if let Some(Adapter { inner, outer, scale }) = adapter {
                 let (a, b) = (View::rows(inner.data(), inner.cols()), View::rows(outer.data(), n));
                 gemm((m, n, inner.cols()), d_x, n, true, scale, a, b);
@@ -181,38 +184,29 @@ pub(crate) fn input_gradient_rows(
 /// Bytes that each thread keeps for products.
 pub const THREAD_BYTES: usize = crate::cpu::matmul::THREAD_BYTES;
 
-/// What a product does to its destination.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Into {
-    /// The destination takes the product's shape and is overwritten.
-    Overwrite,
-    /// The product is added to what is there.
-    Accumulate,
-}
-
 /// `y` [T, out] = or += `alpha` · `x` [T, in] · `w` [out, in]ᵀ.
-pub fn matmul(x: &Tensor, w: &Tensor, alpha: f32, y: &mut Tensor, into: Into) {
+pub fn matmul(x: &Tensor, w: &Tensor, alpha: f32, y: &mut Tensor, store: Store) {
     let (m, n, k) = (x.rows(), w.rows(), x.cols());
     assert_eq!(k, w.cols(), "x {:?} against weight {:?}", x.shape(), w.shape());
-    prepare(y, x, n, into);
+    prepare(y, x, n, store);
     if let Some(gpu) = x.gpu() {
-        let (a, b, beta) = (matrix(x), matrix(w).t(), beta(into));
+        let (a, b, beta) = (matrix(x), matrix(w).t(), beta(store));
         return gpu.gemm(&Gemm { m, n, k, alpha, a, b, beta, c: matrix(y) });
     }
-    matmul_nt((m, n, k), y.data_mut(), into == Into::Accumulate, alpha, x.data(), w.data());
+    matmul_nt((m, n, k), y.data_mut(), store == Store::Accumulate, alpha, x.data(), w.data());
 }
 
 /// Gradient of the input: `d_x` [T, in] = or += `alpha` · `d_y` [T, out] · `w` [out, in].
-pub fn matmul_input_gradient(d_y: &Tensor, w: &Tensor, alpha: f32, d_x: &mut Tensor, into: Into) {
+pub fn matmul_input_gradient(d_y: &Tensor, w: &Tensor, alpha: f32, d_x: &mut Tensor, store: Store) {
     let (m, n, k) = (d_y.rows(), w.cols(), w.rows());
     assert_eq!(k, d_y.cols(), "d_y {:?} against weight {:?}", d_y.shape(), w.shape());
-    prepare(d_x, d_y, n, into);
+    prepare(d_x, d_y, n, store);
     if let Some(gpu) = d_y.gpu() {
-        let (a, b, beta) = (matrix(d_y), matrix(w), beta(into));
+        let (a, b, beta) = (matrix(d_y), matrix(w), beta(store));
         return gpu.gemm(&Gemm { m, n, k, alpha, a, b, beta, c: matrix(d_x) });
     }
     let (a, b) = (View::rows(d_y.data(), k), View::rows(w.data(), n));
-    gemm((m, n, k), d_x.data_mut(), n, into == Into::Accumulate, alpha, a, b);
+    gemm((m, n, k), d_x.data_mut(), n, store == Store::Accumulate, alpha, a, b);
 }
 
 /// Gradient of the weight: `d_w` [out, in] **+=** `alpha` · `d_y` [T, out]ᵀ · `x` [T, in].
@@ -259,11 +253,11 @@ pub fn bias_gradient(d_y: &Tensor, d_bias: &mut Tensor) {
 }
 
 /// Gives the product of `x` [m, ..] its shape [m, n], where `x` is, or checks it.
-pub(crate) fn prepare(y: &mut Tensor, x: &Tensor, n: usize, into: Into) {
+pub(crate) fn prepare(y: &mut Tensor, x: &Tensor, n: usize, store: Store) {
     let m = x.rows();
-    match into {
-        Into::Overwrite => y.resize_like(x, &[m, n]),
-        Into::Accumulate => assert!(y.rows() == m && y.cols() == n, "cannot add [{m}, {n}] to {:?}", y.shape()),
+    match store {
+        Store::Overwrite => y.resize_like(x, &[m, n]),
+        Store::Accumulate => assert!(y.rows() == m && y.cols() == n, "cannot add [{m}, {n}] to {:?}", y.shape()),
     }
 }
 
@@ -297,18 +291,18 @@ mod tests {
             let d_y = Tensor::from_slice(&[t, n], &rng.normals(t * n, 1.0));
             let (xs, ws, bs) = (to_f64(x.data()), to_f64(w.data()), to_f64(b.data()));
             let mut y = Tensor::default();
-            matmul(&x, &w, 1.0, &mut y, Into::Overwrite);
+            matmul(&x, &w, 1.0, &mut y, Store::Overwrite);
             add_bias(&b, &mut y);
             check_close("y", y.data(), &naive(&xs, &ws, &bs, k), 1e-5);
             let (mut d_x, mut d_w, mut d_b) = (Tensor::default(), Tensor::zeros(&[n, k]), Tensor::zeros(&[n]));
-            matmul_input_gradient(&d_y, &w, 1.0, &mut d_x, Into::Overwrite);
+            matmul_input_gradient(&d_y, &w, 1.0, &mut d_x, Store::Overwrite);
             matmul_weight_gradient(&d_y, &x, 1.0, &mut d_w);
             bias_gradient(&d_y, &mut d_b);
             check("d_x", x.data(), d_x.data(), 1e-5, |x| weighted(&naive(x, &ws, &bs, k), d_y.data()));
             check("d_w", w.data(), d_w.data(), 1e-5, |w| weighted(&naive(&xs, w, &bs, k), d_y.data()));
             check("d_b", b.data(), d_b.data(), 1e-5, |b| weighted(&naive(&xs, &ws, b, k), d_y.data()));
             let once = d_x.data().to_vec();
-            matmul_input_gradient(&d_y, &w, 2.0, &mut d_x, Into::Accumulate);
+            matmul_input_gradient(&d_y, &w, 2.0, &mut d_x, Store::Accumulate);
             check_close("3 d_x", d_x.data(), &once.iter().map(|x| 3.0 * *x as f64).collect::<Vec<_>>(), 1e-5);
         }
     }
@@ -327,16 +321,16 @@ mod tests {
             naive(&xa, b, &vec![0.0; n], r).iter().map(|y| y * s as f64).collect::<Vec<_>>()
         };
         let (mut xa, mut y) = (Tensor::default(), Tensor::default());
-        matmul(&x, &a, 1.0, &mut xa, Into::Overwrite);
-        matmul(&xa, &b, s, &mut y, Into::Overwrite);
+        matmul(&x, &a, 1.0, &mut xa, Store::Overwrite);
+        matmul(&xa, &b, s, &mut y, Store::Overwrite);
         let (xs, a64, b64) = (to_f64(x.data()), to_f64(a.data()), to_f64(b.data()));
         check_close("y", y.data(), &full(&xs, &a64, &b64), 1e-5);
         let (mut d_xa, mut d_x) = (Tensor::default(), Tensor::default());
         let (mut d_a, mut d_b) = (Tensor::zeros(&[r, k]), Tensor::zeros(&[n, r]));
-        matmul_input_gradient(&d_y, &b, s, &mut d_xa, Into::Overwrite);
+        matmul_input_gradient(&d_y, &b, s, &mut d_xa, Store::Overwrite);
         matmul_weight_gradient(&d_y, &xa, s, &mut d_b);
         matmul_weight_gradient(&d_xa, &x, 1.0, &mut d_a);
-        matmul_input_gradient(&d_xa, &a, 1.0, &mut d_x, Into::Overwrite);
+        matmul_input_gradient(&d_xa, &a, 1.0, &mut d_x, Store::Overwrite);
         check("d_x", x.data(), d_x.data(), 1e-5, |x| weighted(&full(x, &a64, &b64), d_y.data()));
         check("d_a", a.data(), d_a.data(), 1e-5, |a| weighted(&full(&xs, a, &b64), d_y.data()));
         check("d_b", b.data(), d_b.data(), 1e-5, |b| weighted(&full(&xs, &a64, b), d_y.data()));
@@ -358,15 +352,15 @@ mod tests {
                 Weight::Dense(w.clone())
             };
             let (mut y, mut want_y) = (Tensor::default(), Tensor::default());
-            forward_adapted(&x, &weight, Adapter { inner: &xa, outer: &b, scale }, &mut y, Into::Overwrite);
-            forward(&x, &weight, 1.0, &mut want_y, Into::Overwrite);
-            matmul(&xa, &b, scale, &mut want_y, Into::Accumulate);
+            forward_adapted(&x, &weight, Adapter { inner: &xa, outer: &b, scale }, &mut y, Store::Overwrite);
+            forward(&x, &weight, 1.0, &mut want_y, Store::Overwrite);
+            matmul(&xa, &b, scale, &mut want_y, Store::Accumulate);
             check_close("y", y.data(), &to_f64(want_y.data()), 1e-5);
             let (mut d_x, mut want_d_x) = (Tensor::default(), Tensor::default());
             let adapter = Adapter { inner: &d_xa, outer: &a, scale };
-            input_gradient_adapted(&d_y, &weight, adapter, &mut d_x, Into::Overwrite);
-            input_gradient(&d_y, &weight, 1.0, &mut want_d_x, Into::Overwrite);
-            matmul_input_gradient(&d_xa, &a, scale, &mut want_d_x, Into::Accumulate);
+            input_gradient_adapted(&d_y, &weight, adapter, &mut d_x, Store::Overwrite);
+            input_gradient(&d_y, &weight, 1.0, &mut want_d_x, Store::Overwrite);
+            matmul_input_gradient(&d_xa, &a, scale, &mut want_d_x, Store::Accumulate);
             check_close("d_x", d_x.data(), &to_f64(want_d_x.data()), 1e-5);
         }
     }
@@ -387,13 +381,13 @@ mod tests {
                 let d_y = Tensor::from_slice(&[t, n], &rng.normals(t * n, 1.0));
                 let (mut y, mut d_x) = (Tensor::default(), Tensor::default());
                 let (mut want_y, mut want_d_x) = (Tensor::default(), Tensor::default());
-                forward(&x, &weight, 1.0, &mut y, Into::Overwrite);
-                forward(&x, &weight, 0.5, &mut y, Into::Accumulate);
-                matmul(&x, &decoded, 1.5, &mut want_y, Into::Overwrite);
+                forward(&x, &weight, 1.0, &mut y, Store::Overwrite);
+                forward(&x, &weight, 0.5, &mut y, Store::Accumulate);
+                matmul(&x, &decoded, 1.5, &mut want_y, Store::Overwrite);
                 check_close("y", y.data(), &to_f64(want_y.data()), 1e-5);
-                input_gradient(&d_y, &weight, 1.0, &mut d_x, Into::Overwrite);
-                input_gradient(&d_y, &weight, 0.5, &mut d_x, Into::Accumulate);
-                matmul_input_gradient(&d_y, &decoded, 1.5, &mut want_d_x, Into::Overwrite);
+                input_gradient(&d_y, &weight, 1.0, &mut d_x, Store::Overwrite);
+                input_gradient(&d_y, &weight, 0.5, &mut d_x, Store::Accumulate);
+                matmul_input_gradient(&d_y, &decoded, 1.5, &mut want_d_x, Store::Overwrite);
                 check_close("d_x", d_x.data(), &to_f64(want_d_x.data()), 1e-5);
             }
         }

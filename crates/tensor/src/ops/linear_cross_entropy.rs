@@ -2,8 +2,12 @@
 //! loss_n = (1 − ε) · (logsumexp(z_n) − z_n[target]) + ε · (logsumexp(z_n) − mean(z_n)) with z = h Wᵀ and label smoothing ε.
 //! The gradients are those of scale · Σ w_n · loss_n, with a weight w_n for each row.
 
-use crate::ops::linear::{Into, forward_rows, input_gradient_rows, weight_gradient_rows};
-use crate::{Tensor, Weight, cpu, cuda};
+use crate::contract::Store;
+pub use crate::contract::{Gradients, HeadRows};
+use crate::ops::linear::{forward_rows, input_gradient_rows, weight_gradient_rows};
+use crate::tensor::Tensor;
+use crate::weight::Weight;
+use crate::{cpu, cuda};
 
 /// Numbers of a chunk of logits, at most: 128 MB.
 const CHUNK: usize = 1 << 25;
@@ -34,28 +38,6 @@ impl Scratch {
 /// `loss` [N] = loss (nats) of each row of `h` [N, d] under head `w` [V, d] and `targets` [N], nothing else kept.
 pub fn forward(h: &Tensor, w: &Weight, targets: &[u32], smoothing: f32, scratch: &mut Scratch, loss: &mut Vec<f32>) {
     run(h, w, targets, smoothing, scratch, loss, None);
-}
-
-/// What the backward half of [`forward_backward`] writes.
-pub struct Gradients<'a> {
-    /// Factor on every gradient: 1 / sum of the weights of the whole step.
-    pub scale: f32,
-    /// Weight of each row's loss [N]; `None` = all 1.
-    pub weights: Option<&'a [f32]>,
-    /// `d_h` [N, d], overwritten.
-    pub d_h: &'a mut Tensor,
-    /// `d_w` [V, d], added to; `None` when the head is frozen.
-    pub d_w: Option<&'a mut Tensor>,
-    /// The gradient of single rows of the head; `None` when none train by themselves.
-    pub d_rows: Option<HeadRows<'a>>,
-}
-
-/// Rows of the head that train while the rest is frozen.
-pub struct HeadRows<'a> {
-    /// Which rows [n].
-    pub ids: &'a [u32],
-    /// Their gradient [n, d], added to.
-    pub d_w: &'a mut Tensor,
 }
 
 /// As [`forward`], and the gradients of `scale` · Σ weight · loss in the same pass over the chunks. `loss` itself stays unweighted.
@@ -98,7 +80,7 @@ fn run(
         let part = start * d..(start + rows) * d;
         let h = &h.data()[part.clone()];
         scratch.logits.resize(&[rows, vocab]);
-        forward_rows(h, w, 1.0, None, scratch.logits.data_mut(), Into::Overwrite);
+        forward_rows(h, w, 1.0, None, scratch.logits.data_mut(), Store::Overwrite);
         let chunk_loss = &mut loss[start..start + rows];
         let targets = &targets[start..start + rows];
         let scale = gradients.as_ref().map(|g| g.scale);
@@ -106,7 +88,7 @@ fn run(
         cpu::cross_entropy::rows(scratch.logits.data_mut(), vocab, targets, smoothing, scale, weights, chunk_loss);
         if let Some(g) = &mut gradients {
             let d_h = &mut g.d_h.data_mut()[part];
-            input_gradient_rows(scratch.logits.data(), w, 1.0, None, d_h, Into::Overwrite);
+            input_gradient_rows(scratch.logits.data(), w, 1.0, None, d_h, Store::Overwrite);
             if let Some(d_w) = g.d_w.as_deref_mut() {
                 weight_gradient_rows(scratch.logits.data(), h, 1.0, d_w);
             }

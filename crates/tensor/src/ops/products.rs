@@ -7,10 +7,14 @@
 //! Weights that are kept as integers ([`Weight::to_integers`]) multiply x rounded to 8 bits, in blocks with a scale of their
 //! own; x is rounded once for all products that read it.
 
-use crate::cpu::matmul::{FEW_ROWS, Shared};
-use crate::ops::linear::{self, Into};
+use crate::contract::Store;
+use crate::cpu::matmul::FEW_ROWS;
+use crate::cpu::view::Shared;
+use crate::ops::linear;
 use crate::packed_int::{self, GGUF_BLOCK, Int8Rows};
-use crate::{Tensor, Weight, cpu, team};
+use crate::tensor::Tensor;
+use crate::weight::Weight;
+use crate::{cpu, team};
 
 /// One of the products of a call.
 #[derive(Debug)]
@@ -24,7 +28,7 @@ pub struct Product<'a> {
     /// y [T, out].
     pub y: &'a mut Tensor,
     /// What happens to what is in y.
-    pub into: Into,
+    pub into: Store,
 }
 
 /// True when `rows` rows are few: products then read weights row by row, as one loop.
@@ -45,7 +49,7 @@ pub fn forward(products: &mut [Product<'_>], rounded: &mut Int8Rows) {
             assert_eq!(*alpha, 1.0, "a factor on a product with integers");
             linear::prepare(y, x, weights.rows(), *into);
             inputs.push(*x);
-            integers.push(packed_int::Product { weights, y: y.data_mut(), into: *into });
+            integers.push(packed_int::Product { weights, y: y.data_mut(), store: *into });
         } else if few && !matches!(weight, Weight::Int8(_)) {
             others.push(Product { x, weight, alpha: *alpha, y, into: *into });
         } else {
@@ -82,7 +86,7 @@ fn few_rows(products: &mut [Product<'_>]) {
         linear::prepare(p.y, p.x, n, p.into);
         let first = num_tasks;
         num_tasks += n.div_ceil(strip(k));
-        plans.push((first, p.x, p.weight, p.alpha, p.into == Into::Accumulate, Shared::new(p.y.data_mut())));
+        plans.push((first, p.x, p.weight, p.alpha, p.into == Store::Accumulate, Shared::new(p.y.data_mut())));
     }
     team::for_each(num_tasks, |task| {
         let Some((first, x, weight, alpha, accumulate, y)) = plans.iter().rfind(|plan| plan.0 <= task) else { return };
@@ -126,14 +130,14 @@ mod tests {
             let (mut y, mut sum) = (Tensor::default(), before.clone());
             forward(
                 &mut [
-                    Product { x: &x, weight: &a, alpha: 1.0, y: &mut y, into: Into::Overwrite },
-                    Product { x: &z, weight: &b, alpha: -2.0, y: &mut sum, into: Into::Accumulate },
+                    Product { x: &x, weight: &a, alpha: 1.0, y: &mut y, into: Store::Overwrite },
+                    Product { x: &z, weight: &b, alpha: -2.0, y: &mut sum, into: Store::Accumulate },
                 ],
                 &mut Int8Rows::default(),
             );
             let (mut want, mut want_sum) = (Tensor::default(), before);
-            linear::forward(&x, &a, 1.0, &mut want, Into::Overwrite);
-            linear::forward(&z, &b, -2.0, &mut want_sum, Into::Accumulate);
+            linear::forward(&x, &a, 1.0, &mut want, Store::Overwrite);
+            linear::forward(&z, &b, -2.0, &mut want_sum, Store::Accumulate);
             let close = |got: &Tensor, want: &Tensor| {
                 got.shape() == want.shape()
                     && got.data().iter().zip(want.data()).all(|(a, b)| (a - b).abs() < 4e-5 * (k as f32).sqrt())
@@ -154,9 +158,9 @@ mod tests {
             let mut rounded = Int8Rows::default();
             forward(
                 &mut [
-                    Product { x: &x, weight: &weights[0], alpha: 1.0, y: &mut a, into: Into::Overwrite },
-                    Product { x: &x, weight: &weights[1], alpha: 1.0, y: &mut b, into: Into::Overwrite },
-                    Product { x: &z, weight: &weights[2], alpha: 1.0, y: &mut sum, into: Into::Accumulate },
+                    Product { x: &x, weight: &weights[0], alpha: 1.0, y: &mut a, into: Store::Overwrite },
+                    Product { x: &x, weight: &weights[1], alpha: 1.0, y: &mut b, into: Store::Overwrite },
+                    Product { x: &z, weight: &weights[2], alpha: 1.0, y: &mut sum, into: Store::Accumulate },
                 ],
                 &mut rounded,
             );
@@ -167,7 +171,7 @@ mod tests {
                 rounded.quantize(x, GGUF_BLOCK);
                 rounded.dequantize(&mut x_rounded);
                 let mut want = start.cloned().unwrap_or_default();
-                let into = if start.is_some() { Into::Accumulate } else { Into::Overwrite };
+                let into = if start.is_some() { Store::Accumulate } else { Store::Overwrite };
                 linear::forward(&x_rounded, weight, 1.0, &mut want, into);
                 for (a, b) in y.data().iter().zip(want.data()) {
                     assert!((a - b).abs() < 1e-4, "{a} {b}");

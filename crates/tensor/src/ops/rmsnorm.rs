@@ -1,6 +1,7 @@
 //! RMSNorm: y = x · rstd · weight with rstd = 1 / √(mean(x²) + eps) (Zhang and Sennrich 2019).
 
-use crate::{Tensor, cpu, cuda};
+use crate::tensor::Tensor;
+use crate::{cpu, cuda};
 
 /// `y` [T, d] from `x` [T, d] and `weight` [d]; `rstd` [T] is kept for the backward pass.
 pub fn forward(x: &Tensor, weight: &Tensor, eps: f32, y: &mut Tensor, rstd: &mut Tensor) {

@@ -1,6 +1,7 @@
 //! Rows of a matrix by their numbers: y[i] = x[index[i]], and the reverse.
 
-use crate::{Tensor, cuda};
+use crate::cuda;
+use crate::tensor::Tensor;
 
 /// `y` [N, d] = rows `index` [N] of `x` [T, d].
 ///

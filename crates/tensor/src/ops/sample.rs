@@ -6,33 +6,9 @@
 //! probabilities passes `uniform` times that of all that are left. A GPU does the same in fixed point (2⁻⁴⁰ of the most likely
 //! token): for the same logits it draws the same token, but where the number falls onto the border between two.
 
-use crate::{Tensor, cuda};
-
-/// How a row's token is chosen.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Choice<'a> {
-    /// Divides positive and multiplies negative logits of `history` (Keskar et al., "CTRL", 2019); 1 = off.
-    pub repetition_penalty: f32,
-    /// Ids that occurred before, in any order.
-    pub history: &'a [u32],
-    /// The draw; `None` takes the largest logit, the first where several are.
-    pub draw: Option<Draw>,
-}
-
-/// A draw. All fields are finite, and within what is said of them.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Draw {
-    /// Divides the logits; above 0.
-    pub temperature: f32,
-    /// Only the k most likely tokens; 0 = all.
-    pub top_k: usize,
-    /// Only the most likely tokens that together have this share of the probability; above 0, at most 1.
-    pub top_p: f32,
-    /// Only tokens at least this fraction as likely as the most likely one; 0 to 1.
-    pub min_p: f32,
-    /// Which of them: 0 up to, not including, 1.
-    pub uniform: f64,
-}
+pub use crate::contract::{Choice, Draw};
+use crate::cuda;
+use crate::tensor::Tensor;
 
 /// Buffers, kept from call to call.
 #[derive(Clone, Debug, Default)]

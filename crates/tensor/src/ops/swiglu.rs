@@ -1,6 +1,7 @@
 //! SwiGLU: y = silu(gate) · up with silu(z) = z / (1 + e⁻ᶻ) (Shazeer 2020).
 
-use crate::{Tensor, cpu, cuda};
+use crate::tensor::Tensor;
+use crate::{cpu, cuda};
 
 /// `y` [T, f] from `gate` and `up` [T, f].
 pub fn forward(gate: &Tensor, up: &Tensor, y: &mut Tensor) {
