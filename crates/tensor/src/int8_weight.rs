@@ -1,8 +1,7 @@
 //! A frozen matrix rounded to 8 bits, for products with quantised activations and gradients.
 
-use crate::contract::Store;
 use crate::packed_int::{Int8Rows, PackedInt, Product, multiply};
-use crate::tensor::Tensor;
+use crate::{contract::Store, tensor::Tensor};
 use std::cell::Cell;
 
 thread_local! {

@@ -1,7 +1,6 @@
 //! Keys and values of one sequence in host memory, as f32 or f16; read by `ops/attention_decode.rs`.
 
-use crate::contract::Heads;
-use crate::tensor::Tensor;
+use crate::{contract::Heads, tensor::Tensor};
 use bytemuck::{Pod, Zeroable};
 use half::{f16, slice::HalfFloatSliceExt};
 use rayon::prelude::*;

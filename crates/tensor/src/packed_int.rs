@@ -14,14 +14,12 @@
 //! rows, so that one 512-bit register of weights meets four broadcast activations. Codes are stored as c + 128, or two a
 //! byte: the low halves of a line are the line before, the high halves the line behind.
 
-use crate::contract::Store;
 use crate::cpu::int8::{Output, Rows, Weights, products};
 use crate::cpu::int8_rows::quantize_row;
 use crate::cpu::int8_tile::{GROUP, Level, QuantizedRow};
 use crate::cpu::rows_per_task;
 use crate::cpu::view::Shared;
-use crate::quant::BlockType;
-use crate::tensor::Tensor;
+use crate::{contract::Store, quant::BlockType, tensor::Tensor};
 use bytemuck::{Pod, Zeroable};
 use half::f16;
 use rayon::prelude::*;

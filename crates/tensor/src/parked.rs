@@ -121,7 +121,7 @@ impl Drop for Place {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cuda::lab::labs;
+    use crate::cuda::tests::lab::labs;
 
     #[test]
     fn what_was_put_comes_back() {

@@ -1,8 +1,7 @@
 //! Row-major, contiguous tensors: f32 in cache-line-aligned memory of the processor, f32 or bf16 in that of a GPU.
 
 use crate::cuda::gpu::{Buffer, Gpu};
-use crate::device::Device;
-use crate::dtype::Dtype;
+use crate::{device::Device, dtype::Dtype};
 use bytemuck::{Pod, Zeroable};
 use memmap2::MmapMut;
 use rayon::prelude::*;

@@ -4,14 +4,9 @@
 //! built. Decoding is exact, so products over a packed matrix are those over the dense one.
 
 use crate::cuda::dequantize::DeviceWeight;
-use crate::device::Device;
-use crate::dtype::Dtype;
-use crate::int8_weight::Int8Weight;
-use crate::mapped::MappedFile;
-use crate::nf4::Nf4;
 use crate::packed_int::{GGUF_BLOCK, PackedInt};
 use crate::quant::{BlockType, all_finite, dequantize};
-use crate::tensor::Tensor;
+use crate::{device::Device, dtype::Dtype, int8_weight::Int8Weight, mapped::MappedFile, nf4::Nf4, tensor::Tensor};
 use rayon::prelude::*;
 use std::ops::Range;
 use std::sync::Arc;

@@ -1,8 +1,7 @@
-//! Tensors as arguments of kernels, and sizes of launches.
+//! Tensors as arguments of kernels.
 
 use super::gpu::Arg;
-use crate::dtype::Dtype;
-use crate::tensor::Tensor;
+use crate::{dtype::Dtype, tensor::Tensor};
 
 /// The start of a tensor that must be on a GPU in `dtype`.
 pub(crate) fn argument(tensor: &Tensor, dtype: Dtype) -> Arg<'_> {
@@ -13,11 +12,6 @@ pub(crate) fn argument(tensor: &Tensor, dtype: Dtype) -> Arg<'_> {
 pub(crate) fn argument_at(tensor: &Tensor, dtype: Dtype, offset: usize) -> Arg<'_> {
     assert_eq!(tensor.dtype(), dtype, "{tensor:?} where {} is needed", dtype.name());
     Arg::Buffer(tensor.device_buffer(), offset * dtype.bytes())
-}
-
-/// Blocks of `block` threads that have a thread for each of `n` things.
-pub(crate) fn blocks(n: usize, block: u32) -> u32 {
-    n.div_ceil(block as usize) as u32
 }
 
 /// Threads for a row of `x`: one for each 16 bytes, in whole warps, as many as are worth their reduction.

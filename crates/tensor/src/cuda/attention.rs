@@ -1,11 +1,10 @@
 //! Launchers of attention; contract in `ops/attention.rs`. Tables of tiles are made here and sent once for all layers.
 
-use super::arguments::{argument, blocks};
+use super::arguments::argument;
 use super::gpu::{Arg, Buffer, Gpu, Launch};
 use super::kernels::{Module, Source};
 use crate::contract::{Heads, Segment};
-use crate::dtype::Dtype;
-use crate::tensor::Tensor;
+use crate::{dtype::Dtype, tensor::Tensor};
 use std::sync::Arc;
 
 /// Rows of a tile of queries or keys.
@@ -149,14 +148,8 @@ pub(crate) fn backward(
     let delta = gpu.allocate(delta_bytes(q_rows, heads));
     let [q, k, v, o, d_o, d_q, d_k, d_v] = [q, k, v, o, d_o, d_q, d_k, d_v].map(|t| argument(t, element));
     let (lse, delta) = (argument(lse, Dtype::F32), Arg::Buffer(&delta, 0));
-    gpu.launch(&Launch {
-        module: module(element, head_dim),
-        kernel: "attention_delta",
-        grid: [blocks(32 * rows, 256), 1, 1],
-        block: 256,
-        shared: 0,
-        args: &[o, d_o, delta, Arg::U32(rows as u32), Arg::U32(head_dim as u32)],
-    });
+    let args = [o, d_o, delta, Arg::U32(rows as u32), Arg::U32(head_dim as u32)];
+    gpu.launch_threads(module(element, head_dim), "attention_delta", 32 * rows, &args);
     let call = Call { gpu, element, heads };
     let (keys, queries) = (key_tiles(segments), query_tiles(segments));
     let (key_table, query_table) = (call.table(&keys), call.table(&queries));

@@ -1,16 +1,11 @@
 //! Quantised weights on the device, their decoding and their products with few rows; formats in `quant.rs` and `nf4.rs`.
 
-use super::arguments::blocks;
 use super::gemm::Matrix;
-use super::gpu::{Arg, Buffer, Gpu, Launch};
+use super::gpu::{Arg, Buffer, Gpu};
 use super::kernels::{Module, Source};
-use crate::dtype::Dtype;
 use crate::nf4::{self, Nf4Parts};
-use crate::quant::BlockType;
-use crate::tensor::Tensor;
+use crate::{dtype::Dtype, quant::BlockType, tensor::Tensor};
 use std::sync::Arc;
-
-const THREADS: u32 = 256;
 
 /// A frozen matrix [rows, cols] on a GPU in a smaller encoding.
 #[derive(Clone, Debug)]
@@ -215,12 +210,5 @@ fn launch(gpu: &Gpu, w: &DeviceWeight, element: Dtype, kernel: &'static str, thr
         }
     };
     let args: Vec<Arg<'_>> = own.into_iter().chain(args.iter().copied()).collect();
-    gpu.launch(&Launch {
-        module: Module::new(Source::Dequantize, element),
-        kernel,
-        grid: [blocks(threads, THREADS), 1, 1],
-        block: THREADS,
-        shared: 0,
-        args: &args,
-    });
+    gpu.launch_threads(Module::new(Source::Dequantize, element), kernel, threads, &args);
 }

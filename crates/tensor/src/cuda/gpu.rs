@@ -210,6 +210,23 @@ impl Gpu {
         buffer
     }
 
+    /// [`Gpu::launch`] of blocks and threads in one direction.
+    pub(super) fn launch_row(
+        &self,
+        module: Module,
+        kernel: &'static str,
+        (blocks, block, shared): (u32, u32, usize),
+        args: &[Arg<'_>],
+    ) {
+        self.launch(&Launch { module, kernel, grid: [blocks, 1, 1], block, shared, args });
+    }
+
+    /// [`Gpu::launch`] of at least `threads` threads.
+    pub(super) fn launch_threads(&self, module: Module, kernel: &'static str, threads: usize, args: &[Arg<'_>]) {
+        const BLOCK: u32 = 256;
+        self.launch_row(module, kernel, (blocks(threads, BLOCK), BLOCK, 0), args);
+    }
+
     /// Asks for a kernel to be run; an empty grid is nothing to do.
     pub(crate) fn launch(&self, launch: &Launch<'_>) {
         if !launch.grid.contains(&0) {
@@ -297,4 +314,9 @@ impl std::fmt::Debug for Buffer {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "Buffer({} bytes)", self.bytes)
     }
+}
+
+/// Blocks of `block` threads that have a thread for each of `n` things.
+pub(super) fn blocks(n: usize, block: u32) -> u32 {
+    n.div_ceil(block as usize) as u32
 }

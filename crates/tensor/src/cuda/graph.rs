@@ -108,7 +108,7 @@ impl Recorded {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cuda::lab::labs;
+    use crate::cuda::tests::lab::labs;
     use crate::ops::linear::{self, Store};
     use crate::ops::swiglu;
     use crate::{Dtype, Tensor};

@@ -6,6 +6,8 @@ use crate::dtype::Dtype;
 const DEVICE: &str = include_str!("device.cuh");
 /// Wrappers of matrix instructions.
 const TENSOR_CORES: &str = include_str!("tensor_cores.cuh");
+/// What both optimizers share.
+const ADAMW: &str = include_str!("adamw.cuh");
 
 /// A source and what is defined for it: one compiled module.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -47,18 +49,22 @@ macro_rules! sources {
 }
 
 sources! {
+    Adamw "adamw" [adamw];
+    Adamw8bit "adamw_8bit" [adamw_8bit];
     Attention "attention" [attention_forward, attention_delta, attention_backward_keys, attention_backward_queries];
+    AttentionDecode "attention_decode" [attention_decode, attention_join];
     AttentionF32 "attention_f32" [attention_forward, attention_delta, attention_backward_keys, attention_backward_queries];
-    CrossEntropy "cross_entropy" [cross_entropy, head_columns];
-    Decode "decode" [attention_decode, attention_join];
     Dequantize "dequantize" [dequantize_blocks, dequantize_nf4, multiply_blocks, multiply_nf4];
-    Elementwise "elementwise" [
-        swiglu_forward, swiglu_backward, rows_gather, embedding_gradient, add_bias, column_sums, dropout,
-    ];
-    Optimizer "optimizer" [adamw, adamw_8bit, sum_of_squares];
+    Dropout "dropout" [dropout];
+    Embedding "embedding" [embedding_gradient];
+    GradNorm "grad_norm" [sum_of_squares];
+    Linear "linear" [add_bias, column_sums];
+    LinearCrossEntropy "linear_cross_entropy" [cross_entropy, head_columns];
     Rmsnorm "rmsnorm" [rmsnorm_forward, rmsnorm_apply, rmsnorm_backward, rmsnorm_weight_gradient];
     Rope "rope" [rope_angles, rope_rotate];
+    Rows "rows" [rows_gather];
     Sample "sample" [penalise, argmax, sample];
+    Swiglu "swiglu" [swiglu_forward, swiglu_backward];
 }
 
 impl Source {
@@ -74,7 +80,7 @@ impl Source {
     pub fn elements(self) -> &'static [Dtype] {
         match self {
             Self::Attention => &[Dtype::BF16],
-            Self::AttentionF32 | Self::Sample => &[Dtype::F32],
+            Self::AttentionF32 | Self::GradNorm | Self::Sample => &[Dtype::F32],
             _ => &[Dtype::F32, Dtype::BF16],
         }
     }
@@ -119,9 +125,11 @@ impl Module {
             text.push_str(&format!("#define HEAD_DIM {}\n", self.head_dim));
         }
         text.push_str(DEVICE);
-        if self.source.uses_tensor_cores() {
-            text.push_str(TENSOR_CORES);
-        }
+        text.push_str(match self.source {
+            Source::Attention => TENSOR_CORES,
+            Source::Adamw | Source::Adamw8bit => ADAMW,
+            _ => "",
+        });
         text.push_str(self.source.text());
         text
     }

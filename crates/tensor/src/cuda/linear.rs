@@ -3,13 +3,13 @@
 //! but the writing of its own product; and what is rounded to bf16 between the two is the smaller one. A quantised weight is decoded a
 //! tile of rows at a time store memory that is used again, or multiplied as it is where few rows go through it.
 
+use super::arguments::argument;
 use super::dequantize;
 use super::gemm::{Gemm, Matrix};
-use super::gpu::{Buffer, Gpu};
+use super::gpu::{Arg, Buffer, Gpu, blocks};
+use super::kernels::{Module, Source};
 use crate::contract::{Adapter, Store};
-use crate::dtype::Dtype;
-use crate::tensor::Tensor;
-use crate::weight::Weight;
+use crate::{dtype::Dtype, tensor::Tensor, weight::Weight};
 use std::sync::Arc;
 
 /// Elements of a quantised weight that are decoded at a time: large enough for whole products, small beside the weights.
@@ -107,4 +107,20 @@ pub(crate) fn input_gradient(
 pub(crate) fn weight_gradient(gpu: &Gpu, d_y: Matrix<'_>, x: Matrix<'_>, rows: usize, alpha: f32, d_w: &mut Tensor) {
     let (m, n) = (d_w.rows(), d_w.cols());
     gpu.gemm(&Gemm { m, n, k: rows, alpha, a: d_y.t(), b: x, beta: 1.0, c: matrix(d_w) });
+}
+
+/// Adds `bias` [d] to each row of `y` [T, d].
+pub(crate) fn add_bias(gpu: &Gpu, bias: &Tensor, y: &mut Tensor) {
+    let (element, n) = (y.dtype(), y.len());
+    let args = [argument(bias, element), argument(y, element), Arg::U64(n as u64), Arg::U32(y.cols() as u32)];
+    gpu.launch_threads(Module::new(Source::Linear, element), "add_bias", n, &args);
+}
+
+/// `sums` [d] (f32) += the column sums of `x` [T, d].
+pub(crate) fn column_sums(gpu: &Gpu, x: &Tensor, sums: &mut Tensor) {
+    let element = x.dtype();
+    let [rows, cols] = [x.rows(), x.cols()].map(|n| Arg::U32(n as u32));
+    let args = [argument(x, element), argument(sums, Dtype::F32), rows, cols];
+    let grid = (blocks(x.cols(), 32), 1024, 4 * 1024);
+    gpu.launch_row(Module::new(Source::Linear, element), "column_sums", grid, &args);
 }

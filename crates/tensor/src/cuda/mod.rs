@@ -19,31 +19,31 @@ pub(crate) mod gemm;
 pub(crate) mod gpu;
 pub mod graph;
 pub mod kernels;
-#[cfg(test)]
-pub(crate) mod lab;
 mod library;
 pub(crate) mod work;
 
+pub(crate) mod adamw;
+pub(crate) mod adamw_8bit;
 pub(crate) mod attention;
-#[cfg(test)]
-mod attention_tests;
-pub(crate) mod cross_entropy;
-pub(crate) mod decode;
+pub(crate) mod attention_decode;
 pub(crate) mod dequantize;
-#[cfg(test)]
-mod driver_tests;
-pub(crate) mod elementwise;
+pub(crate) mod dropout;
+pub(crate) mod embedding;
+pub(crate) mod grad_norm;
 pub(crate) mod linear;
+pub(crate) mod linear_cross_entropy;
 pub(crate) mod offload;
-pub(crate) mod optimizer;
 pub(crate) mod rmsnorm;
 pub(crate) mod rope;
+pub(crate) mod rows;
 pub(crate) mod sample;
 pub mod sizes;
+pub(crate) mod swiglu;
+
 #[cfg(test)]
-mod tests;
+mod driver_tests;
 #[cfg(test)]
-mod weight_tests;
+pub(crate) mod tests;
 
 pub use dequantize::DeviceWeight;
 pub use driver::Options;

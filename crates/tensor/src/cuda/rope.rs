@@ -1,13 +1,10 @@
 //! Launchers of the rotation; contract in `ops/rope.rs`.
 
-use super::arguments::{argument, blocks};
-use super::gpu::{Arg, Gpu, Launch};
+use super::arguments::argument;
+use super::gpu::{Arg, Gpu};
 use super::kernels::{Module, Source};
-use crate::dtype::Dtype;
-use crate::tensor::Tensor;
+use crate::{dtype::Dtype, tensor::Tensor};
 use std::sync::Arc;
-
-const BLOCK: u32 = 256;
 
 /// Fills `cos` and `sin` [positions, frequencies], which have their shapes already.
 pub(crate) fn angles(gpu: &Arc<Gpu>, positions: &[u32], frequencies: &[f32], cos: &mut Tensor, sin: &mut Tensor) {
@@ -15,21 +12,15 @@ pub(crate) fn angles(gpu: &Arc<Gpu>, positions: &[u32], frequencies: &[f32], cos
     let positions = gpu.table(positions);
     let bits: Vec<u32> = frequencies.iter().map(|f| f.to_bits()).collect();
     let frequencies = gpu.table(&bits);
-    gpu.launch(&Launch {
-        module: Module::new(Source::Rope, Dtype::F32),
-        kernel: "rope_angles",
-        grid: [blocks(tokens * half, BLOCK), 1, 1],
-        block: BLOCK,
-        shared: 0,
-        args: &[
-            Arg::Buffer(&positions, 0),
-            Arg::Buffer(&frequencies, 0),
-            argument(cos, Dtype::F32),
-            argument(sin, Dtype::F32),
-            Arg::U32(tokens as u32),
-            Arg::U32(half as u32),
-        ],
-    });
+    let args = [
+        Arg::Buffer(&positions, 0),
+        Arg::Buffer(&frequencies, 0),
+        argument(cos, Dtype::F32),
+        argument(sin, Dtype::F32),
+        Arg::U32(tokens as u32),
+        Arg::U32(half as u32),
+    ];
+    gpu.launch_threads(Module::new(Source::Rope, Dtype::F32), "rope_angles", tokens * half, &args);
 }
 
 /// Turns `x` [T, heads · D] in place; `direction` is 1 or −1.
@@ -37,21 +28,15 @@ pub(crate) fn rotate(gpu: &Gpu, x: &mut Tensor, cos: &Tensor, sin: &Tensor, dire
     let (element, tokens, half) = (x.dtype(), x.rows(), cos.cols());
     let (width, heads) = (16 / element.bytes(), x.cols() / (2 * half));
     let pack = if half.is_multiple_of(width) { width } else { 1 };
-    gpu.launch(&Launch {
-        module: Module::new(Source::Rope, element),
-        kernel: "rope_rotate",
-        grid: [blocks(tokens * heads * half / pack, BLOCK), 1, 1],
-        block: BLOCK,
-        shared: 0,
-        args: &[
-            argument(x, element),
-            argument(cos, Dtype::F32),
-            argument(sin, Dtype::F32),
-            Arg::F32(direction),
-            Arg::U32(tokens as u32),
-            Arg::U32(heads as u32),
-            Arg::U32(half as u32),
-            Arg::U32(pack as u32),
-        ],
-    });
+    let args = [
+        argument(x, element),
+        argument(cos, Dtype::F32),
+        argument(sin, Dtype::F32),
+        Arg::F32(direction),
+        Arg::U32(tokens as u32),
+        Arg::U32(heads as u32),
+        Arg::U32(half as u32),
+        Arg::U32(pack as u32),
+    ];
+    gpu.launch_threads(Module::new(Source::Rope, element), "rope_rotate", tokens * heads * half / pack, &args);
 }

@@ -1,11 +1,9 @@
 //! Launchers of the choice of tokens; contract in `ops/sample.rs`.
 
-use super::arguments::{argument, blocks};
-use super::gpu::{Arg, Gpu, Launch};
+use super::arguments::argument;
+use super::gpu::{Arg, Gpu, blocks};
 use super::kernels::{Module, Source};
-use crate::contract::Choice;
-use crate::dtype::Dtype;
-use crate::tensor::Tensor;
+use crate::{contract::Choice, dtype::Dtype, tensor::Tensor};
 use bytemuck::{Pod, Zeroable};
 use std::sync::Arc;
 
@@ -109,6 +107,5 @@ fn argmax(gpu: &Arc<Gpu>, logits: &Tensor) -> Vec<u32> {
 }
 
 fn launch(gpu: &Gpu, kernel: &'static str, grid: u32, shared: usize, args: &[Arg<'_>]) {
-    let module = Module::new(Source::Sample, Dtype::F32);
-    gpu.launch(&Launch { module, kernel, grid: [grid, 1, 1], block: BLOCK, shared, args });
+    gpu.launch_row(Module::new(Source::Sample, Dtype::F32), kernel, (grid, BLOCK, shared), args);
 }

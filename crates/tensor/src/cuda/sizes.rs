@@ -2,9 +2,8 @@
 
 use super::gpu::TABLES_KEPT;
 pub use super::work::allocated;
-use super::{attention, cross_entropy, cublaslt, decode, dequantize, linear, optimizer};
-use crate::contract::Heads;
-use crate::dtype::Dtype;
+use super::{attention, attention_decode, cublaslt, dequantize, grad_norm, linear, linear_cross_entropy};
+use crate::{contract::Heads, dtype::Dtype};
 use crate::{moments, nf4};
 
 /// Why a model of these sizes cannot run on a GPU in `dtype`; `None` when it can.
@@ -53,7 +52,7 @@ pub fn attention_sums(tokens: usize, heads: Heads) -> usize {
 
 /// Bytes of the partial results of attention of `rows` tokens over up to `num_keys` cached ones each.
 pub fn decoding(rows: usize, num_keys: usize, heads: Heads) -> usize {
-    allocated(decode::parts_bytes(rows, num_keys, heads))
+    allocated(attention_decode::parts_bytes(rows, num_keys, heads))
 }
 
 /// Whether a quantised matrix is decoded to multiply `rows` rows.
@@ -63,17 +62,17 @@ pub fn decodes(rows: usize) -> bool {
 
 /// Bytes of the partial sums of the norm of `tensors` gradients.
 pub fn norm(tensors: usize) -> usize {
-    allocated(optimizer::norm_bytes(tensors))
+    allocated(grad_norm::norm_bytes(tensors))
 }
 
 /// Bytes of head and loss for `n` tokens over a vocabulary of `vocab`: losses, and logits of a chunk, whose gradient takes their place.
 pub fn loss(n: usize, vocab: usize, head_trains: bool) -> usize {
-    allocated(4 * n) + allocated(4 * cross_entropy::chunk_rows(n, vocab, head_trains) * vocab)
+    allocated(4 * n) + allocated(4 * linear_cross_entropy::chunk_rows(n, vocab, head_trains) * vocab)
 }
 
 /// Bytes of what head and loss need besides when `rows` rows of the head train by themselves.
 pub fn loss_rows(n: usize, vocab: usize, rows: usize, element: Dtype) -> usize {
-    allocated(cross_entropy::columns_bytes(n, vocab, rows, element))
+    allocated(linear_cross_entropy::columns_bytes(n, vocab, rows, element))
 }
 
 /// Bytes of a matrix of `len` elements in NF4 with doubly quantised scales.

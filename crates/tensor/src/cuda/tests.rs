@@ -1,84 +1,10 @@
-//! Every launcher on the emulated device against the operation on the processor, and the emulator itself.
+//! The emulated device itself: what it catches, and its memory.
 
-use super::lab::{Lab, labs};
-use crate::ops::{rmsnorm, rope, swiglu};
+pub(crate) mod lab;
+pub(crate) mod parity;
+
 use crate::{Dtype, Tensor};
-
-#[test]
-fn rmsnorm_and_its_gradients() {
-    for mut lab in labs(1) {
-        for (rows, d) in [(1, 8), (5, 64), (3, 264), (2, 4112)] {
-            let [x, d_y, before] = [2.0, 1.0, 1.0].map(|std| lab.random(&[rows, d], std));
-            let (weight, d_weight) = (lab.random(&[d], 1.0), lab.random(&[d], 1.0));
-            let (mut y, mut rstd, mut again) = (Tensor::default(), Tensor::default(), Tensor::default());
-            rmsnorm::forward(&x, &weight, 1e-5, &mut y, &mut rstd);
-            let (mut d_x, mut d_w) = (before.clone(), d_weight.clone());
-            rmsnorm::backward(&x, &weight, &rstd, &d_y, &mut d_x, Some(&mut d_w));
-
-            let [gx, gw, gd_y, mut gd_x] = [&x, &weight, &d_y, &before].map(|t| lab.up(t));
-            let (mut gy, mut gr, mut gd_w) = (Tensor::default(), Tensor::default(), lab.up_f32(&d_weight));
-            rmsnorm::forward(&gx, &gw, 1e-5, &mut gy, &mut gr);
-            rmsnorm::apply(&gx, &gw, &gr, &mut again);
-            rmsnorm::backward(&gx, &gw, &gr, &gd_y, &mut gd_x, Some(&mut gd_w));
-            lab.close("y", &gy, &y, 1e-6);
-            lab.close("y again", &again, &y, 1e-6);
-            lab.close("rstd", &gr, &rstd, 1e-6);
-            lab.close("d_x", &gd_x, &d_x, 1e-6);
-            lab.close("d_w", &gd_w, &d_w, 1e-5);
-            rmsnorm::backward(&gx, &gw, &gr, &gd_y, &mut gd_x, None);
-            assert_eq!(again.to_host().data(), gy.to_host().data(), "to the bit");
-        }
-    }
-}
-
-#[test]
-fn swiglu_and_its_gradients() {
-    for mut lab in labs(2) {
-        for shape in [[1, 1], [3, 37], [16, 64], [5, 4096]] {
-            let [gate, up, d_y] = [3.0, 1.0, 1.0].map(|std| lab.random(&shape, std));
-            let (mut y, mut d_gate, mut d_up) = (Tensor::default(), gate.clone(), up.clone());
-            swiglu::forward(&gate, &up, &mut y);
-            swiglu::backward(&mut d_gate, &mut d_up, &d_y);
-            let [mut gd_gate, mut gd_up, d] = [&gate, &up, &d_y].map(|t| lab.up(t));
-            let mut gy = Tensor::default();
-            swiglu::forward(&gd_gate, &gd_up, &mut gy);
-            swiglu::backward(&mut gd_gate, &mut gd_up, &d);
-            lab.close("y", &gy, &y, 1e-6);
-            lab.close("d_gate", &gd_gate, &d_gate, 1e-6);
-            lab.close("d_up", &gd_up, &d_up, 1e-6);
-        }
-        let extreme = Tensor::from_slice(&[1, 4], &[-1e4, -90.0, 90.0, 1e4]);
-        let (mut d_gate, one) = (lab.up(&extreme), lab.up(&Tensor::from_slice(&[1, 4], &[1.0; 4])));
-        let (mut y, mut d_up) = (Tensor::default(), one.clone());
-        swiglu::forward(&d_gate, &one, &mut y);
-        swiglu::backward(&mut d_gate, &mut d_up, &one);
-        for t in [y, d_gate, d_up] {
-            assert!(t.to_host().data().iter().all(|x| x.is_finite()), "{:?}", t.to_host());
-        }
-    }
-}
-
-#[test]
-fn rotation_there_and_back() {
-    for mut lab in labs(3) {
-        for (tokens, heads, head_dim) in [(4, 2, 16), (7, 3, 64), (5, 5, 12)] {
-            let positions: Vec<u32> = (0..tokens as u32).map(|t| t * 131 % 977).collect();
-            let frequencies: Vec<f32> = (0..head_dim / 2).map(|i| 0.7f32.powi(i)).collect();
-            let mut angles = rope::Angles::default();
-            angles.fill(&positions, &frequencies);
-            let x = lab.random(&[tokens, heads * head_dim as usize], 1.0);
-            let mut y = x.clone();
-            rope::forward(&mut y, &angles);
-            let mut device_angles = rope::Angles::default();
-            device_angles.fill_on(&lab.device, &positions, &frequencies);
-            let mut gy = lab.up(&x);
-            rope::forward(&mut gy, &device_angles);
-            lab.close("y", &gy, &y, 1e-6);
-            rope::backward(&mut gy, &device_angles);
-            lab.close("x", &gy, &x, 1e-6);
-        }
-    }
-}
+use lab::{Lab, labs};
 
 /// A launch that asks for what a kernel does not have, or for too little shared memory, is caught.
 #[test]
@@ -115,7 +41,7 @@ fn writes_outside_a_buffer_are_caught() {
     let buffer = gpu.upload(&[1.0f32; 4]);
     let mut short = lab.up(&Tensor::zeros(&[1, 3]));
     let whole = lab.up(&Tensor::zeros(&[1, 4]));
-    super::elementwise::swiglu_forward(gpu, &whole, &whole, &mut short);
+    super::swiglu::forward(gpu, &whole, &whole, &mut short);
     lab.device.synchronize().unwrap();
     assert_eq!(short.shape(), [1, 4]);
     buffer.write(8, &2.0f32.to_le_bytes());

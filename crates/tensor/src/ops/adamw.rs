@@ -2,9 +2,8 @@
 
 pub use crate::contract::Step;
 use crate::cuda::arguments::argument;
-use crate::dtype::Dtype;
-use crate::tensor::Tensor;
 use crate::{cpu, cuda};
+use crate::{dtype::Dtype, tensor::Tensor};
 
 /// Updates `value`, first moment `m` and second moment `v` (all of one shape) with `grad`.
 pub fn update(value: &mut Tensor, grad: &Tensor, m: &mut Tensor, v: &mut Tensor, step: &Step) {
@@ -12,7 +11,7 @@ pub fn update(value: &mut Tensor, grad: &Tensor, m: &mut Tensor, v: &mut Tensor,
     assert!(step.number > 0, "updates count from 1");
     if let Some(gpu) = value.gpu().cloned() {
         let moments = [&*m, v].map(|t| argument(t, Dtype::F32));
-        return cuda::optimizer::update(&gpu, value, None, grad, 0..grad.len(), moments, step);
+        return cuda::adamw::update(&gpu, value, None, grad, 0..grad.len(), moments, step);
     }
     cpu::adamw::update(value.data_mut(), grad.data(), m.data_mut(), v.data_mut(), step);
 }
@@ -27,7 +26,7 @@ pub fn update_split(value: &mut Tensor, low: &mut Tensor, grad: &Tensor, m: &mut
     assert!(step.number > 0, "updates count from 1");
     let Some(gpu) = value.gpu().cloned() else { panic!("{value:?} must be on a GPU") };
     let moments = [&*m, v].map(|t| argument(t, Dtype::F32));
-    cuda::optimizer::update(&gpu, value, Some(low), grad, 0..grad.len(), moments, step);
+    cuda::adamw::update(&gpu, value, Some(low), grad, 0..grad.len(), moments, step);
 }
 
 #[cfg(test)]

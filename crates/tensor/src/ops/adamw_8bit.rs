@@ -8,10 +8,9 @@
 //! explodes, while the smallest code makes one that is merely too short. And the code of the first moment is a sign and 7
 //! bits of magnitude, so that the largest element of a block is exact whatever its sign.
 
-use crate::contract::Step;
 use crate::cuda::gpu::{Arg, Buffer, Gpu};
 pub use crate::moments::{BLOCK, Moment, Sign};
-use crate::tensor::Tensor;
+use crate::{contract::Step, tensor::Tensor};
 use crate::{cpu, cuda};
 use std::sync::Arc;
 
@@ -53,7 +52,7 @@ pub fn update_on_device(
     assert!((m.sign, r.sign) == (Sign::Signed, Sign::Unsigned) && step.number > 0, "updates count from 1");
     let gpu = m.codes.gpu().clone();
     let moments = [&m.codes, &m.scales, &r.codes, &r.scales].map(|b| Arg::Buffer(b, 0));
-    cuda::optimizer::update_8bit(&gpu, value, low, grad, 0..grad.len(), moments, step);
+    cuda::adamw_8bit::update(&gpu, value, low, grad, 0..grad.len(), moments, step);
 }
 
 /// Updates `value`, its first moment `m` (signed) and the root `r` of its second moment (unsigned), all of one length, with

@@ -1,13 +1,12 @@
 //! AdamW on a GPU whose moments wait in the processor's memory: they come piece by piece, are brought up to date, and go back, while
 //! the next piece is on its way. What is computed is what [`super::adamw`] and [`super::adamw_8bit`] compute, to the bit.
 
-use crate::contract::Step;
 use crate::cuda::gpu::{Arg, Buffer, Gpu};
 use crate::cuda::offload::{Event, HostBuffer};
-use crate::cuda::optimizer;
 use crate::cuda::work::allocated;
+use crate::cuda::{adamw, adamw_8bit};
 use crate::moments::{BLOCK, Moment, Sign};
-use crate::tensor::Tensor;
+use crate::{contract::Step, tensor::Tensor};
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -215,10 +214,10 @@ pub fn update(updates: &mut [Update<'_>], pieces: &mut Pieces) {
         let low = low.as_deref_mut();
         if moments.bits8 {
             let [m, r, m_scales, r_scales] = parts.map(|(_, there, _)| Arg::Buffer(memory, there));
-            optimizer::update_8bit(&gpu, value, low, grad, range.clone(), [m, m_scales, r, r_scales], step);
+            adamw_8bit::update(&gpu, value, low, grad, range.clone(), [m, m_scales, r, r_scales], step);
         } else {
             let [m, v, ..] = parts.map(|(_, there, _)| Arg::Buffer(memory, there));
-            optimizer::update(&gpu, value, low, grad, range.clone(), [m, v], step);
+            adamw::update(&gpu, value, low, grad, range.clone(), [m, v], step);
         }
         for (here, there, bytes) in parts {
             moments.memory.copy_out(here, memory, there, bytes);
@@ -231,7 +230,7 @@ pub fn update(updates: &mut [Update<'_>], pieces: &mut Pieces) {
 mod tests {
     use super::*;
     use crate::Dtype;
-    use crate::cuda::lab::{Lab, labs};
+    use crate::cuda::tests::lab::{Lab, labs};
     use crate::ops::{adamw, adamw_8bit};
 
     fn step(number: u64) -> Step {

@@ -50,9 +50,9 @@ pub fn forward(
 
 /// As [`forward`] without what a backward pass needs: for new tokens of one or several sequences over cached keys and values.
 pub fn forward_cached(q: &Tensor, k: &Tensor, v: &Tensor, segments: &[Segment], heads: Heads, o: &mut Tensor) {
-    if let Some(gpu) = q.gpu().filter(|_| cuda::decode::takes(segments, heads)) {
+    if let Some(gpu) = q.gpu().filter(|_| cuda::attention_decode::takes(segments, heads)) {
         check(q, k, v, segments, heads);
-        return cuda::decode::attention(gpu, q, k, v, segments, heads, o);
+        return cuda::attention_decode::attention(gpu, q, k, v, segments, heads, o);
     }
     forward(q, k, v, segments, heads, o, &mut Tensor::default());
 }

@@ -3,9 +3,9 @@
 //! ([`crate::Recorded`]).
 
 use crate::contract::{Heads, Segment};
-use crate::cuda::decode::{self, Seen};
-use crate::cuda::elementwise;
+use crate::cuda::attention_decode::{self, Seen};
 use crate::cuda::gpu::Buffer;
+use crate::cuda::rows;
 use crate::tensor::Tensor;
 
 /// Where new tokens go, and what they see.
@@ -23,7 +23,7 @@ impl Places {
     /// When `like` is on the processor.
     pub fn set(&mut self, like: &Tensor, index: &[u32], segments: &[Segment], heads: Heads) -> bool {
         let Some(gpu) = like.gpu() else { panic!("{like:?} must be on a GPU") };
-        if !decode::takes(segments, heads) {
+        if !attention_decode::takes(segments, heads) {
             return false;
         }
         let bytes = size_of_val(index);
@@ -56,8 +56,8 @@ impl Places {
         assert!(4 * q.rows() <= index.bytes() && k.rows() == q.rows() && v.rows() == q.rows(), "{q:?}, {k:?}, {v:?}");
         for (new, all) in [(k, &*all_k), (v, &*all_v)] {
             assert_eq!(new.cols(), all.cols());
-            elementwise::rows_at(gpu, new, index, new.rows(), all, true);
+            rows::rows_at(gpu, new, index, new.rows(), all, true);
         }
-        decode::attention_over(gpu, q, all_k, all_v, seen, heads, o);
+        attention_decode::attention_over(gpu, q, all_k, all_v, seen, heads, o);
     }
 }

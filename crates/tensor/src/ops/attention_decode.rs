@@ -6,10 +6,9 @@
 //! merged in order ("Flash-Decoding for long-context inference", Dao et al., 2023), so the result does not depend on the
 //! number of threads.
 
-use crate::kv::RUN;
 pub use crate::kv::{Element, KeyValues};
-use crate::tensor::Tensor;
 use crate::{cpu, team};
+use crate::{kv::RUN, tensor::Tensor};
 
 /// Buffers for partial results, kept from call to call.
 #[derive(Debug, Default)]

@@ -9,7 +9,7 @@ use crate::{cpu, cuda};
 /// `y` [T, d] = masked and rescaled `x`.
 pub fn forward(x: &Tensor, mask: Mask, y: &mut Tensor) {
     if let Some(gpu) = x.gpu() {
-        return cuda::elementwise::dropout(gpu, x, mask, y, false);
+        return cuda::dropout::apply(gpu, x, mask, y, false);
     }
     y.resize_like(x, x.shape());
     cpu::dropout::forward(x.data(), x.cols(), mask, y.data_mut());
@@ -19,7 +19,7 @@ pub fn forward(x: &Tensor, mask: Mask, y: &mut Tensor) {
 pub fn backward(d_y: &Tensor, mask: Mask, d_x: &mut Tensor) {
     assert_eq!(d_y.shape(), d_x.shape());
     if let Some(gpu) = d_y.gpu() {
-        return cuda::elementwise::dropout(gpu, d_y, mask, d_x, true);
+        return cuda::dropout::apply(gpu, d_y, mask, d_x, true);
     }
     cpu::dropout::backward(d_y.data(), d_y.cols(), mask, d_x.data_mut());
 }

@@ -1,10 +1,7 @@
 //! Token embedding: x[t] = table[ids[t]].
 
-use crate::cuda;
-use crate::device::Device;
-use crate::dtype::Dtype;
-use crate::tensor::Tensor;
-use crate::weight::Weight;
+use crate::{cpu, cuda};
+use crate::{device::Device, dtype::Dtype, tensor::Tensor, weight::Weight};
 
 /// `x` [T, d] = rows `ids` [T] of `table` [V, d].
 ///
@@ -13,12 +10,10 @@ use crate::weight::Weight;
 pub fn forward(table: &Weight, ids: &[u32], x: &mut Tensor) {
     if let Some(gpu) = table.device().gpu() {
         assert!(ids.iter().all(|id| (*id as usize) < table.rows()), "an id lies outside the table of {}", table.rows());
-        return cuda::elementwise::embedding(gpu, table, ids, x);
+        return cuda::embedding::forward(gpu, table, ids, x);
     }
     x.resize_on(&Device::Cpu, Dtype::F32, &[ids.len(), table.cols()]);
-    for (t, id) in ids.iter().enumerate() {
-        table.row_into(*id as usize, x.row_mut(t));
-    }
+    cpu::embedding::forward(table, ids, x);
 }
 
 /// As [`forward`], where the table may be on the processor and `x` on a GPU: its rows are sent there, in `dtype`.
@@ -40,14 +35,9 @@ pub fn backward(d_x: &Tensor, ids: &[u32], d_table: &mut Tensor) {
     assert_eq!((d_x.rows(), d_x.cols()), (ids.len(), d_table.cols()));
     if let Some(gpu) = d_x.gpu() {
         let rows = ids.iter().copied().zip(0..).collect();
-        return cuda::elementwise::embedding_gradient(gpu, d_x, rows, d_table);
+        return cuda::embedding::backward(gpu, d_x, rows, d_table);
     }
-    // In token order on one thread: rows that occur twice are summed in one order, and this is a sliver of the step.
-    for (t, id) in ids.iter().enumerate() {
-        for (sum, g) in d_table.row_mut(*id as usize).iter_mut().zip(d_x.row(t)) {
-            *sum += g;
-        }
-    }
+    cpu::embedding::backward(d_x.data(), ids.iter().copied().zip(0..), d_table);
 }
 
 /// `d_rows` [n, d] += `d_x` [T, d] where `ids` [T] is one of `rows` [n], which ascend: the gradient of a part of the table.
@@ -55,13 +45,9 @@ pub fn backward_rows(d_x: &Tensor, ids: &[u32], rows: &[u32], d_rows: &mut Tenso
     assert_eq!((d_x.rows(), d_x.cols(), rows.len()), (ids.len(), d_rows.cols(), d_rows.rows()));
     let found = ids.iter().zip(0..).filter_map(|(id, t)| Some((rows.binary_search(id).ok()? as u32, t)));
     if let Some(gpu) = d_x.gpu() {
-        return cuda::elementwise::embedding_gradient(gpu, d_x, found.collect(), d_rows);
+        return cuda::embedding::backward(gpu, d_x, found.collect(), d_rows);
     }
-    for (row, t) in found {
-        for (sum, g) in d_rows.row_mut(row as usize).iter_mut().zip(d_x.row(t as usize)) {
-            *sum += g;
-        }
-    }
+    cpu::embedding::backward(d_x.data(), found, d_rows);
 }
 
 #[cfg(test)]

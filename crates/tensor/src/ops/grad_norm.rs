@@ -15,8 +15,8 @@ pub fn norm(tensors: &[&Tensor]) -> f64 {
 
 fn norm_squares(tensors: &[&Tensor]) -> Vec<f64> {
     match tensors.first().and_then(|x| x.gpu()) {
-        Some(gpu) => cuda::optimizer::sums_of_squares(gpu, tensors),
-        None => tensors.iter().map(|x| cpu::adamw::sum_of_squares(x.data())).collect(),
+        Some(gpu) => cuda::grad_norm::sums_of_squares(gpu, tensors),
+        None => tensors.iter().map(|x| cpu::grad_norm::sum_of_squares(x.data())).collect(),
     }
 }
 

@@ -2,40 +2,13 @@
 //! y = x Wᵀ + bias + s · (dropout(x) Aᵀ) Bᵀ (Hu et al., "LoRA", 2021). Weights are stored [out, in], A [r, in], B [out, r].
 
 pub use crate::contract::{Adapter, Store, Store as Into};
-use crate::cpu::matmul::{FEW_ROWS, Term, gemm, gemm_sum, matmul_nt, matmul_nt_by_row};
+pub use crate::cpu::linear::PANEL;
+use crate::cpu::matmul::{gemm, matmul_nt};
 use crate::cpu::view::View;
 use crate::cuda::gemm::Gemm;
 use crate::cuda::linear::{self as on_gpu, beta, matrix};
-use crate::dtype::Dtype;
-use crate::tensor::Tensor;
-use crate::weight::{Packed, Weight};
 use crate::{cpu, cuda};
-use rayon::prelude::*;
-use std::cell::Cell;
-
-/// Elements of a packed weight that are decoded at a time (4 MiB of f32).
-pub const PANEL: usize = 1 << 20;
-
-thread_local! {
-    /// The decoded panel, kept between products. Taken out while it is in use: a thread that waits for others may begin
-    /// another product meanwhile.
-    static DECODED: Cell<Vec<f32>> = Cell::default();
-}
-
-/// Calls `f(first row, rows, decoded rows)` for one panel of `w` after the other.
-fn panels(w: &Packed, mut f: impl FnMut(usize, usize, &[f32])) {
-    let [rows, cols] = w.shape();
-    let step = (PANEL / cols.max(1)).max(1).min(rows);
-    let mut panel = DECODED.take();
-    panel.resize(panel.len().max(step * cols), 0.0);
-    for first in (0..rows).step_by(step.max(1)) {
-        let count = step.min(rows - first);
-        let panel = &mut panel[..count * cols];
-        w.decode_rows_parallel(first..first + count, panel);
-        f(first, count, panel);
-    }
-    DECODED.set(panel);
-}
+use crate::{dtype::Dtype, tensor::Tensor, weight::Weight};
 
 /// `y` [T, out] = or += `alpha` · `x` [T, in] · `w` [out, in]ᵀ. A packed weight is decoded panel by panel, a strip of output
 /// columns each.
@@ -45,7 +18,7 @@ pub fn forward(x: &Tensor, w: &Weight, alpha: f32, y: &mut Tensor, store: Store)
     if let Some(gpu) = x.gpu() {
         return on_gpu::forward(gpu, matrix(x), x.rows(), w, alpha, None, matrix(y), store);
     }
-    forward_rows(x.data(), w, alpha, None, y.data_mut(), store);
+    cpu::linear::forward(x.data(), w, alpha, None, y.data_mut(), store);
 }
 
 /// Logits: `y` [T, V] in f32 = `x` [T, d] · `w` [V, d]ᵀ, whatever the type of the activations.
@@ -65,59 +38,7 @@ pub fn forward_adapted(x: &Tensor, w: &Weight, adapter: Adapter<'_>, y: &mut Ten
     if let Some(gpu) = x.gpu() {
         return on_gpu::forward(gpu, matrix(x), x.rows(), w, 1.0, Some(adapter), matrix(y), store);
     }
-    forward_rows(x.data(), w, 1.0, Some(adapter), y.data_mut(), store);
-}
-
-/// [`forward`] over rows that lie one behind the other in `x` and `y`.
-pub(crate) fn forward_rows(
-    x: &[f32],
-    w: &Weight,
-    alpha: f32,
-    adapter: Option<Adapter<'_>>,
-    y: &mut [f32],
-    store: Store,
-) {
-    let (n, k) = (w.rows(), w.cols());
-    let (m, accumulate) = (x.len() / k.max(1), store == Store::Accumulate);
-    assert!(alpha == 1.0 || !matches!(w, Weight::Int8(_)), "int8 products have no factor");
-    if m <= FEW_ROWS {
-        match w {
-            Weight::Dense(w) => matmul_nt((m, n, k), y, accumulate, alpha, x, w.data()),
-            Weight::Packed(w) => {
-                matmul_nt_by_row((m, n, k), y, accumulate, alpha, x, |j, row| w.decode_rows(j..j + 1, row));
-            }
-            Weight::Device(_) => panic!("a weight on a GPU times a tensor on the processor"),
-            Weight::Int8(w) => w.forward(x, y, store),
-        }
-        if let Some(Adapter { inner, outer, scale }) = adapter {
-            matmul_nt((m, n, inner.cols()), y, true, scale, inner.data(), outer.data());
-        }
-        return;
-    }
-    let mut columns = |first: usize, count: usize, panel: &[f32]| {
-        let own = Term { a: View::rows(x, k), b: View::rows(panel, k).t(), k, alpha };
-        let y = &mut y[first..];
-        match adapter {
-            None => gemm_sum((m, count), y, n, accumulate, &[own]),
-            Some(Adapter { inner, outer, scale }) => {
-                let r = inner.cols();
-                let b = View::rows(&outer.data()[first * r..], r).t();
-                let added = Term { a: View::rows(inner.data(), r), b, k: r, alpha: scale };
-                gemm_sum((m, count), y, n, accumulate, &[own, added]);
-            }
-        }
-    };
-    match w {
-        Weight::Dense(w) => columns(0, n, w.data()),
-        Weight::Packed(w) => panels(w, columns),
-        Weight::Device(_) => panic!("a weight on a GPU times a tensor on the processor"),
-        Weight::Int8(w) => {
-            w.forward(x, y, store);
-            if let Some(Adapter { inner, outer, scale }) = adapter {
-                matmul_nt((m, n, inner.cols()), y, true, scale, inner.data(), outer.data());
-            }
-        }
-    }
+    cpu::linear::forward(x.data(), w, 1.0, Some(adapter), y.data_mut(), store);
 }
 
 /// Gradient of the input: `d_x` [T, in] = or += `alpha` · `d_y` [T, out] · `w` [out, in]; a packed weight as in [`forward`].
@@ -127,7 +48,7 @@ pub fn input_gradient(d_y: &Tensor, w: &Weight, alpha: f32, d_x: &mut Tensor, st
     if let Some(gpu) = d_y.gpu() {
         return on_gpu::input_gradient(gpu, matrix(d_y), d_y.rows(), w, alpha, None, matrix(d_x), store);
     }
-    input_gradient_rows(d_y.data(), w, alpha, None, d_x.data_mut(), store);
+    cpu::linear::input_gradient(d_y.data(), w, alpha, None, d_x.data_mut(), store);
 }
 
 /// As [`input_gradient`] with `alpha` 1, plus `scale` · `inner` · `outer` of the adapter.
@@ -139,46 +60,7 @@ pub fn input_gradient_adapted(d_y: &Tensor, w: &Weight, adapter: Adapter<'_>, d_
     if let Some(gpu) = d_y.gpu() {
         return on_gpu::input_gradient(gpu, matrix(d_y), d_y.rows(), w, 1.0, Some(adapter), matrix(d_x), store);
     }
-    input_gradient_rows(d_y.data(), w, 1.0, Some(adapter), d_x.data_mut(), store);
-}
-
-/// [`input_gradient`] over rows that lie one behind the other in `d_y` and `d_x`.
-pub(crate) fn input_gradient_rows(
-    d_y: &[f32],
-    w: &Weight,
-    alpha: f32,
-    adapter: Option<Adapter<'_>>,
-    d_x: &mut [f32],
-    store: Store,
-) {
-    let (k, n) = (w.rows(), w.cols());
-    let m = d_y.len() / k.max(1);
-    assert!(alpha == 1.0 || !matches!(w, Weight::Int8(_)), "int8 products have no factor");
-    let mut rows = |first: usize, count: usize, panel: &[f32]| {
-        let a = View { data: &d_y[first..], row_stride: k, col_stride: 1 };
-        let own = Term { a, b: View::rows(panel, n), k: count, alpha };
-        let accumulate = store == Store::Accumulate || first > 0;
-        match adapter.filter(|_| first == 0) {
-            None => gemm_sum((m, n), d_x, n, accumulate, &[own]),
-            Some(Adapter { inner, outer, scale }) => {
-                let r = inner.cols();
-                let (a, b) = (View::rows(inner.data(), r), View::rows(outer.data(), n));
-                gemm_sum((m, n), d_x, n, accumulate, &[own, Term { a, b, k: r, alpha: scale }]);
-            }
-        }
-    };
-    match w {
-        Weight::Dense(w) => rows(0, k, w.data()),
-        Weight::Packed(w) => panels(w, rows),
-        Weight::Device(_) => panic!("a weight on a GPU times a tensor on the processor"),
-        Weight::Int8(w) => {
-            w.input_gradient(d_y, d_x, store);
-            if let Some(Adapter { inner, outer, scale }) = adapter {
-                let (a, b) = (View::rows(inner.data(), inner.cols()), View::rows(outer.data(), n));
-                gemm((m, n, inner.cols()), d_x, n, true, scale, a, b);
-            }
-        }
-    }
+    cpu::linear::input_gradient(d_y.data(), w, 1.0, Some(adapter), d_x.data_mut(), store);
 }
 
 /// Bytes that each thread keeps for products.
@@ -215,15 +97,7 @@ pub fn matmul_weight_gradient(d_y: &Tensor, x: &Tensor, alpha: f32, d_w: &mut Te
     if let Some(gpu) = x.gpu() {
         return on_gpu::weight_gradient(gpu, matrix(d_y), matrix(x), x.rows(), alpha, d_w);
     }
-    weight_gradient_rows(d_y.data(), x.data(), alpha, d_w);
-}
-
-/// [`matmul_weight_gradient`] over rows that lie one behind the other.
-pub(crate) fn weight_gradient_rows(d_y: &[f32], x: &[f32], alpha: f32, d_w: &mut Tensor) {
-    let (m, n) = (d_w.rows(), d_w.cols());
-    let k = x.len() / n.max(1);
-    let (a, b) = (View::rows(d_y, m).t(), View::rows(x, n));
-    gemm((m, n, k), d_w.data_mut(), n, true, alpha, a, b);
+    cpu::linear::weight_gradient(d_y.data(), x.data(), alpha, d_w);
 }
 
 /// Adds `bias` [out] to each row of `y` [T, out].
@@ -231,25 +105,18 @@ pub fn add_bias(bias: &Tensor, y: &mut Tensor) {
     let n = bias.len();
     assert_eq!(n, y.cols());
     if let Some(gpu) = y.gpu().cloned() {
-        return cuda::elementwise::add_bias(&gpu, bias, y);
+        return cuda::linear::add_bias(&gpu, bias, y);
     }
-    let rows = cpu::rows_per_task(n);
-    y.data_mut().par_chunks_mut(rows * n).for_each(|rows| {
-        for row in rows.chunks_exact_mut(n) {
-            row.iter_mut().zip(bias.data()).for_each(|(y, b)| *y += b);
-        }
-    });
+    cpu::linear::add_bias(bias.data(), y.data_mut());
 }
 
 /// `d_bias` [out] += the column sums of `d_y` [T, out].
 pub fn bias_gradient(d_y: &Tensor, d_bias: &mut Tensor) {
     assert_eq!(d_y.cols(), d_bias.len());
     if let Some(gpu) = d_y.gpu() {
-        return cuda::elementwise::column_sums(gpu, d_y, d_bias);
+        return cuda::linear::column_sums(gpu, d_y, d_bias);
     }
-    for t in 0..d_y.rows() {
-        d_bias.data_mut().iter_mut().zip(d_y.row(t)).for_each(|(sum, g)| *sum += g);
-    }
+    cpu::linear::column_sums(d_y.data(), d_bias.data_mut());
 }
 
 /// Gives the product of `x` [m, ..] its shape [m, n], where `x` is, or checks it.

@@ -2,11 +2,9 @@
 //! loss_n = (1 − ε) · (logsumexp(z_n) − z_n[target]) + ε · (logsumexp(z_n) − mean(z_n)) with z = h Wᵀ and label smoothing ε.
 //! The gradients are those of scale · Σ w_n · loss_n, with a weight w_n for each row.
 
-use crate::contract::Store;
 pub use crate::contract::{Gradients, HeadRows};
-use crate::ops::linear::{forward_rows, input_gradient_rows, weight_gradient_rows};
-use crate::tensor::Tensor;
-use crate::weight::Weight;
+use crate::cpu::linear;
+use crate::{contract::Store, tensor::Tensor, weight::Weight};
 use crate::{cpu, cuda};
 
 /// Numbers of a chunk of logits, at most: 128 MB.
@@ -25,7 +23,7 @@ pub fn chunk_rows(vocab: usize) -> usize {
 pub struct Scratch {
     logits: Tensor,
     columns: Tensor,
-    device: cuda::cross_entropy::Scratch,
+    device: cuda::linear_cross_entropy::Scratch,
 }
 
 impl Scratch {
@@ -69,7 +67,7 @@ fn run(
     assert!(weights.is_none_or(|weights| weights.len() == n), "one weight a row");
     loss.resize(n, 0.0);
     if let Some(gpu) = h.gpu() {
-        return cuda::cross_entropy::run(gpu, h, w, targets, smoothing, &mut scratch.device, loss, gradients);
+        return cuda::linear_cross_entropy::run(gpu, h, w, targets, smoothing, &mut scratch.device, loss, gradients);
     }
     if let Some(g) = &mut gradients {
         g.d_h.resize_like(h, &[n, d]);
@@ -80,17 +78,25 @@ fn run(
         let part = start * d..(start + rows) * d;
         let h = &h.data()[part.clone()];
         scratch.logits.resize(&[rows, vocab]);
-        forward_rows(h, w, 1.0, None, scratch.logits.data_mut(), Store::Overwrite);
+        linear::forward(h, w, 1.0, None, scratch.logits.data_mut(), Store::Overwrite);
         let chunk_loss = &mut loss[start..start + rows];
         let targets = &targets[start..start + rows];
         let scale = gradients.as_ref().map(|g| g.scale);
         let weights = weights.map(|weights| &weights[start..start + rows]);
-        cpu::cross_entropy::rows(scratch.logits.data_mut(), vocab, targets, smoothing, scale, weights, chunk_loss);
+        cpu::linear_cross_entropy::rows(
+            scratch.logits.data_mut(),
+            vocab,
+            targets,
+            smoothing,
+            scale,
+            weights,
+            chunk_loss,
+        );
         if let Some(g) = &mut gradients {
             let d_h = &mut g.d_h.data_mut()[part];
-            input_gradient_rows(scratch.logits.data(), w, 1.0, None, d_h, Store::Overwrite);
+            linear::input_gradient(scratch.logits.data(), w, 1.0, None, d_h, Store::Overwrite);
             if let Some(d_w) = g.d_w.as_deref_mut() {
-                weight_gradient_rows(scratch.logits.data(), h, 1.0, d_w);
+                linear::weight_gradient(scratch.logits.data(), h, 1.0, d_w);
             }
             if let Some(HeadRows { ids, d_w }) = &mut g.d_rows {
                 // The columns of these rows, as if the head had no others.
@@ -99,7 +105,7 @@ fn run(
                 for (columns, logits) in scratch.columns.data_mut().chunks_mut(ids.len()).zip(all) {
                     columns.iter_mut().zip(*ids).for_each(|(column, id)| *column = logits[*id as usize]);
                 }
-                weight_gradient_rows(scratch.columns.data(), h, 1.0, d_w);
+                linear::weight_gradient(scratch.columns.data(), h, 1.0, d_w);
             }
         }
     }

@@ -7,13 +7,11 @@
 //! Weights that are kept as integers ([`Weight::to_integers`]) multiply x rounded to 8 bits, in blocks with a scale of their
 //! own; x is rounded once for all products that read it.
 
-use crate::contract::Store;
 use crate::cpu::matmul::FEW_ROWS;
 use crate::cpu::view::Shared;
 use crate::ops::linear;
 use crate::packed_int::{self, GGUF_BLOCK, Int8Rows};
-use crate::tensor::Tensor;
-use crate::weight::Weight;
+use crate::{contract::Store, tensor::Tensor, weight::Weight};
 use crate::{cpu, team};
 
 /// One of the products of a call.

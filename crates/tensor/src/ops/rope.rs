@@ -1,10 +1,8 @@
 //! Rotary position embedding in the half-split form of Hugging Face (Su et al., "RoFormer", 2021): within a head of size D,
 //! (x[i], x[i + D/2]) turns by the angle position · frequency[i].
 
-use crate::device::Device;
-use crate::dtype::Dtype;
-use crate::tensor::Tensor;
 use crate::{cpu, cuda};
+use crate::{device::Device, dtype::Dtype, tensor::Tensor};
 
 /// Cosines and sines of the angles of each token: `cos` and `sin` are [T, D/2].
 #[derive(Clone, Debug, Default)]

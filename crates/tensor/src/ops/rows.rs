@@ -1,7 +1,7 @@
 //! Rows of a matrix by their numbers: y[i] = x[index[i]], and the reverse.
 
-use crate::cuda;
 use crate::tensor::Tensor;
+use crate::{cpu, cuda};
 
 /// `y` [N, d] = rows `index` [N] of `x` [T, d].
 ///
@@ -10,12 +10,10 @@ use crate::tensor::Tensor;
 pub fn gather(x: &Tensor, index: &[u32], y: &mut Tensor) {
     check(x, index);
     if let Some(gpu) = x.gpu() {
-        return cuda::elementwise::gather(gpu, x, index, y);
+        return cuda::rows::gather(gpu, x, index, y);
     }
     y.resize_like(x, &[index.len(), x.cols()]);
-    for (i, row) in index.iter().enumerate() {
-        y.row_mut(i).copy_from_slice(x.row(*row as usize));
-    }
+    cpu::rows::gather(x, index, y);
 }
 
 /// Rows `index` [N] of `y` [T, d] = `x` [N, d]; the others keep what they hold. No number may occur twice.
@@ -26,11 +24,9 @@ pub fn scatter(x: &Tensor, index: &[u32], y: &mut Tensor) {
     assert_eq!((x.rows(), x.cols()), (index.len(), y.cols()));
     check(y, index);
     if let Some(gpu) = x.gpu() {
-        return cuda::elementwise::scatter(gpu, x, index, y);
+        return cuda::rows::scatter(gpu, x, index, y);
     }
-    for (i, row) in index.iter().enumerate() {
-        y.row_mut(*row as usize).copy_from_slice(x.row(i));
-    }
+    cpu::rows::scatter(x, index, y);
 }
 
 fn check(x: &Tensor, index: &[u32]) {

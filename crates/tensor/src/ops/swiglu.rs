@@ -7,7 +7,7 @@ use crate::{cpu, cuda};
 pub fn forward(gate: &Tensor, up: &Tensor, y: &mut Tensor) {
     assert_eq!(gate.shape(), up.shape());
     if let Some(gpu) = gate.gpu() {
-        return cuda::elementwise::swiglu_forward(gpu, gate, up, y);
+        return cuda::swiglu::forward(gpu, gate, up, y);
     }
     y.resize_like(gate, gate.shape());
     cpu::swiglu::forward(gate.data(), up.data(), y.data_mut());
@@ -17,7 +17,7 @@ pub fn forward(gate: &Tensor, up: &Tensor, y: &mut Tensor) {
 pub fn backward(gate: &mut Tensor, up: &mut Tensor, d_y: &Tensor) {
     assert!(gate.shape() == d_y.shape() && up.shape() == d_y.shape());
     if let Some(gpu) = d_y.gpu() {
-        return cuda::elementwise::swiglu_backward(gpu, gate, up, d_y);
+        return cuda::swiglu::backward(gpu, gate, up, d_y);
     }
     cpu::swiglu::backward(gate.data_mut(), up.data_mut(), d_y.data());
 }

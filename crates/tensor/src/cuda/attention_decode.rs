@@ -109,7 +109,7 @@ fn launch(
     let (rows, element, d) = (q.rows(), q.dtype(), heads.head_dim);
     o.resize_like(q, q.shape());
     let (chunks, parts) = (chunks(most), gpu.allocate(parts_bytes(rows, most, heads)));
-    let module = Module::new(Source::Decode, element);
+    let module = Module::new(Source::AttentionDecode, element);
     let [q, k, v, o] = [q, k, v, o].map(|t| argument(t, element));
     let [chunk, all, kv, head] = [CHUNK, heads.num_heads, heads.num_kv_heads, d].map(|x| Arg::U32(x as u32));
     let (table, parts) = (Arg::Buffer(table, 0), Arg::Buffer(&parts, 0));
@@ -121,12 +121,6 @@ fn launch(
         shared: THREADS as usize / 32 * heads.group() * (d + 2) * 4,
         args: &[q, k, v, table, parts, chunk, all, kv, head, Arg::F32(heads.scale())],
     });
-    gpu.launch(&Launch {
-        module,
-        kernel: "attention_join",
-        grid: [(rows * heads.num_heads) as u32, 1, 1],
-        block: THREADS,
-        shared: 0,
-        args: &[parts, o, Arg::U32(chunks as u32), head],
-    });
+    let args = [parts, o, Arg::U32(chunks as u32), head];
+    gpu.launch_row(module, "attention_join", ((rows * heads.num_heads) as u32, THREADS, 0), &args);
 }

@@ -1,16 +1,13 @@
 //! Head and cross-entropy in chunks of rows; contract in `ops/linear_cross_entropy.rs`. Logits are f32 whatever the element is:
 //! the loss of a vocabulary of 128,000 would not survive bf16.
 
-use super::arguments::{argument, argument_at, blocks};
+use super::arguments::{argument, argument_at};
 use super::gemm::Matrix;
-use super::gpu::{Arg, Gpu, Launch};
+use super::gpu::{Arg, Gpu};
 use super::kernels::{Module, Source};
 use super::linear::{self, matrix};
 use crate::contract::{Gradients, HeadRows, Store};
-use crate::device::Device;
-use crate::dtype::Dtype;
-use crate::tensor::Tensor;
-use crate::weight::Weight;
+use crate::{device::Device, dtype::Dtype, tensor::Tensor, weight::Weight};
 use std::sync::Arc;
 
 /// Logits that exist at a time while the head trains, 512 MiB: its gradient is read and written for each chunk of them.
@@ -21,9 +18,6 @@ const LOGITS_FROZEN: usize = 1 << 26;
 
 /// Rows are a multiple of this where there are as many: those that the tiles of products have.
 const TILE_ROWS: usize = 256;
-
-/// Threads of a block that copies elements.
-const BLOCK: u32 = 256;
 
 /// What is kept from call to call.
 #[derive(Debug, Default)]
@@ -87,23 +81,18 @@ pub(crate) fn run(
         linear::forward(gpu, h, rows, w, 1.0, None, matrix(&scratch.logits), Store::Overwrite);
         let d_arg = if gradients.is_some() { argument(&scratch.logits, Dtype::F32) } else { Arg::Null };
         let block = if vocab < 4096 { 128 } else { 1024 };
-        gpu.launch(&Launch {
-            module: Module::new(Source::CrossEntropy, element),
-            kernel: "cross_entropy",
-            grid: [rows as u32, 1, 1],
-            block,
-            shared: block as usize / 32 * 4,
-            args: &[
-                argument(&scratch.logits, Dtype::F32),
-                Arg::Buffer(&targets, 4 * start),
-                Arg::F32(smoothing),
-                Arg::F32(gradients.as_ref().map_or(0.0, |g| g.scale)),
-                weights.as_ref().map_or(Arg::Null, |weights| Arg::Buffer(weights, 4 * start)),
-                d_arg,
-                argument_at(&scratch.loss, Dtype::F32, start),
-                Arg::U32(vocab as u32),
-            ],
-        });
+        let args = [
+            argument(&scratch.logits, Dtype::F32),
+            Arg::Buffer(&targets, 4 * start),
+            Arg::F32(smoothing),
+            Arg::F32(gradients.as_ref().map_or(0.0, |g| g.scale)),
+            weights.as_ref().map_or(Arg::Null, |weights| Arg::Buffer(weights, 4 * start)),
+            d_arg,
+            argument_at(&scratch.loss, Dtype::F32, start),
+            Arg::U32(vocab as u32),
+        ];
+        let module = Module::new(Source::LinearCrossEntropy, element);
+        gpu.launch_row(module, "cross_entropy", (rows as u32, block, block as usize / 32 * 4), &args);
         if let Some(g) = &mut gradients {
             // A row of the gradient begins where that of the logits does, and is shorter in bf16.
             let d_logits = Matrix::new(scratch.logits.device_buffer(), element, vocab * (4 / element.bytes()));
@@ -117,22 +106,17 @@ pub(crate) fn run(
                 let (count, stride) = (ids.len(), columns_stride(ids.len(), element));
                 scratch.columns.resize_on(&device, element, &[rows, stride]);
                 let ids = gpu.table(ids);
-                gpu.launch(&Launch {
-                    module: Module::new(Source::CrossEntropy, element),
-                    kernel: "head_columns",
-                    grid: [blocks(rows * count, BLOCK), 1, 1],
-                    block: BLOCK,
-                    shared: 0,
-                    args: &[
-                        Arg::Buffer(scratch.logits.device_buffer(), 0),
-                        Arg::U64(d_logits.stride as u64),
-                        Arg::Buffer(&ids, 0),
-                        argument(&scratch.columns, element),
-                        Arg::U32(rows as u32),
-                        Arg::U32(count as u32),
-                        Arg::U32(stride as u32),
-                    ],
-                });
+                let [height, width, stride] = [rows, count, stride].map(|n| Arg::U32(n as u32));
+                let args = [
+                    Arg::Buffer(scratch.logits.device_buffer(), 0),
+                    Arg::U64(d_logits.stride as u64),
+                    Arg::Buffer(&ids, 0),
+                    argument(&scratch.columns, element),
+                    height,
+                    width,
+                    stride,
+                ];
+                gpu.launch_threads(module, "head_columns", rows * count, &args);
                 linear::weight_gradient(gpu, matrix(&scratch.columns), h, rows, 1.0, d_w);
             }
         }
