@@ -138,7 +138,7 @@ pub enum InitDtype {
 /// `tunesmith init`
 #[derive(Args, Debug)]
 pub struct InitArgs {
-    /// A config.json of architecture llama: the sizes of the model.
+    /// A config.json of a supported family: the sizes of the model.
     #[arg(long, value_name = "FILE")]
     pub config: PathBuf,
     /// What to write: a file that ends in .gguf, or else a Hugging Face folder. Must not exist.

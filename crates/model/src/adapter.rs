@@ -112,12 +112,8 @@ impl AdapterFile {
     /// [`Error::Input`] that names the module and both shapes.
     pub fn check_against(&self, model: &Config) -> Result<()> {
         let file = self.path.display();
-        let mut shapes: HashMap<String, [usize; 2]> = HashMap::new();
-        for layer in 0..model.num_hidden_layers {
-            for (module, shape) in model.linear_modules() {
-                shapes.insert(format!("model.layers.{layer}.{module}"), shape);
-            }
-        }
+        let shapes: HashMap<String, [usize; 2]> =
+            model.linear_modules().into_iter().map(|(_, module, shape)| (module, shape)).collect();
         for (module, (a, b)) in &self.tensors {
             let Some([rows, cols]) = shapes.get(module) else {
                 return Err(Error::Input(format!(

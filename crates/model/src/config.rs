@@ -1,16 +1,18 @@
-//! What a LLaMA model is: sizes, rope, special tokens, with Hugging Face's names and defaults.
+//! What a model is: sizes, rope, special tokens, with Hugging Face's names and defaults.
 
-use crate::{Error, Result};
+use crate::{Error, Result, block::Family};
 use serde_json::{Map, Value, json};
 use std::{f64::consts::TAU, ops::RangeInclusive};
 
-/// The config of a LLaMA model. Field names, meanings and defaults are those of Hugging Face's `LlamaConfig`.
+/// The config of a model. Field names, meanings and defaults are those of Hugging Face's `LlamaConfig`, `Qwen2Config` and
+/// `Qwen3Config`; what families differ in is a field.
 ///
 /// A value that came out of [`Config::from_json`] or an opened model is consistent: every size is at least 1 and so
 /// small that no product of sizes overflows.
 #[derive(Clone, Debug, PartialEq)]
 #[allow(missing_docs)]
 pub struct Config {
+    pub model_type: Family,
     pub vocab_size: usize,
     pub hidden_size: usize,
     pub intermediate_size: usize,
@@ -21,10 +23,14 @@ pub struct Config {
     pub rms_norm_eps: f32,
     pub max_position_embeddings: usize,
     pub tie_word_embeddings: bool,
-    /// Biases on q, k, v and o.
+    /// Biases on q, k and v.
     pub attention_bias: bool,
+    /// A bias on o: as `attention_bias`, but for Qwen 2, which has none.
+    pub attention_out_bias: bool,
     /// Biases on gate, up and down.
     pub mlp_bias: bool,
+    /// Norms on each head of q and of k before its rotation.
+    pub use_qk_norm: bool,
     pub bos_token_id: Option<u32>,
     /// Every token that ends a generation; empty when the file says null.
     pub eos_token_id: Vec<u32>,
@@ -33,9 +39,6 @@ pub struct Config {
     pub initializer_range: f32,
     pub rope: Rope,
 }
-
-/// Names of tensors with their shapes.
-pub(crate) type NamedShapes = Vec<(String, Vec<usize>)>;
 
 /// Rotary position embedding.
 #[derive(Clone, Debug, PartialEq)]
@@ -75,11 +78,12 @@ const POSITIONS: RangeInclusive<usize> = 1..=1 << 30;
 
 impl Config {
     /// Reads `text`, the content of a `config.json` that messages call `file`, in the spelling of transformers 4
-    /// (`rope_theta` and `rope_scaling`) or 5 (`rope_parameters`). Absent keys have the class defaults.
+    /// (`rope_theta` and `rope_scaling`) or 5 (`rope_parameters`). Absent keys have the class defaults; sizes and the base of
+    /// the rotation of a Qwen model must be there, since its defaults changed between versions.
     ///
     /// # Errors
-    /// [`Error::Input`] for broken JSON, a model that is no LLaMA, an unsupported option, or sizes that contradict each
-    /// other.
+    /// [`Error::Input`] for broken JSON, a family that the engine does not compute, an unsupported option, or sizes that
+    /// contradict each other.
     pub fn from_json(text: &str, file: &str) -> Result<Self> {
         let value: Value =
             serde_json::from_str(text).map_err(|e| Error::Input(format!("{file}: not valid JSON: {e}")))?;
@@ -87,10 +91,15 @@ impl Config {
             return Err(Error::Input(format!("{file}: a model config must be a JSON object")));
         };
         let fields = Fields { map, file };
-        fields.check_architecture()?;
-
-        let hidden_size = fields.size("hidden_size", 4096, WIDTH)?;
-        let num_attention_heads = fields.size("num_attention_heads", 32, HEADS)?;
+        let model_type = fields.family()?;
+        let is_llama = model_type == Family::Llama;
+        let size = |key: &str, default, range| {
+            fields.require(key, !is_llama)?;
+            fields.size(key, default, range)
+        };
+        let hidden_size = size("hidden_size", 4096, WIDTH)?;
+        let num_attention_heads = size("num_attention_heads", 32, HEADS)?;
+        fields.require("head_dim", model_type == Family::Qwen3)?;
         let head_dim = match fields.get("head_dim") {
             Some(_) => fields.size("head_dim", 0, HEADS)?,
             None if hidden_size.is_multiple_of(num_attention_heads) => hidden_size / num_attention_heads,
@@ -100,25 +109,29 @@ impl Config {
                 )));
             }
         };
-        let max_position_embeddings = fields.size("max_position_embeddings", 2048, POSITIONS)?;
+        let max_position_embeddings = size("max_position_embeddings", 2048, POSITIONS)?;
+        let (attention_bias, attention_out_bias) = model_type.attention_biases(fields.flag("attention_bias")?);
         let config = Self {
-            vocab_size: fields.size("vocab_size", 32000, VOCABULARY)?,
+            model_type,
+            vocab_size: size("vocab_size", 32000, VOCABULARY)?,
             hidden_size,
-            intermediate_size: fields.size("intermediate_size", 11008, WIDTH)?,
-            num_hidden_layers: fields.size("num_hidden_layers", 32, LAYERS)?,
+            intermediate_size: size("intermediate_size", 11008, WIDTH)?,
+            num_hidden_layers: size("num_hidden_layers", 32, LAYERS)?,
             num_attention_heads,
-            num_key_value_heads: fields.size("num_key_value_heads", num_attention_heads, HEADS)?,
+            num_key_value_heads: size("num_key_value_heads", num_attention_heads, HEADS)?,
             head_dim,
             rms_norm_eps: fields.number("rms_norm_eps")?.unwrap_or(1e-6) as f32,
             max_position_embeddings,
             tie_word_embeddings: fields.flag("tie_word_embeddings")?,
-            attention_bias: fields.flag("attention_bias")?,
-            mlp_bias: fields.flag("mlp_bias")?,
-            bos_token_id: fields.token_ids("bos_token_id", Some(1))?.first().copied(),
-            eos_token_id: fields.token_ids("eos_token_id", Some(2))?,
+            attention_bias,
+            attention_out_bias,
+            mlp_bias: is_llama && fields.flag("mlp_bias")?,
+            use_qk_norm: model_type.has_qk_norm(),
+            bos_token_id: fields.token_ids("bos_token_id", is_llama.then_some(1))?.first().copied(),
+            eos_token_id: fields.token_ids("eos_token_id", is_llama.then_some(2))?,
             pad_token_id: fields.token_ids("pad_token_id", None)?.first().copied(),
             initializer_range: fields.number("initializer_range")?.unwrap_or(0.02) as f32,
-            rope: fields.rope()?,
+            rope: fields.rope(!is_llama)?,
         };
         config.check(file)?;
         Ok(config)
@@ -224,9 +237,8 @@ impl Config {
             [id] => json!(id),
             _ => json!(self.eos_token_id),
         };
-        Ok(json!({
-            "architectures": ["LlamaForCausalLM"],
-            "attention_bias": self.attention_bias,
+        let mut config = json!({
+            "architectures": [self.model_type.architecture()],
             "attention_dropout": 0.0,
             "bos_token_id": self.bos_token_id,
             "eos_token_id": eos_token_id,
@@ -236,13 +248,11 @@ impl Config {
             "initializer_range": widen(self.initializer_range),
             "intermediate_size": self.intermediate_size,
             "max_position_embeddings": self.max_position_embeddings,
-            "mlp_bias": self.mlp_bias,
-            "model_type": "llama",
+            "model_type": self.model_type.name(),
             "num_attention_heads": self.num_attention_heads,
             "num_hidden_layers": self.num_hidden_layers,
             "num_key_value_heads": self.num_key_value_heads,
             "pad_token_id": self.pad_token_id,
-            "pretraining_tp": 1,
             "rms_norm_eps": widen(self.rms_norm_eps),
             "rope_scaling": rope_scaling,
             "rope_theta": self.rope.theta,
@@ -250,7 +260,21 @@ impl Config {
             "torch_dtype": dtype,
             "use_cache": true,
             "vocab_size": self.vocab_size,
-        }))
+        });
+        let own = match self.model_type {
+            Family::Llama => {
+                json!({"attention_bias": self.attention_bias, "mlp_bias": self.mlp_bias, "pretraining_tp": 1})
+            }
+            Family::Qwen2 => json!({"sliding_window": null, "use_sliding_window": false}),
+            Family::Qwen3 => json!({
+                "attention_bias": self.attention_bias, "sliding_window": null, "use_sliding_window": false
+            }),
+        };
+        if let (Value::Object(config), Value::Object(own)) = (&mut config, own) {
+            config.extend(own);
+        }
+        config.sort_all_objects();
+        Ok(config)
     }
 
     /// Radians a position that each pair of a head turns by, [head_dim / 2], after scaling. Every step is rounded to f32
@@ -281,52 +305,6 @@ impl Config {
                 half.map(plain).map(scaled).collect()
             }
         }
-    }
-
-    /// Names and shapes of all weights, in the order of the model: embedding, layers, norm, head. Linear weights are
-    /// [out, in]. A tied head is not listed.
-    pub fn expected_tensors(&self) -> Vec<(String, Vec<usize>)> {
-        let hidden = self.hidden_size;
-        let mut tensors = vec![("model.embed_tokens.weight".to_owned(), vec![self.vocab_size, hidden])];
-        for layer in 0..self.num_hidden_layers {
-            for (module, [rows, cols]) in self.linear_modules() {
-                let name = format!("model.layers.{layer}.{module}");
-                tensors.push((format!("{name}.weight"), vec![rows, cols]));
-                let biased = if module.starts_with("mlp") { self.mlp_bias } else { self.attention_bias };
-                if biased {
-                    tensors.push((format!("{name}.bias"), vec![rows]));
-                }
-            }
-            for norm in ["input_layernorm", "post_attention_layernorm"] {
-                tensors.push((format!("model.layers.{layer}.{norm}.weight"), vec![hidden]));
-            }
-        }
-        tensors.push(("model.norm.weight".to_owned(), vec![hidden]));
-        if !self.tie_word_embeddings {
-            tensors.push(("lm_head.weight".to_owned(), vec![self.vocab_size, hidden]));
-        }
-        tensors
-    }
-
-    /// The seven linear modules of a layer, such as `self_attn.q_proj`, with the shape [out, in] of their weights.
-    pub fn linear_modules(&self) -> [(&'static str, [usize; 2]); 7] {
-        let (hidden, intermediate) = (self.hidden_size, self.intermediate_size);
-        let query = self.num_attention_heads * self.head_dim;
-        let key = self.num_key_value_heads * self.head_dim;
-        [
-            ("self_attn.q_proj", [query, hidden]),
-            ("self_attn.k_proj", [key, hidden]),
-            ("self_attn.v_proj", [key, hidden]),
-            ("self_attn.o_proj", [hidden, query]),
-            ("mlp.gate_proj", [intermediate, hidden]),
-            ("mlp.up_proj", [intermediate, hidden]),
-            ("mlp.down_proj", [hidden, intermediate]),
-        ]
-    }
-
-    /// Number of weights, a tied head counted once.
-    pub fn num_params(&self) -> usize {
-        self.expected_tensors().iter().map(|(_, shape)| shape.iter().product::<usize>()).sum()
     }
 }
 
@@ -466,22 +444,41 @@ impl<'a> Fields<'a> {
         Ok(ids)
     }
 
-    fn check_architecture(&self) -> Result<()> {
-        const SUPPORTED: &str = "supported is model_type \"llama\" with the architecture LlamaForCausalLM";
+    /// Refuses an object without `key`, where it is `required`.
+    fn require(&self, key: &str, required: bool) -> Result<()> {
+        match self.get(key) {
+            None if required => Err(self.error(&format!("{key} is not given"))),
+            _ => Ok(()),
+        }
+    }
+
+    /// The family of the model, and whether it asks for nothing that this engine does not compute.
+    fn family(&self) -> Result<Family> {
         let architectures: Vec<&str> = match self.get("architectures") {
             None => Vec::new(),
             Some(Value::Array(names)) => names.iter().filter_map(Value::as_str).collect(),
             Some(value) => return Err(self.wrong("architectures", value, "a list of names")),
         };
-        let model_type = self.text("model_type")?;
-        if model_type.is_none() && architectures.is_empty() {
-            return Err(self.error(&format!("neither model_type nor architectures is given; {SUPPORTED}")));
+        let named = |family: &Family| architectures.contains(&family.architecture());
+        let unknown =
+            || self.error(&format!("the architecture is {}; {}", architectures.join(", "), Family::supported()));
+        let family = match self.text("model_type")? {
+            Some(name) => Family::named(name).map_err(|what| self.error(&format!("model_type is {what}")))?,
+            None if architectures.is_empty() => {
+                let supported = Family::supported();
+                return Err(self.error(&format!("neither model_type nor architectures is given; {supported}")));
+            }
+            None => Family::ALL.into_iter().find(named).ok_or_else(unknown)?,
+        };
+        if !architectures.is_empty() && !named(&family) {
+            return Err(unknown());
         }
-        if let Some(other) = model_type.filter(|name| *name != "llama") {
-            return Err(self.error(&format!("model_type is {other:?}; {SUPPORTED}")));
+        if family != Family::Llama && self.flag("use_sliding_window")? {
+            return Err(self.error("use_sliding_window is true; supported is attention to all earlier tokens"));
         }
-        if !architectures.is_empty() && !architectures.contains(&"LlamaForCausalLM") {
-            return Err(self.error(&format!("the architecture is {}; {SUPPORTED}", architectures.join(", "))));
+        let layer_types = self.get("layer_types").and_then(Value::as_array);
+        if let Some(other) = layer_types.into_iter().flatten().find(|kind| *kind != "full_attention") {
+            return Err(self.error(&format!("layer_types has {other}; supported is \"full_attention\"")));
         }
         if let Some(act) = self.text("hidden_act")?.filter(|name| *name != "silu") {
             return Err(self.error(&format!("hidden_act is {act:?}; supported is \"silu\"")));
@@ -492,11 +489,11 @@ impl<'a> Fields<'a> {
                 "the weights are quantised ({method}); supported are plain f32, bf16 and f16 safetensors, and GGUF files for quantised weights"
             )));
         }
-        Ok(())
+        Ok(family)
     }
 
-    /// Both spellings of rope: `rope_parameters`, or `rope_scaling` with `rope_theta` beside it.
-    fn rope(&self) -> Result<Rope> {
+    /// Both spellings of rope: `rope_parameters`, or `rope_scaling` with `rope_theta` beside it, which may be `required`.
+    fn rope(&self, required: bool) -> Result<Rope> {
         let (key, scaling) = match (self.get("rope_parameters"), self.get("rope_scaling")) {
             (Some(value), _) => ("rope_parameters", Some(value)),
             (None, value) => ("rope_scaling", value),
@@ -510,7 +507,10 @@ impl<'a> Fields<'a> {
         let inner = Fields { map, file: self.file };
         let theta = match inner.number("rope_theta")? {
             Some(theta) => theta,
-            None => self.number("rope_theta")?.unwrap_or(10000.0),
+            None => {
+                self.require("rope_theta", required)?;
+                self.number("rope_theta")?.unwrap_or(10000.0)
+            }
         };
         for fields in [self, &inner] {
             if let Some(part) = fields.number("partial_rotary_factor")?.filter(|part| *part != 1.0) {
@@ -608,6 +608,8 @@ mod tests {
         for text in [
             include_str!("../tests/fixtures/tiny-llama2/config.json"),
             include_str!("../tests/fixtures/tiny-llama3/config.json"),
+            include_str!("../tests/fixtures/tiny-qwen2/config.json"),
+            include_str!("../tests/fixtures/tiny-qwen3/config.json"),
             r#"{"model_type": "llama", "attention_bias": true, "mlp_bias": true, "eos_token_id": null, "rms_norm_eps": 1e-5}"#,
         ] {
             let config = read(text).unwrap();
@@ -625,7 +627,25 @@ mod tests {
 
     #[test]
     fn what_is_not_supported_is_refused() {
-        refused(json!({"model_type": "mistral"}), "model_type is \"mistral\"; supported is");
+        refused(
+            json!({"model_type": "mistral"}),
+            "model_type is \"mistral\", a family that this engine does not compute",
+        );
+        refused(json!({"model_type": "qwen2"}), "the architecture is LlamaForCausalLM; supported are");
+        let qwen3 = json!({"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]});
+        let with = |key: &str, value: Value| {
+            let mut changes = qwen3.clone();
+            changes[key] = value;
+            changes
+        };
+        refused(with("use_sliding_window", json!(true)), "use_sliding_window is true");
+        refused(
+            with("layer_types", json!(["full_attention", "sliding_attention"])),
+            "layer_types has \"sliding_attention\"",
+        );
+        refused(with("head_dim", Value::Null), "head_dim is not given");
+        refused(with("num_key_value_heads", Value::Null), "num_key_value_heads is not given");
+        refused(with("rope_parameters", Value::Null), "rope_theta is not given");
         refused(json!({"architectures": ["LlamaForSequenceClassification"]}), "LlamaForSequenceClassification");
         refused(json!({"hidden_act": "gelu"}), "supported is \"silu\"");
         refused(json!({"quantization_config": {"quant_method": "gptq"}}), "(gptq)");
@@ -727,20 +747,5 @@ mod tests {
         assert_eq!(scaling_of_divisors(10000.0, 8, &[1.0; 4]), RopeScaling::None);
         let other = [1.0, 3.0, 2.0, 5.0];
         assert_eq!(scaling_of_divisors(10000.0, 8, &other), RopeScaling::Factors(other.to_vec()));
-    }
-
-    #[test]
-    fn tensors_are_listed_in_order_with_biases_and_head() {
-        let mut config = read(include_str!("../tests/fixtures/tiny-llama3/config.json")).unwrap();
-        let tensors = config.expected_tensors();
-        assert_eq!(tensors.len(), 3 + 9 * 3);
-        assert_eq!(tensors[0], ("model.embed_tokens.weight".into(), vec![512, 64]));
-        assert_eq!(tensors[2], ("model.layers.0.self_attn.k_proj.weight".into(), vec![32, 64]));
-        assert_eq!(tensors[29], ("lm_head.weight".into(), vec![512, 64]));
-        (config.tie_word_embeddings, config.attention_bias, config.mlp_bias) = (true, true, true);
-        let tensors = config.expected_tensors();
-        assert_eq!(tensors.len(), 2 + 16 * 3);
-        assert_eq!(tensors[4], ("model.layers.0.self_attn.k_proj.bias".into(), vec![32]));
-        assert_eq!(tensors.last().unwrap().0, "model.norm.weight");
     }
 }

@@ -3,7 +3,7 @@
 //! Nothing half-written is ever seen under a final name, and nothing that existed is lost: files and folders are written
 //! beside their place, flushed to the disk, and renamed.
 
-use crate::{Config, Error, Result, config::NamedShapes};
+use crate::{Config, Error, Result, block::NamedShapes};
 use half::{bf16, f16, slice::HalfFloatSliceExt};
 use safetensors::tensor::{Dtype as StoredDtype, Metadata, TensorInfo};
 use serde_json::{Map, Value, json};

@@ -1,7 +1,9 @@
-//! Writing GGUF files of architecture `llama`, version 3, tensor by tensor and panel by panel: no matrix is ever whole in
+//! Writing GGUF files, version 3, tensor by tensor and panel by panel: no matrix is ever whole in
 //! memory.
 
-use crate::{Config, Error, GgufMetadata, Result, RopeScaling, config::llama3_divisor, export::replace_file};
+use crate::{
+    Config, Error, GgufMetadata, Result, RopeScaling, block::TensorSpec, config::llama3_divisor, export::replace_file,
+};
 use std::{io::Write, ops::Range, path::Path};
 use tunesmith_tensor::{quant::BlockType, quant_encode::quantize};
 
@@ -20,20 +22,15 @@ pub struct GgufOptions<'a> {
     pub tokenizer: Option<&'a GgufMetadata>,
 }
 
-/// One tensor of the file.
+/// One tensor of the file, and its encoding there.
 struct Entry {
-    /// Hugging Face's name.
-    name: String,
-    gguf_name: String,
-    shape: Vec<usize>,
+    spec: TensorSpec,
     kind: BlockType,
-    /// Heads of q and k, whose rows are stored for interleaved rotation.
-    interleaved_heads: Option<usize>,
 }
 
 impl Entry {
     fn bytes(&self) -> Option<usize> {
-        self.kind.bytes_for(self.shape.iter().product())
+        self.kind.bytes_for(self.spec.shape.iter().product())
     }
 }
 
@@ -65,7 +62,7 @@ pub fn save_gguf(
             offset += bytes.next_multiple_of(ALIGNMENT);
         };
         for entry in &entries {
-            declare(&entry.gguf_name, &entry.shape, entry.kind, entry.bytes().unwrap_or(0));
+            declare(&entry.spec.gguf, &entry.spec.shape, entry.kind, entry.bytes().unwrap_or(0));
         }
         if let Some(divisors) = &divisors {
             declare("rope_freqs.weight", &[divisors.len()], BlockType::F32, 4 * divisors.len());
@@ -105,9 +102,10 @@ fn write_entry(
     entry: &Entry,
     rows: &mut impl FnMut(&str, Range<usize>, &mut [f32]) -> Result<()>,
 ) -> std::result::Result<(), Stop> {
-    let cols = entry.shape.last().copied().unwrap_or(1);
-    let num_rows = entry.shape.iter().product::<usize>() / cols.max(1);
-    let head_dim = entry.interleaved_heads.map_or(1, |heads| num_rows / heads);
+    let TensorSpec { name, shape, interleaved_heads, .. } = &entry.spec;
+    let cols = shape.last().copied().unwrap_or(1);
+    let num_rows = shape.iter().product::<usize>() / cols.max(1);
+    let head_dim = interleaved_heads.map_or(1, |heads| num_rows / heads);
     // Whole heads, so that their rows can change places.
     let step = (PANEL / cols.max(1) / head_dim).max(1) * head_dim;
     let mut panel = vec![0.0; step.min(num_rows) * cols];
@@ -116,8 +114,8 @@ fn write_entry(
     for first in (0..num_rows).step_by(step) {
         let count = step.min(num_rows - first);
         let panel = &mut panel[..count * cols];
-        rows(&entry.name, first..first + count, panel).map_err(Stop::Source)?;
-        let bytes = if entry.interleaved_heads.is_some() {
+        rows(name, first..first + count, panel).map_err(Stop::Source)?;
+        let bytes = if interleaved_heads.is_some() {
             ordered.clear();
             for row in 0..count {
                 let (head, at) = (row / head_dim, row % head_dim);
@@ -142,52 +140,20 @@ fn write_padded(out: &mut dyn Write, bytes: &[u8], written: usize) -> std::io::R
 }
 
 fn entries(config: &Config, kind: BlockType) -> Result<Vec<Entry>> {
-    let entry = |(name, shape): (String, Vec<usize>)| {
-        let kind = if shape.len() == 1 { BlockType::F32 } else { kind };
-        let heads = if name.contains(".q_proj.") {
-            Some(config.num_attention_heads)
-        } else if name.contains(".k_proj.") {
-            Some(config.num_key_value_heads)
-        } else {
-            None
-        };
-        let gguf_name = gguf_name(&name);
-        let cols = shape.last().copied().unwrap_or(1);
+    let entry = |spec: TensorSpec| {
+        let kind = if spec.shape.len() == 1 { BlockType::F32 } else { kind };
+        let cols = spec.shape.last().copied().unwrap_or(1);
         if kind.bytes_for(cols).is_none() {
             return Err(Error::Input(format!(
-                "{name} has rows of {cols} elements, and {} needs a multiple of {}; write it as f32, f16 or bf16",
+                "{} has rows of {cols} elements, and {} needs a multiple of {}; write it as f32, f16 or bf16",
+                spec.name,
                 kind.name(),
                 kind.block_len()
             )));
         }
-        Ok(Entry { name, gguf_name, shape, kind, interleaved_heads: heads })
+        Ok(Entry { spec, kind })
     };
-    config.expected_tensors().into_iter().map(entry).collect()
-}
-
-/// GGUF's name of a weight that Hugging Face calls `name`.
-fn gguf_name(name: &str) -> String {
-    match name {
-        "model.embed_tokens.weight" => return "token_embd.weight".into(),
-        "model.norm.weight" => return "output_norm.weight".into(),
-        "lm_head.weight" => return "output.weight".into(),
-        _ => {}
-    }
-    let mut name = name.replace("model.layers.", "blk.");
-    for (from, to) in [
-        ("input_layernorm", "attn_norm"),
-        ("post_attention_layernorm", "ffn_norm"),
-        ("self_attn.q_proj", "attn_q"),
-        ("self_attn.k_proj", "attn_k"),
-        ("self_attn.v_proj", "attn_v"),
-        ("self_attn.o_proj", "attn_output"),
-        ("mlp.gate_proj", "ffn_gate"),
-        ("mlp.up_proj", "ffn_up"),
-        ("mlp.down_proj", "ffn_down"),
-    ] {
-        name = name.replace(from, to);
-    }
-    name
+    config.tensors().into_iter().map(entry).collect()
 }
 
 /// What the plain rope frequencies are divided by, where they are scaled.
@@ -232,36 +198,37 @@ fn header(config: &Config, options: &GgufOptions<'_>) -> Result<Vec<u8>> {
         BlockType::BF16 => 32,
         other => return Err(Error::Input(format!("{} is not written", other.name()))),
     };
-    for (key, text) in [("general.architecture", "llama"), ("general.type", "model"), ("general.name", options.name)] {
+    let family = config.model_type.name();
+    for (key, text) in [("general.architecture", family), ("general.type", "model"), ("general.name", options.name)] {
         pair(key, STRING, &|out| string(out, text));
     }
     let narrow = |what: &str, value: usize| {
         u32::try_from(value).map_err(|_| Error::Input(format!("{what} = {value} is too large for a GGUF file")))
     };
-    let mut numbers = vec![
-        ("general.file_type", file_type),
-        ("general.quantization_version", 2),
-        ("llama.block_count", narrow("num_hidden_layers", config.num_hidden_layers)?),
-        ("llama.context_length", narrow("max_position_embeddings", config.max_position_embeddings)?),
-        ("llama.embedding_length", narrow("hidden_size", config.hidden_size)?),
-        ("llama.feed_forward_length", narrow("intermediate_size", config.intermediate_size)?),
-        ("llama.attention.head_count", narrow("num_attention_heads", config.num_attention_heads)?),
-        ("llama.attention.head_count_kv", narrow("num_key_value_heads", config.num_key_value_heads)?),
-        ("llama.rope.dimension_count", narrow("head_dim", config.head_dim)?),
-        ("llama.vocab_size", narrow("vocab_size", config.vocab_size)?),
+    let head_dim = narrow("head_dim", config.head_dim)?;
+    let mut sizes = vec![
+        ("block_count", narrow("num_hidden_layers", config.num_hidden_layers)?),
+        ("context_length", narrow("max_position_embeddings", config.max_position_embeddings)?),
+        ("embedding_length", narrow("hidden_size", config.hidden_size)?),
+        ("feed_forward_length", narrow("intermediate_size", config.intermediate_size)?),
+        ("attention.head_count", narrow("num_attention_heads", config.num_attention_heads)?),
+        ("attention.head_count_kv", narrow("num_key_value_heads", config.num_key_value_heads)?),
+        ("rope.dimension_count", head_dim),
+        ("vocab_size", narrow("vocab_size", config.vocab_size)?),
     ];
     if config.head_dim * config.num_attention_heads != config.hidden_size {
-        let head_dim = narrow("head_dim", config.head_dim)?;
-        numbers.extend([("llama.attention.key_length", head_dim), ("llama.attention.value_length", head_dim)]);
+        sizes.extend([("attention.key_length", head_dim), ("attention.value_length", head_dim)]);
     }
-    for (key, value) in numbers {
+    for (key, value) in [("general.file_type", file_type), ("general.quantization_version", 2)] {
         pair(key, U32, &|out| out.extend(value.to_le_bytes()));
     }
-    for (key, value) in [
-        ("llama.attention.layer_norm_rms_epsilon", config.rms_norm_eps),
-        ("llama.rope.freq_base", config.rope.theta as f32),
-    ] {
-        pair(key, F32, &|out| out.extend(value.to_le_bytes()));
+    for (key, value) in sizes {
+        pair(&format!("{family}.{key}"), U32, &|out| out.extend(value.to_le_bytes()));
+    }
+    for (key, value) in
+        [("attention.layer_norm_rms_epsilon", config.rms_norm_eps), ("rope.freq_base", config.rope.theta as f32)]
+    {
+        pair(&format!("{family}.{key}"), F32, &|out| out.extend(value.to_le_bytes()));
     }
     if let Some(tokenizer) = options.tokenizer {
         pairs.extend(tokenizer.raw_pairs("tokenizer."));

@@ -4,6 +4,7 @@
 
 mod adapter;
 mod batch;
+pub mod block;
 mod cache;
 mod config;
 mod error;
@@ -20,6 +21,7 @@ pub mod token_rows;
 
 pub use adapter::{AdapterConfig, AdapterFile, Modules, save_adapter, save_adapter_with_rows};
 pub use batch::{Batch, largest_part};
+pub use block::LINEAR_NAMES;
 pub use cache::KvCache;
 pub use config::{Config, Rope, RopeScaling};
 pub use error::{Error, Result};
@@ -27,6 +29,6 @@ pub use export::{Dtype, SaveOptions, save_model};
 pub use export_gguf::{GgufOptions, save_gguf};
 pub use generate::{End, FinishReason, Sampler, Sampling, generate, generate_together};
 pub use import::{Checkpoint, GgufMetadata, Storage};
-pub use llama::{Gradients, LINEAR_NAMES, Llama, LossOptions, Parameter, Workspace, initial_rows};
+pub use llama::{Gradients, Llama, LossOptions, Parameter, Workspace, initial_rows};
 pub use memory::Recompute;
 pub use sequences::Sequences;

@@ -66,9 +66,6 @@ pub const PASS_TOKENS: usize = 1024;
 
 pub use placement::PASS_TOKENS_GPU;
 
-/// Names of the seven linear layers of a block, in the order of the constants above.
-pub const LINEAR_NAMES: [&str; 7] = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"];
-
 #[derive(Debug)]
 pub(crate) struct Layer {
     input_norm: usize,
@@ -328,7 +325,7 @@ impl Llama {
                     input_norm: index[format!("model.layers.{l}.input_layernorm.weight").as_str()],
                     post_norm: index[format!("model.layers.{l}.post_attention_layernorm.weight").as_str()],
                     linears: std::array::from_fn(|i| {
-                        linear(if i < GATE { "self_attn" } else { "mlp" }, LINEAR_NAMES[i])
+                        linear(if i < GATE { "self_attn" } else { "mlp" }, crate::LINEAR_NAMES[i])
                     }),
                 }
             })

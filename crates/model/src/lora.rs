@@ -59,7 +59,7 @@ impl Llama {
             .map(|(i, l)| (i, l.module.clone(), l.weight))
             .collect();
         if targets.is_empty() {
-            let known = crate::llama::LINEAR_NAMES.join(", ");
+            let known = crate::LINEAR_NAMES.join(", ");
             return Err(Error::Input(format!(
                 "target_modules = {:?} matches no linear layer of this model; it has {known}, or all-linear",
                 config.target_modules

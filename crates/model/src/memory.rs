@@ -241,14 +241,6 @@ pub struct AdapterRank {
 
 /// The adapters that `adapter` puts on a model of `config`.
 pub fn adapter_ranks(config: &Config, adapter: &AdapterConfig) -> Vec<AdapterRank> {
-    let mut ranks = Vec::new();
-    for layer in 0..config.num_hidden_layers {
-        for (path, shape) in config.linear_modules() {
-            let module = format!("model.layers.{layer}.{path}");
-            if adapter.matches(&module) {
-                ranks.push(AdapterRank { layer, shape, rank: adapter.rank_for(&module) });
-            }
-        }
-    }
-    ranks
+    let adapted = config.linear_modules().into_iter().filter(|(_, module, _)| adapter.matches(module));
+    adapted.map(|(layer, module, shape)| AdapterRank { layer, shape, rank: adapter.rank_for(&module) }).collect()
 }

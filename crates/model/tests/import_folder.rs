@@ -117,7 +117,7 @@ fn weights_that_contradict_the_config_are_refused() {
         refused(&to, wanted);
     };
     with("num_hidden_layers", json!(4), "9 weights are missing: model.layers.3.self_attn.q_proj.weight");
-    with("num_hidden_layers", json!(2), "9 weights are unknown to a LLaMA model of this config: model.layers.2");
+    with("num_hidden_layers", json!(2), "9 weights are unknown to a llama model of this config: model.layers.2");
     with("intermediate_size", json!(128), "has the shape [160, 64], but the config asks for [128, 64]");
     with(
         "vocab_size",
@@ -198,10 +198,10 @@ fn weights_that_are_not_finite_are_named() {
 
 #[test]
 fn what_is_written_is_read_back_in_one_file_or_in_shards() {
-    for name in ["tiny-llama2", "tiny-llama3"] {
+    for name in ["tiny-llama2", "tiny-llama3", "tiny-qwen2", "tiny-qwen3"] {
         let model = Checkpoint::open(&fixture(name)).unwrap();
         let dir = tempfile::tempdir().unwrap();
-        for (max_shard_bytes, files) in [(usize::MAX, 1), (200_000, 3), (1, 20)] {
+        for (max_shard_bytes, files) in [(usize::MAX, 1), (100_000, 3), (1, 20)] {
             let to = dir.path().join(format!("new/{max_shard_bytes}"));
             save(&to, &model, &SaveOptions { max_shard_bytes, ..Default::default() }).unwrap();
             let read = Checkpoint::open(&to).unwrap();

@@ -3,8 +3,8 @@
 
 use proptest::prelude::*;
 use std::{collections::BTreeMap, fs, path::Path};
-use tunesmith_model::{Checkpoint, Config, Error, RopeScaling};
-use tunesmith_tensor::Tensor;
+use tunesmith_model::{Checkpoint, Config, Error, GgufOptions, RopeScaling, save_gguf};
+use tunesmith_tensor::{Tensor, quant::BlockType};
 
 /// Number of the tensor type.
 const F32: u32 = 0;
@@ -141,6 +141,8 @@ fn gguf_name(name: &str) -> String {
         ("self_attn.k_proj", "attn_k"),
         ("self_attn.v_proj", "attn_v"),
         ("self_attn.o_proj", "attn_output"),
+        ("self_attn.q_norm", "attn_q_norm"),
+        ("self_attn.k_norm", "attn_k_norm"),
         ("mlp.gate_proj", "ffn_gate"),
         ("mlp.up_proj", "ffn_up"),
         ("mlp.down_proj", "ffn_down"),
@@ -156,31 +158,36 @@ fn gguf_name(name: &str) -> String {
 
 /// A file of `config` with the given weights, matrices encoded as `kind`.
 fn gguf(config: &Config, weights: &BTreeMap<String, Tensor>, kind: u32) -> Gguf {
+    let family = config.model_type.name();
     let mut pairs = vec![
-        ("general.architecture".to_owned(), text_value("llama")),
+        ("general.architecture".to_owned(), text_value(family)),
         ("general.type".to_owned(), text_value("model")),
-        ("llama.attention.layer_norm_rms_epsilon".to_owned(), f32_value(config.rms_norm_eps)),
-        ("llama.rope.freq_base".to_owned(), f32_value(config.rope.theta as f32)),
+        (format!("{family}.attention.layer_norm_rms_epsilon"), f32_value(config.rms_norm_eps)),
+        (format!("{family}.rope.freq_base"), f32_value(config.rope.theta as f32)),
     ];
     for (key, n) in [
-        ("llama.block_count", config.num_hidden_layers),
-        ("llama.context_length", config.max_position_embeddings),
-        ("llama.embedding_length", config.hidden_size),
-        ("llama.feed_forward_length", config.intermediate_size),
-        ("llama.attention.head_count", config.num_attention_heads),
-        ("llama.attention.head_count_kv", config.num_key_value_heads),
-        ("llama.rope.dimension_count", config.head_dim),
-        ("llama.vocab_size", config.vocab_size),
-        ("tokenizer.ggml.bos_token_id", 1),
-        ("tokenizer.ggml.eos_token_id", 2),
-        ("tokenizer.ggml.padding_token_id", 0),
+        ("block_count", config.num_hidden_layers),
+        ("context_length", config.max_position_embeddings),
+        ("embedding_length", config.hidden_size),
+        ("feed_forward_length", config.intermediate_size),
+        ("attention.head_count", config.num_attention_heads),
+        ("attention.head_count_kv", config.num_key_value_heads),
+        ("rope.dimension_count", config.head_dim),
+        ("vocab_size", config.vocab_size),
     ] {
-        pairs.push((key.to_owned(), u32_value(n as u32)));
+        pairs.push((format!("{family}.{key}"), u32_value(n as u32)));
+    }
+    if config.hidden_size != config.num_attention_heads * config.head_dim {
+        pairs.push((format!("{family}.attention.key_length"), u32_value(config.head_dim as u32)));
+    }
+    for (key, id) in [("bos", 1), ("eos", 2), ("padding", 0)] {
+        pairs.push((format!("tokenizer.ggml.{key}_token_id"), u32_value(id)));
     }
     let mut tensors = Vec::new();
     for (name, shape) in config.expected_tensors() {
         let values = weights[&name].data();
         let heads = match () {
+            () if family != "llama" => 0,
             () if name.contains("q_proj") => config.num_attention_heads,
             () if name.contains("k_proj") => config.num_key_value_heads,
             () => 0,
@@ -197,6 +204,20 @@ fn gguf(config: &Config, weights: &BTreeMap<String, Tensor>, kind: u32) -> Gguf 
         tensors.push(("rope_freqs.weight".into(), vec![divisors.len()], F32, encode(&divisors, F32), None));
     }
     Gguf { version: 3, pairs, tensors, num_pairs: None, num_tensors: None }
+}
+
+/// The model as [`save_gguf`] writes it, without a tokenizer.
+fn saved(config: &Config, weights: &BTreeMap<String, Tensor>) -> Checkpoint {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("model.gguf");
+    let options = GgufOptions { kind: BlockType::F32, name: "test", tokenizer: None };
+    save_gguf(&path, config, options, |name, rows, out| {
+        let cols = out.len() / rows.len();
+        out.copy_from_slice(&weights[name].data()[rows.start * cols..rows.end * cols]);
+        Ok(())
+    })
+    .unwrap();
+    Checkpoint::open(&path).unwrap()
 }
 
 fn folder(name: &str) -> Checkpoint {
@@ -222,15 +243,20 @@ fn small() -> Gguf {
 
 #[test]
 fn a_model_comes_back_with_rows_rope_and_head_as_in_its_folder() {
-    for name in ["tiny-llama2", "tiny-llama3"] {
+    for name in ["tiny-llama2", "tiny-llama3", "tiny-qwen2", "tiny-qwen3"] {
         let original = folder(name);
         let wanted = weights(&original);
         let read = gguf(original.config(), &wanted, F32).open().unwrap();
         assert!(read.tensor_names().eq(original.tensor_names()));
+        let saved = saved(original.config(), &wanted);
         for (name, tensor) in &wanted {
             let got = read.read(name).unwrap();
             assert_eq!((got.shape(), got.data()), (tensor.shape(), tensor.data()), "{name}");
+            assert_eq!(saved.read(name).unwrap().data(), tensor.data(), "{name}");
         }
+        let no_tokens =
+            Config { bos_token_id: None, eos_token_id: Vec::new(), pad_token_id: None, ..read.config().clone() };
+        assert_eq!(saved.config(), &no_tokens, "the two writers agree");
         let mut config = read.config().clone();
         assert!(!matches!(config.rope.scaling, RopeScaling::Factors(_)));
         for (ours, theirs) in config.inverse_frequencies().iter().zip(original.config().inverse_frequencies()) {
@@ -326,7 +352,12 @@ fn what_is_not_supported_is_refused() {
         file.set(key, value);
         file.refused(wanted);
     };
-    with("general.architecture", text_value("qwen2"), "the architecture is \"qwen2\"; supported is \"llama\"");
+    with("general.architecture", text_value("qwen2"), "the metadata qwen2.embedding_length is missing");
+    with(
+        "general.architecture",
+        text_value("gemma2"),
+        "the architecture is \"gemma2\", a family that this engine does not",
+    );
     with("general.architecture", u32_value(1), "general.architecture is not a string");
     with("general.type", text_value("adapter"), "this is an adapter");
     with("general.type", text_value("mmproj"), "of type \"mmproj\"");
@@ -382,7 +413,7 @@ fn contradictions_between_tensors_are_refused() {
     );
     changed(&|f| f.tensors[3].0 = "blk.00.attn_q.weight".into(), "unknown to the architecture");
     changed(&|f| drop(f.tensors.remove(3)), "weight is missing: model.layers.0");
-    changed(&|f| f.tensors[3].0 = "blk.7.attn_norm.weight".into(), "missing");
+    changed(&|f| f.tensors[3].0 = "blk.7.attn_norm.weight".into(), "unknown to the architecture llama: blk.7");
     changed(&|f| f.pairs[5].0 = f.pairs[4].0.clone(), "is there twice");
     changed(&|f| f.tensors.push(("rope_freqs.weight".into(), vec![3], F32, vec![0; 12], None)), "3 rope divisors");
     changed(&|f| f.tensors.push(("rope_factors_long.weight".into(), vec![2], F32, vec![0; 8], None)), "longrope");

@@ -9,6 +9,8 @@ use tunesmith_model::{
 use tunesmith_train::verify::{self, Check, Reference};
 
 const MODELS: [&str; 2] = ["tiny-llama2", "tiny-llama3"];
+/// With those of other families.
+const FAMILIES: [&str; 3] = ["tiny-llama2", "tiny-llama3", "tiny-qwen2"];
 
 fn fixture(model: &str, file: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../model/tests/fixtures").join(model).join(file)
@@ -38,7 +40,7 @@ fn facts(model: &str) -> serde_json::Value {
 
 #[test]
 fn logits_loss_and_every_gradient() {
-    for model in MODELS {
+    for model in FAMILIES {
         let reference = Reference::open(&fixture(model, "forward_backward.safetensors")).unwrap();
         let mut llama = load(model);
         let checks = verify::verify_reference(&mut llama, &reference).unwrap();
@@ -51,7 +53,7 @@ fn logits_loss_and_every_gradient() {
 
 #[test]
 fn the_loss_is_that_of_the_reference() {
-    for model in MODELS {
+    for model in FAMILIES {
         let reference = Reference::open(&fixture(model, "forward_backward.safetensors")).unwrap();
         let (shape, ids) = reference.integers("input_ids").unwrap().unwrap();
         let (_, labels) = reference.integers("labels").unwrap().unwrap();
@@ -65,7 +67,7 @@ fn the_loss_is_that_of_the_reference() {
 
 #[test]
 fn packed_documents_equal_separate_ones() {
-    for model in MODELS {
+    for model in FAMILIES {
         let reference = Reference::open(&fixture(model, "packing.safetensors")).unwrap();
         let (_, ids) = reference.integers("packed_ids").unwrap().unwrap();
         let (_, lengths) = reference.integers("lengths").unwrap().unwrap();
@@ -142,6 +144,18 @@ fn adapters_merged_and_unmerged() {
     }
 }
 
+/// Logits, loss and the gradients of every pair.
+#[test]
+fn adapters_of_other_families() {
+    for model in &FAMILIES[MODELS.len()..] {
+        let reference = Reference::open(&fixture(model, "lora_forward.safetensors")).unwrap();
+        let mut llama = adapted(model, "lora_start");
+        let checks = verify::verify_reference(&mut llama, &reference).unwrap();
+        assert_passed(model, &checks);
+        assert_eq!(checks.iter().filter(|c| c.what.starts_with("grad.")).count(), 2 * 7 * 4);
+    }
+}
+
 #[test]
 fn adapter_off_is_the_base_to_the_bit() {
     let mut llama = adapted("tiny-llama3", "lora_start");
@@ -158,7 +172,7 @@ fn adapter_off_is_the_base_to_the_bit() {
 
 #[test]
 fn greedy_continuation_with_and_without_the_cache() {
-    for model in MODELS {
+    for model in FAMILIES {
         let llama = load(model);
         let want: Vec<u32> =
             facts(model)["greedy"].as_array().unwrap().iter().map(|i| i.as_u64().unwrap() as u32).collect();

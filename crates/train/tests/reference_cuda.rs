@@ -46,7 +46,7 @@ fn assert_passed(what: &str, checks: &[Check]) {
 
 #[test]
 fn logits_loss_and_every_gradient() {
-    for model in ["tiny-llama2", "tiny-llama3"] {
+    for model in ["tiny-llama2", "tiny-llama3", "tiny-qwen2"] {
         let device = device();
         let reference = Reference::open(&fixture(model, "forward_backward.safetensors")).unwrap();
         let mut llama = load(model, Storage::F32);

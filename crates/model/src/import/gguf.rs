@@ -1,4 +1,4 @@
-//! GGUF files of architecture `llama`, versions 2 and 3, little endian.
+//! GGUF files of every [`Family`], versions 2 and 3, little endian.
 //!
 //! The file is: magic, version, number of tensors, number of metadata pairs; the pairs; name, extents (innermost first),
 //! type and offset of each tensor; padding; the tensors' bytes. Every count is compared with the bytes that are left
@@ -8,6 +8,7 @@
 use super::{Source, Stored, WeightFile, few};
 use crate::{
     Config, Error, Result, Rope, RopeScaling,
+    block::Family,
     config::{scaling_of_divisors, widen},
 };
 use std::{
@@ -314,7 +315,7 @@ struct GgufTensor {
 pub(super) fn open(path: &Path) -> Result<Source> {
     let file = WeightFile::open(path.to_owned())?;
     let (metadata, mut tensors) = parse(&file)?;
-    check_supported(&metadata, &tensors)?;
+    let family = check_supported(&metadata, &tensors)?;
     let divisors = match tensors.remove("rope_freqs.weight") {
         Some(tensor) => {
             let mut values = vec![0.0; tensor.shape.iter().product()];
@@ -323,33 +324,26 @@ pub(super) fn open(path: &Path) -> Result<Source> {
         }
         None => None,
     };
-    let config = config(&metadata, &tensors, divisors)?;
+    let config = config(family, &metadata, &tensors, divisors)?;
 
     let mut renamed = BTreeMap::new();
-    let mut unknown = Vec::new();
-    for (name, tensor) in tensors {
-        match hugging_face_name(&name) {
-            Some(Renamed::Ignored) => {}
-            Some(Renamed::To { name, rotated }) => {
-                let heads = match rotated {
-                    Rotated::No => None,
-                    Rotated::Query => Some(config.num_attention_heads),
-                    Rotated::Key => Some(config.num_key_value_heads),
-                };
-                let GgufTensor { kind, shape, range } = tensor;
-                renamed.insert(name, Stored { file: 0, range, kind, shape, interleaved_heads: heads });
-            }
-            None => unknown.push(name),
-        }
+    for spec in config.tensors() {
+        let Some(GgufTensor { kind, shape, range }) = tensors.remove(&spec.gguf) else { continue };
+        let stored = Stored { file: 0, range, kind, shape, interleaved_heads: spec.interleaved_heads };
+        renamed.insert(spec.name, stored);
     }
+    // Derived values that old files carry along.
+    let derived =
+        |name: &str| name.starts_with("blk.") && name.contains(".attn_rot_embd.") || name.contains(".rope_freqs.");
+    let mut unknown: Vec<&str> = tensors.keys().map(String::as_str).filter(|name| !derived(name)).collect();
     if !unknown.is_empty() {
-        unknown.sort();
-        let names: Vec<&str> = unknown.iter().map(String::as_str).collect();
+        unknown.sort_unstable();
         return Err(Error::Input(format!(
-            "{}: {} tensors are unknown to the architecture llama: {}",
+            "{}: {} tensors are unknown to the architecture {}: {}",
             metadata.file,
-            names.len(),
-            few(&names)
+            unknown.len(),
+            family.name(),
+            few(&unknown)
         )));
     }
     Ok(Source {
@@ -473,8 +467,8 @@ fn tensor_info(cursor: &mut Cursor) -> Result<(String, BlockType, Vec<usize>, u6
     }
 }
 
-/// Refuses what is a valid GGUF file, but no LLaMA model that the engine can run.
-fn check_supported(metadata: &GgufMetadata, tensors: &HashMap<String, GgufTensor>) -> Result<()> {
+/// The model's family; refuses what is a valid GGUF file, but no model that the engine can run.
+fn check_supported(metadata: &GgufMetadata, tensors: &HashMap<String, GgufTensor>) -> Result<Family> {
     let file = &metadata.file;
     let error = |what: String| Err(Error::Input(format!("{file}: {what}")));
     match metadata.string("general.type")?.as_deref() {
@@ -482,77 +476,85 @@ fn check_supported(metadata: &GgufMetadata, tensors: &HashMap<String, GgufTensor
         Some("adapter") => return error("this is an adapter, not a model; supported adapters are PEFT folders".into()),
         Some(other) => return error(format!("this is a GGUF file of type {other:?}, not a model")),
     }
-    match metadata.string("general.architecture")?.as_deref() {
-        Some("llama") => {}
-        Some(other) => return error(format!("the architecture is {other:?}; supported is \"llama\"")),
-        None => return error("general.architecture is not given; supported is \"llama\"".into()),
-    }
+    let family = match metadata.string("general.architecture")? {
+        Some(name) => Family::named(&name).or_else(|what| error(format!("the architecture is {what}")))?,
+        None => return error(format!("general.architecture is not given; {}", Family::supported())),
+    };
+    let key = |key: &str| format!("{}.{key}", family.name());
     if let Some(parts) = metadata.u32("split.count")?.filter(|parts| *parts > 1) {
         return error(format!("this is one of {parts} parts of a split model; join the parts into one file first"));
     }
-    if let Some(experts) = metadata.u32("llama.expert_count")?.filter(|experts| *experts > 0) {
-        return error(format!("this is a mixture of {experts} experts; supported are dense LLaMA models"));
+    if let Some(experts) = metadata.u32(&key("expert_count"))?.filter(|experts| *experts > 0) {
+        return error(format!("this is a mixture of {experts} experts; supported are dense models"));
     }
-    let scaling = metadata.string("llama.rope.scaling.type")?.unwrap_or_else(|| "none".into());
+    let scaling = metadata.string(&key("rope.scaling.type"))?.unwrap_or_else(|| "none".into());
     if scaling != "none" {
         return error(format!(
             "the rope scaling is {scaling:?}; supported are none and llama3 (the tensor rope_freqs.weight)"
         ));
     }
-    for key in ["llama.rope.scale_linear", "llama.rope.scaling.factor"] {
-        if let Some(factor) = metadata.f32(key)?.filter(|factor| *factor != 1.0 && *factor != 0.0) {
+    for key in [key("rope.scale_linear"), key("rope.scaling.factor")] {
+        if let Some(factor) = metadata.f32(&key)?.filter(|factor| *factor != 1.0 && *factor != 0.0) {
             return error(format!("{key} is {factor}; linear rope scaling is not supported"));
         }
     }
     if tensors.contains_key("rope_factors_long.weight") || tensors.contains_key("rope_factors_short.weight") {
         return error("the rope scaling is \"longrope\"; supported are none and llama3".into());
     }
-    Ok(())
+    Ok(family)
 }
 
 fn config(
+    model_type: Family,
     metadata: &GgufMetadata,
     tensors: &HashMap<String, GgufTensor>,
     divisors: Option<Vec<f32>>,
 ) -> Result<Config> {
     let file = &metadata.file;
     let error = |what: String| Error::Input(format!("{file}: {what}"));
-    let optional = |key: &str| Ok::<_, Error>(metadata.u32(key)?.map(|n| n as usize));
-    let size = |key: &str| optional(key)?.ok_or_else(|| error(format!("the metadata {key} is missing")));
+    let key = |key: &str| format!("{}.{key}", model_type.name());
+    let optional = |name: &str| Ok::<_, Error>(metadata.u32(&key(name))?.map(|n| n as usize));
+    let missing = |name: &str| error(format!("the metadata {} is missing", key(name)));
+    let size = |name: &str| optional(name)?.ok_or_else(|| missing(name));
 
-    let hidden_size = size("llama.embedding_length")?;
-    let num_attention_heads = size("llama.attention.head_count")?;
-    let num_key_value_heads = optional("llama.attention.head_count_kv")?.unwrap_or(num_attention_heads);
+    let hidden_size = size("embedding_length")?;
+    let num_attention_heads = size("attention.head_count")?;
+    let num_key_value_heads = optional("attention.head_count_kv")?.unwrap_or(num_attention_heads);
     if num_attention_heads == 0 {
-        return Err(error("llama.attention.head_count is 0".into()));
+        return Err(error(format!("{} is 0", key("attention.head_count"))));
     }
-    let rope_dim = optional("llama.rope.dimension_count")?;
-    let head_dim = match optional("llama.attention.key_length")? {
+    let rope_dim = optional("rope.dimension_count")?;
+    let head_dim = match optional("attention.key_length")? {
         Some(head_dim) => head_dim,
         None if hidden_size.is_multiple_of(num_attention_heads) => hidden_size / num_attention_heads,
-        None => return Err(error("llama.embedding_length is not a multiple of llama.attention.head_count".into())),
+        None => {
+            let (hidden_size, heads) = (key("embedding_length"), key("attention.head_count"));
+            return Err(error(format!("{hidden_size} is not a multiple of {heads}")));
+        }
     };
     if let Some(other) = rope_dim.filter(|dim| *dim != head_dim) {
         return Err(error(format!(
-            "llama.rope.dimension_count is {other}, but a head has {head_dim} dimensions; partial rotation is not supported"
+            "{} is {other}, but a head has {head_dim} dimensions; partial rotation is not supported",
+            key("rope.dimension_count")
         )));
     }
-    if let Some(other) = optional("llama.attention.value_length")?.filter(|dim| *dim != head_dim) {
+    if let Some(other) = optional("attention.value_length")?.filter(|dim| *dim != head_dim) {
         return Err(error(format!(
-            "llama.attention.value_length is {other}, but keys have {head_dim}; supported are equal lengths"
+            "{} is {other}, but keys have {head_dim}; supported are equal lengths",
+            key("attention.value_length")
         )));
     }
     let vocab_size = match tensors.get("token_embd.weight") {
         Some(tensor) => tensor.shape[0],
         None => return Err(error("the tensor token_embd.weight is missing".into())),
     };
-    if let Some(other) = optional("llama.vocab_size")?.filter(|n| *n != vocab_size) {
-        return Err(error(format!("llama.vocab_size is {other}, but token_embd.weight has {vocab_size} rows")));
+    if let Some(other) = optional("vocab_size")?.filter(|n| *n != vocab_size) {
+        let key = key("vocab_size");
+        return Err(error(format!("{key} is {other}, but token_embd.weight has {vocab_size} rows")));
     }
-    let theta = metadata.f32("llama.rope.freq_base")?.map_or(10000.0, widen);
-    let Some(rms_norm_eps) = metadata.f32("llama.attention.layer_norm_rms_epsilon")? else {
-        return Err(error("the metadata llama.attention.layer_norm_rms_epsilon is missing".into()));
-    };
+    let theta = metadata.f32(&key("rope.freq_base"))?.map_or(10000.0, widen);
+    let rms_norm_eps = "attention.layer_norm_rms_epsilon";
+    let rms_norm_eps = metadata.f32(&key(rms_norm_eps))?.ok_or_else(|| missing(rms_norm_eps))?;
     let token = |key: &str| metadata.u32(&format!("tokenizer.ggml.{key}_token_id"));
     let mut eos_token_id = Vec::new();
     for key in ["eos", "eot", "eom"] {
@@ -562,19 +564,23 @@ fn config(
             eos_token_id.push(id);
         }
     }
+    let (attention_bias, attention_out_bias) = model_type.attention_biases(tensors.contains_key("blk.0.attn_q.bias"));
     let mut config = Config {
+        model_type,
         vocab_size,
         hidden_size,
-        intermediate_size: size("llama.feed_forward_length")?,
-        num_hidden_layers: size("llama.block_count")?,
+        intermediate_size: size("feed_forward_length")?,
+        num_hidden_layers: size("block_count")?,
         num_attention_heads,
         num_key_value_heads,
         head_dim,
         rms_norm_eps,
-        max_position_embeddings: size("llama.context_length")?,
+        max_position_embeddings: size("context_length")?,
         tie_word_embeddings: !tensors.contains_key("output.weight"),
-        attention_bias: tensors.contains_key("blk.0.attn_q.bias"),
+        attention_bias,
+        attention_out_bias,
         mlp_bias: tensors.contains_key("blk.0.ffn_gate.bias"),
+        use_qk_norm: model_type.has_qk_norm(),
         bos_token_id: token("bos")?,
         eos_token_id,
         pad_token_id: token("padding")?,
@@ -592,51 +598,4 @@ fn config(
         config.check(file)?;
     }
     Ok(config)
-}
-
-/// Whose rows are in the order of interleaved rotation.
-#[derive(Clone, Copy, Debug, PartialEq)]
-enum Rotated {
-    No,
-    Query,
-    Key,
-}
-
-#[derive(Debug, PartialEq)]
-enum Renamed {
-    To {
-        name: String,
-        rotated: Rotated,
-    },
-    /// Derived values that old files carry along.
-    Ignored,
-}
-
-/// Hugging Face's name of the GGUF tensor `name`.
-fn hugging_face_name(name: &str) -> Option<Renamed> {
-    let to = |name: String, rotated| Some(Renamed::To { name, rotated });
-    match name {
-        "token_embd.weight" => return to("model.embed_tokens.weight".into(), Rotated::No),
-        "output_norm.weight" => return to("model.norm.weight".into(), Rotated::No),
-        "output.weight" => return to("lm_head.weight".into(), Rotated::No),
-        _ => {}
-    }
-    let (layer, rest) = name.strip_prefix("blk.")?.split_once('.')?;
-    let layer: u16 = layer.parse().ok().filter(|n: &u16| n.to_string() == layer)?;
-    let (module, part) = rest.rsplit_once('.')?;
-    let (module, rotated, has_bias) = match module {
-        "attn_norm" => ("input_layernorm", Rotated::No, false),
-        "ffn_norm" => ("post_attention_layernorm", Rotated::No, false),
-        "attn_q" => ("self_attn.q_proj", Rotated::Query, true),
-        "attn_k" => ("self_attn.k_proj", Rotated::Key, true),
-        "attn_v" => ("self_attn.v_proj", Rotated::No, true),
-        "attn_output" => ("self_attn.o_proj", Rotated::No, true),
-        "ffn_gate" => ("mlp.gate_proj", Rotated::No, true),
-        "ffn_up" => ("mlp.up_proj", Rotated::No, true),
-        "ffn_down" => ("mlp.down_proj", Rotated::No, true),
-        "attn_rot_embd" | "rope_freqs" => return Some(Renamed::Ignored),
-        _ => return None,
-    };
-    let known = part == "weight" || (part == "bias" && has_bias);
-    if known { to(format!("model.layers.{layer}.{module}.{part}"), rotated) } else { None }
 }

@@ -39,7 +39,7 @@ pub(crate) struct Stored {
     pub kind: BlockType,
     /// Its shape, outermost extent first.
     pub shape: Vec<usize>,
-    /// Set when rows are in the order of interleaved rotation (q and k in GGUF): the number of heads.
+    /// As in [`LinearSpec`](crate::block::LinearSpec).
     pub interleaved_heads: Option<usize>,
 }
 
@@ -145,6 +145,12 @@ impl Checkpoint {
     /// # Errors
     /// As [`Checkpoint::read`].
     pub fn load(&self, name: &str, storage: Storage) -> Result<Weight> {
+        if self.config().use_qk_norm {
+            let family = self.config().model_type.name();
+            return Err(Error::Input(format!(
+                "models of the family {family} can be read and written, but not computed yet"
+            )));
+        }
         let stored = self.stored(name)?;
         let &[rows, cols] = stored.shape.as_slice() else { return Ok(self.read(name)?.into()) };
         match storage {
@@ -209,8 +215,12 @@ impl Checkpoint {
         let head = int8_bytes(config.vocab_size * config.hidden_size);
         let kept = self.names.iter().map(|name| {
             let stored = &self.source.tensors[name];
-            let multiplies = name.ends_with("_proj.weight") || name == "lm_head.weight";
-            if multiplies { int8_bytes(stored.len()) } else { kept_bytes(stored, storage) as u64 }
+            // Every matrix but the embedding.
+            if stored.shape.len() == 2 && name != "model.embed_tokens.weight" {
+                int8_bytes(stored.len())
+            } else {
+                kept_bytes(stored, storage) as u64
+            }
         });
         let after = kept.sum::<u64>() + if config.tie_word_embeddings { head } else { 0 };
         [after, after.max(self.weight_bytes(storage) + head)]
@@ -406,8 +416,9 @@ fn check_tensors(path: &Path, source: &Source) -> Result<Vec<String>> {
         source.tensors.keys().map(String::as_str).filter(|name| !known.contains(name) && !ignored(name)).collect();
     if !extra.is_empty() {
         return Err(Error::Input(format!(
-            "{file}: {} unknown to a LLaMA model of this config: {}",
+            "{file}: {} unknown to a {} model of this config: {}",
             count(extra.len()),
+            source.config.model_type.name(),
             few(&extra)
         )));
     }

@@ -268,7 +268,8 @@ impl<'a> Step<'a> {
             unit: "GB/s",
             share_of_peak: bytes / seconds / 1e9 / peaks.read_gb_per_s,
         };
-        let shapes: Vec<(usize, usize)> = self.config.linear_modules().iter().map(|(_, [o, i])| (*o, *i)).collect();
+        let linears = self.config.block().linears;
+        let shapes: Vec<(usize, usize)> = linears.iter().map(|linear| (linear.shape[0], linear.shape[1])).collect();
         let mut parts = vec![
             with_weights("q, k, v", self.linear(&shapes[..3])),
             with_weights("o", self.linear(&shapes[3..4])),
