@@ -6,7 +6,7 @@ use crate::source::Settings;
 use std::env;
 use std::ffi::OsString;
 use std::path::PathBuf;
-use tunesmith_model::Llama;
+use tunesmith_model::{Adapter, Llama};
 use tunesmith_tensor::cuda::archive::Archive;
 use tunesmith_tensor::cuda::{Gpu, Options, Search};
 use tunesmith_tensor::{Device, Dtype};
@@ -67,7 +67,12 @@ pub(crate) fn check(args: &DeviceArgs) -> Result<()> {
 ///
 /// # Errors
 /// As [`choose`] and [`check`]; also when the model's sizes have no kernels.
-pub(crate) fn place(llama: &mut Llama, args: &DeviceArgs, settings: &Settings) -> Result<()> {
+pub(crate) fn place(
+    llama: &mut Llama,
+    adapter: Option<&mut Adapter>,
+    args: &DeviceArgs,
+    settings: &Settings,
+) -> Result<()> {
     check(args)?;
     let device = choose(&args.device, settings)?;
     if let Some(gpu) = device.gpu() {
@@ -78,6 +83,7 @@ pub(crate) fn place(llama: &mut Llama, args: &DeviceArgs, settings: &Settings) -
         };
         llama.check_device(dtype)?;
         llama.move_to(&device, dtype);
+        adapter.into_iter().for_each(|adapter| adapter.move_to(&device, dtype));
         device.synchronize().map_err(tunesmith_train::Error::from)?;
     }
     Ok(())

@@ -8,7 +8,7 @@ use crate::terminal;
 use serde_json::Value;
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
-use tunesmith_model::{AdapterConfig, AdapterFile, Checkpoint, Config, GgufMetadata, Llama, Storage};
+use tunesmith_model::{Adapter, AdapterConfig, AdapterFile, Checkpoint, Config, GgufMetadata, Llama, Storage};
 use tunesmith_text::{ChatTemplate, GgufVocabulary, Tokenizer};
 use tunesmith_train::config::ModelConfig;
 use tunesmith_train::train::Start;
@@ -205,17 +205,21 @@ impl Opened {
         }
     }
 
-    /// Reads the weights and puts the adapter on top, if there is one.
-    pub(crate) fn llama_with(&self, adapter: Option<&str>, storage: Storage, settings: &Settings) -> Result<Llama> {
+    /// Reads the weights, and the adapter if there is one.
+    pub(crate) fn llama_with(
+        &self,
+        adapter: Option<&str>,
+        storage: Storage,
+        settings: &Settings,
+    ) -> Result<(Llama, Option<Adapter>)> {
         let mut llama = self.llama(storage)?;
-        if let Some(adapter) = adapter {
-            let folder = resolve(adapter, settings)?.path;
-            llama.attach_adapter(AdapterFile::open(&folder)?, false)?;
-        }
-        Ok(llama)
+        let Some(adapter) = adapter else { return Ok((llama, None)) };
+        let folder = resolve(adapter, settings)?.path;
+        let adapter = Adapter::open(&mut llama, AdapterFile::open(&folder)?, false)?;
+        Ok((llama, Some(adapter)))
     }
 
-    /// Reads the weights for generation, and puts the adapter on top, if there is one.
+    /// Reads the weights for generation, and the adapter if there is one.
     ///
     /// Without a wish for `compute`, files of quantised blocks are computed with in 8 bits, which is what they are made for,
     /// and everything else in f32. On a GPU quantised weights stay as they are and are multiplied exactly.
@@ -225,7 +229,7 @@ impl Opened {
         adapter: Option<&str>,
         device: Option<&DeviceArgs>,
         settings: &Settings,
-    ) -> Result<Llama> {
+    ) -> Result<(Llama, Option<Adapter>)> {
         device.map_or(Ok(()), device::check)?;
         if let Some(args) = device.filter(|args| args.device != "cpu") {
             if compute == Some(ComputeName::Int8) {
@@ -233,17 +237,17 @@ impl Opened {
                     "--compute int8 is the processor's; leave it out, or use --device cpu".into(),
                 ));
             }
-            let mut llama = self.llama_with(adapter, Storage::Stored, settings)?;
-            device::place(&mut llama, args, settings)?;
-            return Ok(llama);
+            let mut loaded = self.llama_with(adapter, Storage::Stored, settings)?;
+            device::place(&mut loaded.0, loaded.1.as_mut(), args, settings)?;
+            return Ok(loaded);
         }
         let default = if self.checkpoint.is_quantised() { ComputeName::Int8 } else { ComputeName::F32 };
         match compute.unwrap_or(default) {
             ComputeName::F32 => self.llama_with(adapter, Storage::F32, settings),
             ComputeName::Int8 => {
-                let mut llama = self.llama_with(adapter, Storage::Stored, settings)?;
-                llama.round_activations();
-                Ok(llama)
+                let mut loaded = self.llama_with(adapter, Storage::Stored, settings)?;
+                loaded.0.round_activations();
+                Ok(loaded)
             }
         }
     }

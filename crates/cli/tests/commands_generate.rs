@@ -41,7 +41,7 @@ fn greedy_is_what_the_engine_computes() {
         let mut sampler = Sampler::new(Sampling::default()).unwrap();
         let go_on = |_| ControlFlow::Continue(());
         let mut ws = Workspace::default();
-        let (want, _) = generate(&llama, &prompt, &mut cache, &mut sampler, &[2], 40, &mut ws, go_on).unwrap();
+        let (want, _) = generate(&llama, None, &prompt, &mut cache, &mut sampler, &[2], 40, &mut ws, go_on).unwrap();
         assert_eq!(ids(&found["ids"]), want);
         assert_eq!(found["prompt"], PROMPT);
         assert_eq!(found["prompt_tokens"], prompt.len());

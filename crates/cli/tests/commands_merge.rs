@@ -7,7 +7,7 @@ mod tiny;
 
 use moto::Moto;
 use tiny::{fixture, refused, run};
-use tunesmith_model::{AdapterFile, Checkpoint, Llama, Storage};
+use tunesmith_model::{Adapter, AdapterFile, Checkpoint, Llama, Storage};
 use tunesmith_text::Tokenizer;
 
 #[test]
@@ -35,8 +35,8 @@ fn merged_models_give_the_reference_logits() {
 
             // To the bit what merging in memory gives.
             let mut llama = Llama::load(&Checkpoint::open(model.path()).unwrap(), Storage::F32, |_, _| ()).unwrap();
-            llama.attach_adapter(AdapterFile::open(adapter.as_ref()).unwrap(), false).unwrap();
-            llama.merge_adapter().unwrap();
+            let file = AdapterFile::open(adapter.as_ref()).unwrap();
+            Adapter::open(&mut llama, file, false).unwrap().merge_into(&mut llama).unwrap();
             let merged = Checkpoint::open(out.as_ref()).unwrap();
             for parameter in &llama.parameters {
                 assert_eq!(

@@ -11,15 +11,17 @@ use serde_json::Value;
 use sha2::{Digest, Sha256};
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock};
 use tunesmith::load::{self, Opened};
 use tunesmith::source::Settings;
 use tunesmith_model::{
-    AdapterConfig, AdapterFile, Batch, Gradients, KvCache, Llama, LossOptions, Sampler, Sampling, Storage, Workspace,
-    generate, save_adapter,
+    Adapter, AdapterConfig, AdapterFile, Batch, KvCache, Llama, Sampler, Sampling, Storage, Workspace, generate,
+    save_adapter,
 };
 use tunesmith_tensor::Tensor;
 use tunesmith_text::Message;
+use tunesmith_train::objective::Objective;
+use tunesmith_train::step::Trainer;
 use tunesmith_train::verify::{LOGITS_TOLERANCE, LOSS_TOLERANCE, Reference, read_curve, verify_curve};
 
 const NAME: &str = "smollm2-135m-instruct";
@@ -144,9 +146,10 @@ fn losses_and_logits() {
         assert_eq!(real.opened.tokenizer.encode(text, true).unwrap(), prompt);
         let mut batch = Batch::default();
         batch.push(&prompt, &vec![true; prompt.len()]);
-        let loss = real.llama.loss(&batch, 0.0, &mut ws) / batch.targets.len() as f64;
+        let (_, sum) = Objective::default().losses(&real.llama, None, &batch, &mut ws);
+        let loss = sum / batch.targets.len() as f64;
         let want = case["loss"].as_f64().unwrap();
-        let logits = real.llama.logits(&batch, &mut ws).row(prompt.len() - 1);
+        let logits = real.llama.logits(&batch, None, &mut ws).row(prompt.len() - 1);
         let mut order: Vec<u32> = (0..logits.len() as u32).collect();
         order.sort_by(|a, b| logits[*b as usize].total_cmp(&logits[*a as usize]));
         assert_eq!(order[..10], ids(&case["top10_ids"]), "{text:?}");
@@ -179,7 +182,7 @@ fn greedy_continuations_token_by_token() {
         let mut sampler = Sampler::new(Sampling::default()).unwrap();
         let go_on = |_| ControlFlow::Continue(());
         let (new, _) =
-            generate(&real.llama, &prompt, &mut cache, &mut sampler, &end_tokens, 48, &mut ws, go_on).unwrap();
+            generate(&real.llama, None, &prompt, &mut cache, &mut sampler, &end_tokens, 48, &mut ws, go_on).unwrap();
         assert_eq!(new, ids(&case["new_ids"]), "{}", case["prompt"]);
         assert_eq!(real.opened.tokenizer.decode(&new, false).unwrap(), case["text"].as_str().unwrap());
     }
@@ -188,17 +191,18 @@ fn greedy_continuations_token_by_token() {
 /// One training run at a time: each holds a second copy of the weights.
 static TRAINING: Mutex<()> = Mutex::new(());
 
-fn assert_curve(name: &str, llama: &mut Llama, weight_decay: f64) {
+fn assert_curve(name: &str, llama: Llama, adapter: Option<Adapter>, weight_decay: f64) -> Trainer {
     let batches = Reference::open(&fixture("train_batches.safetensors")).unwrap();
     let curve = read_curve(&fixture("curves.json"), name).unwrap();
     assert_eq!(curve.len(), 8);
-    let checks = verify_curve(llama, &batches, &curve, weight_decay, 0.0).unwrap();
+    let (checks, trainer) = verify_curve(llama, adapter, &batches, &curve, weight_decay, 0.0).unwrap();
     let worst = checks.iter().map(|check| check.difference).fold(0.0, f64::max);
     println!("{name}: {} comparisons, worst {worst:.1e}", checks.len());
     for check in &checks {
         assert!(check.passed(), "{name}: {check:?}");
     }
     assert_eq!(checks.len(), 16);
+    trainer
 }
 
 #[test]
@@ -207,7 +211,7 @@ fn full_curve() {
     let _alone = TRAINING.lock();
     let mut llama = real.opened.llama(Storage::F32).unwrap();
     llama.train_all();
-    assert_curve("full", &mut llama, 0.01);
+    assert_curve("full", llama, None, 0.01);
 }
 
 #[test]
@@ -217,13 +221,13 @@ fn lora_curve() {
     let folder = tempfile::tempdir().unwrap();
     write_lora_start(&real.llama, folder.path());
     let mut llama = real.opened.llama(Storage::F32).unwrap();
-    llama.attach_adapter(AdapterFile::open(folder.path()).unwrap(), true).unwrap();
-    assert_curve("lora", &mut llama, 0.0);
+    let adapter = Adapter::open(&mut llama, AdapterFile::open(folder.path()).unwrap(), true).unwrap();
+    let mut trainer = assert_curve("lora", llama, Some(adapter), 0.0);
 
     // The adapter as it is now, with the frozen weights rounded: the loss and the gradients stay where they were.
-    let (loss, gradients) = real_text_pass(&llama);
-    llama.compute_int8(true).unwrap();
-    let (int8_loss, int8_gradients) = real_text_pass(&llama);
+    let (loss, gradients) = real_text_pass(&mut trainer);
+    Arc::get_mut(&mut trainer.model).unwrap().compute_int8(true).unwrap();
+    let (int8_loss, int8_gradients) = real_text_pass(&mut trainer);
     let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum::<f64>();
     let cosine =
         dot(&gradients, &int8_gradients) / (dot(&gradients, &gradients) * dot(&int8_gradients, &int8_gradients)).sqrt();
@@ -233,17 +237,14 @@ fn lora_curve() {
 }
 
 /// Loss a token of the texts of the forward cases, and all gradients one behind the other.
-fn real_text_pass(llama: &Llama) -> (f64, Vec<f32>) {
+fn real_text_pass(trainer: &mut Trainer) -> (f64, Vec<f32>) {
     let mut batch = Batch::default();
     for case in list(&facts()["forward"]) {
         let ids = ids(&case["ids"]);
         batch.push(&ids, &vec![true; ids.len()]);
     }
-    let (mut ws, mut gradients) = (Workspace::default(), Gradients::new(llama));
-    let scale = 1.0 / batch.targets.len() as f32;
-    let options = LossOptions { scale, label_smoothing: 0.0, dropout_seed: None, step: 0, first_token: 0 };
-    let loss = llama.loss_and_gradients(&batch, options, &mut ws, &mut gradients);
-    (loss * f64::from(scale), gradients.tensors.iter().flatten().flat_map(|g| g.data().to_vec()).collect())
+    let loss = trainer.accumulate(&[batch], &Objective::default()).unwrap();
+    (loss.mean(), trainer.gradients.trained().flat_map(|g| g.data().to_vec()).collect())
 }
 
 /// The adapter that the LoRA curve starts from, as a PEFT folder. It was drawn by a Mersenne Twister whose state at that

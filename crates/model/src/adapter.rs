@@ -1,355 +1,289 @@
-//! LoRA adapters as PEFT folders: `adapter_config.json` and `adapter_model.safetensors`.
+//! LoRA adapters (Hu et al. 2021; rsLoRA: Kalajdzievski 2023): values beside a model that does not know of them.
 //!
-//! The adapted layer computes `y = W x + s B A x` with A \[r, in\], B \[out, r\], and s = alpha / r, or alpha / sqrt(r)
-//! for rank-stabilised LoRA.
+//! The adapted layer computes `y = W x + s B A x` with A \[r, in\] and B \[out, r\], and s = alpha / r, or alpha / sqrt(r)
+//! for rank-stabilised LoRA. An adapter may also have rows of added tokens, which stand in for those of the embedding and the head,
+//! and a classification head. A pass takes `Option<&Adapter>`: without one it is the base model, to the bit.
 
 mod config;
+mod folder;
 
 pub use config::{AdapterConfig, Modules};
+pub use folder::{AdapterFile, save_adapter};
 
-use crate::{
-    Config, Error, Result,
-    export::{Dtype, write_json, write_safetensors},
-    import::{WeightFile, decode, few, safetensors_header},
-    token_rows::{TOKEN_MODULES, token_rows_name},
-};
-use std::{
-    borrow::Cow,
-    collections::{BTreeMap, HashMap},
-    fs,
-    path::{Path, PathBuf},
-};
-use tunesmith_tensor::Tensor;
+use crate::config::default_labels;
+use crate::llama::{LINEAR_NAMES, Llama};
+use crate::token_rows::{TokenIndices, TokenRows, mean_row, token_indices, token_rows_name, vocabulary_for};
+use crate::{Error, Parameter, Result};
+use folder::PREFIX;
+use std::collections::BTreeMap;
+use std::path::Path;
+use tunesmith_tensor::ops::{linear, rows};
+use tunesmith_tensor::{Device, Dtype, Tensor, Weight, rng::Rng};
 
-const CONFIG_FILE: &str = "adapter_config.json";
-const WEIGHTS_FILE: &str = "adapter_model.safetensors";
-/// Stands before every module path in the names of an adapter's tensors.
-const PREFIX: &str = "base_model.model.";
+/// The classification head, as PEFT's `modules_to_save` and transformers name it.
+pub(crate) const SCORE: &str = "score";
 
-/// An adapter read from the disk.
+/// An adapter in memory.
 #[derive(Debug)]
-pub struct AdapterFile {
-    /// What was adapted, and how.
+pub struct Adapter {
+    /// What it adapts, and how.
     pub config: AdapterConfig,
-    /// Module path (`model.layers.0.self_attn.q_proj`) to A \[r, in\] and B \[out, r\].
-    pub tensors: BTreeMap<String, (Tensor, Tensor)>,
-    /// Rows [n, d] of the tokens of `trainable_token_indices`, by matrix.
-    pub token_rows: BTreeMap<String, Tensor>,
-    path: PathBuf,
+    /// Its tensors, under PEFT's names.
+    pub parameters: Vec<Parameter>,
+    /// The pairs of each block, in the order of its linear layers.
+    pairs: Vec<[Option<Pair>; LINEAR_NAMES.len()]>,
+    token_rows: Vec<TokenRows>,
+    /// Index of the classification head [classes, d].
+    score: Option<usize>,
 }
 
-impl AdapterFile {
-    /// Reads the adapter in the folder `dir`.
+/// The adapter of one linear layer.
+#[derive(Debug)]
+struct Pair {
+    /// Path of the layer without `.weight`, as PEFT names modules.
+    module: String,
+    /// Index of A [r, in]; B [out, r] comes next.
+    a: usize,
+    scale: f32,
+    dropout: f32,
+}
+
+/// A borrowed pair of one linear layer.
+#[derive(Clone, Copy)]
+pub(crate) struct Lora<'a> {
+    /// A [r, in].
+    pub(crate) a: &'a Weight,
+    /// B [out, r].
+    pub(crate) b: &'a Weight,
+    /// Index of A among the adapter's parameters; B comes next.
+    pub(crate) index: usize,
+    pub(crate) scale: f32,
+    pub(crate) dropout: f32,
+}
+
+impl Adapter {
+    /// A new adapter of `model` that trains: A Kaiming-uniform with a = √5, that is uniform in ±1/√in, B zero, so that the model
+    /// computes what it did before.
     ///
     /// # Errors
-    /// [`Error::Input`] when something is missing, damaged, contradictory or not supported; [`Error::Io`] when the
-    /// machine fails.
-    pub fn open(dir: &Path) -> Result<Self> {
-        let config = AdapterConfig::read(dir)?;
-        let path = dir.join(WEIGHTS_FILE);
-        if !path.exists() && dir.join("adapter_model.bin").exists() {
+    /// When the configuration matches no linear layer.
+    pub fn new(model: &Llama, config: &AdapterConfig, seed: u64) -> Result<Self> {
+        let mut adapter = Self::empty(model, config.clone());
+        let mut stream = 0;
+        for (l, layer) in model.layers.iter().enumerate() {
+            for (i, linear) in layer.linears.iter().enumerate().filter(|(_, linear)| config.matches(&linear.module)) {
+                stream += 1;
+                let weight = &model.parameters[linear.weight].value;
+                let (num_out, num_in, rank) = (weight.rows(), weight.cols(), config.rank_for(&linear.module));
+                let mut rng = Rng::new(seed, stream);
+                let bound = 1.0 / (num_in as f32).sqrt();
+                let mut a = Tensor::zeros(&[rank, num_in]);
+                a.data_mut().iter_mut().for_each(|x| *x = (2.0 * rng.uniform() - 1.0) * bound);
+                adapter.push_pair((l, i), &linear.module, [a, Tensor::zeros(&[num_out, rank])], true);
+            }
+        }
+        if adapter.parameters.is_empty() {
             return Err(Error::Input(format!(
-                "{} holds adapter_model.bin, which is not supported; convert it to {WEIGHTS_FILE}",
-                dir.display()
+                "target_modules = {:?} matches no linear layer of this model; it has {}, or all-linear",
+                config.target_modules,
+                LINEAR_NAMES.join(", ")
             )));
         }
-        let file = WeightFile::open(path.clone())?;
-        let shown = path.display();
-        let mut halves: BTreeMap<String, [Option<Tensor>; 2]> = BTreeMap::new();
-        let mut token_rows = BTreeMap::new();
-        for (name, stored) in safetensors_header(&file, 0)? {
-            if let Some(module) = rows_of(&name) {
-                let count = config.trainable_token_indices.get(module).map_or(0, Vec::len);
-                if stored.shape.len() != 2 || stored.shape[0] != count || count == 0 {
-                    return Err(Error::Input(format!(
-                        "{shown}: {name} has the shape {:?}, but {CONFIG_FILE} names {count} tokens of {module}",
-                        stored.shape
-                    )));
-                }
-                token_rows.insert(module.to_owned(), decode(&file, &name, &stored)?);
-                continue;
-            }
-            let (module, half) = module_of(&name).ok_or_else(|| unknown_tensor(&path, &name))?;
-            if stored.shape.len() != 2 {
-                return Err(Error::Input(format!("{shown}: {name} has the shape {:?}, not a matrix's", stored.shape)));
-            }
-            let tensor = decode(&file, &name, &stored)?;
-            let place = &mut halves.entry(module.to_owned()).or_default()[half];
-            if place.replace(tensor).is_some() {
-                return Err(Error::Input(format!("{shown}: {module} has two tensors lora_{}", ["A", "B"][half])));
-            }
-        }
-        let mut tensors = BTreeMap::new();
-        for (module, pair) in halves {
-            let (a, b) = match pair {
-                [Some(a), Some(b)] => (a, b),
-                [None, _] => return Err(Error::Input(format!("{shown}: {module} has no lora_A"))),
-                [_, None] => return Err(Error::Input(format!("{shown}: {module} has no lora_B"))),
-            };
-            let rank = config.rank_for(&module);
-            if a.shape()[0] != rank || b.shape()[1] != rank {
-                return Err(Error::Input(format!(
-                    "{shown}: {module} has lora_A {:?} and lora_B {:?}, but {CONFIG_FILE} gives it the rank {rank}",
-                    a.shape(),
-                    b.shape()
-                )));
-            }
-            tensors.insert(module, (a, b));
-        }
-        if let Some(module) = config.trainable_token_indices.keys().find(|module| !token_rows.contains_key(*module)) {
-            return Err(Error::Input(format!("{shown} has no {}, which {CONFIG_FILE} names", token_rows_name(module))));
-        }
-        if tensors.is_empty() {
-            return Err(Error::Input(format!("{shown} holds no tensors")));
-        }
-        Ok(Self { config, tensors, token_rows, path })
+        Ok(adapter)
     }
 
-    /// Checks that the adapter was made for a model like `model`: every adapted module exists and has the right shape,
-    /// and none is missing.
+    /// The adapter of a PEFT folder for `model`, whose vocabulary grows where the adapter has rows beyond it; `trained` says whether
+    /// training goes on with it.
     ///
     /// # Errors
-    /// [`Error::Input`] that names the module and both shapes.
-    pub fn check_against(&self, model: &Config) -> Result<()> {
-        let file = self.path.display();
-        let mut shapes: HashMap<String, [usize; 2]> = HashMap::new();
-        for layer in 0..model.num_hidden_layers {
-            for (module, shape) in model.linear_modules() {
-                shapes.insert(format!("model.layers.{layer}.{module}"), shape);
+    /// When its tensors do not fit this model.
+    pub fn open(model: &mut Llama, mut file: AdapterFile, trained: bool) -> Result<Self> {
+        file.check_against(&model.config)?;
+        let known = |module: &String| model.linears().any(|l| &l.module == module);
+        if let Some(extra) = file.tensors.keys().find(|module| !known(module)) {
+            return Err(Error::Input(format!("the adapter has tensors for {extra}, which this model does not have")));
+        }
+        // What the file has decides, not its target_modules: an adapter may have been trained on a subset.
+        let mut adapter = Self::empty(model, file.config);
+        for (l, layer) in model.layers.iter().enumerate() {
+            for (i, linear) in layer.linears.iter().enumerate() {
+                if let Some((a, b)) = file.tensors.remove(&linear.module) {
+                    adapter.push_pair((l, i), &linear.module, [a, b], trained);
+                }
             }
         }
-        for (module, (a, b)) in &self.tensors {
-            let Some([rows, cols]) = shapes.get(module) else {
-                return Err(Error::Input(format!(
-                    "{file} was made for another model: it adapts {module}, which is no linear layer of this one ({} layers)",
-                    model.num_hidden_layers
-                )));
-            };
-            if a.shape()[1] != *cols || b.shape()[0] != *rows {
-                return Err(Error::Input(format!(
-                    "{file} was made for another model: it adapts {module} as [{}, {}], but here that is [{rows}, {cols}]",
-                    b.shape()[0],
-                    a.shape()[1]
-                )));
+        if !file.token_rows.is_empty() {
+            let indices = adapter.config.trainable_token_indices.clone();
+            model.grow_vocabulary(vocabulary_for(&indices, model.config.vocab_size))?;
+            for (module, rows) in file.token_rows {
+                let ids = indices.get(&module).cloned().unwrap_or_default();
+                adapter.push_rows(module, ids, rows, trained);
             }
         }
-        for (module, rows) in &self.token_rows {
-            if module == "lm_head" && model.tie_word_embeddings {
-                return Err(Error::Input(format!(
-                    "{file} was made for another model: it has rows of lm_head, which is the embedding here"
-                )));
-            }
-            if rows.cols() != model.hidden_size {
-                return Err(Error::Input(format!(
-                    "{file} was made for another model: its rows of {module} have {} elements, but here they have {}",
-                    rows.cols(),
-                    model.hidden_size
-                )));
-            }
+        if let Some(score) = file.score {
+            adapter.push_score(score, trained);
         }
-        let mut absent: Vec<&str> = shapes.keys().map(String::as_str).collect();
-        absent.retain(|module| self.config.matches(module) && !self.tensors.contains_key(*module));
-        if !absent.is_empty() {
-            absent.sort_unstable();
-            return Err(Error::Input(format!(
-                "{file} was made for another model or is incomplete: {CONFIG_FILE} also names {}",
-                few(&absent)
-            )));
+        Ok(adapter)
+    }
+
+    fn empty(model: &Llama, config: AdapterConfig) -> Self {
+        let pairs = model.layers.iter().map(|_| Default::default()).collect();
+        Self { config, parameters: Vec::new(), pairs, token_rows: Vec::new(), score: None }
+    }
+
+    fn push(&mut self, name: String, value: Tensor, trained: bool) -> usize {
+        self.parameters.push(Parameter::new(name, value, trained));
+        self.parameters.len() - 1
+    }
+
+    fn push_pair(&mut self, (l, i): (usize, usize), module: &str, pair: [Tensor; 2], trained: bool) {
+        let a = self.parameters.len();
+        for (letter, value) in ["A", "B"].into_iter().zip(pair) {
+            self.push(format!("{PREFIX}{module}.lora_{letter}.weight"), value, trained);
+        }
+        let (scale, dropout) = (self.config.scaling_for(module), self.config.lora_dropout as f32);
+        self.pairs[l][i] = Some(Pair { module: module.to_owned(), a, scale, dropout });
+    }
+
+    fn push_rows(&mut self, module: String, ids: Vec<u32>, rows: Tensor, trained: bool) {
+        let rows = self.push(token_rows_name(&module), rows, trained);
+        self.token_rows.push(TokenRows { module, ids, rows });
+    }
+
+    fn push_score(&mut self, score: Tensor, trained: bool) {
+        self.score = Some(self.push(format!("{PREFIX}{SCORE}.weight"), score, trained));
+    }
+
+    /// Adds rows for the tokens `ids`, which train from the mean of all rows of `model` on; the matrices stay frozen, and grow where
+    /// they have no such rows.
+    ///
+    /// # Errors
+    /// As [`Llama::grow_vocabulary`].
+    pub fn train_tokens(&mut self, model: &mut Llama, ids: &[u32]) -> Result<()> {
+        let indices: TokenIndices = token_indices(&model.config, ids);
+        let mut rows = BTreeMap::new();
+        for (module, ids) in &indices {
+            let mean = mean_row(&model.token_matrix(module));
+            let mut own = Tensor::zeros(&[ids.len(), mean.len()]);
+            (0..ids.len()).for_each(|row| own.row_mut(row).copy_from_slice(&mean));
+            rows.insert(module.clone(), own);
+        }
+        model.grow_vocabulary(vocabulary_for(&indices, model.config.vocab_size))?;
+        self.config.trainable_token_indices.clone_from(&indices);
+        for ((module, ids), (_, rows)) in indices.into_iter().zip(rows) {
+            self.push_rows(module, ids, rows, true);
         }
         Ok(())
     }
-}
 
-/// The matrix whose rows a tensor of this name has.
-fn rows_of(name: &str) -> Option<&'static str> {
-    let name = name.strip_suffix(".default").unwrap_or(name);
-    TOKEN_MODULES.into_iter().find(|module| name == token_rows_name(module))
-}
+    /// Adds a classification head for `num_classes` classes that trains, initialised as a weight of `model`; PEFT saves it as a whole
+    /// (`modules_to_save`).
+    pub fn train_score(&mut self, model: &Llama, num_classes: usize, seed: u64) {
+        self.push_score(model.initial_score(num_classes, seed), true);
+        self.config.task_type = Some("SEQ_CLS".into());
+        self.config.modules_to_save = vec![SCORE.into()];
+    }
 
-/// Module path of a tensor name, and 0 for A or 1 for B.
-fn module_of(name: &str) -> Option<(&str, usize)> {
-    let rest = name.strip_prefix(PREFIX)?;
-    // Some tools leave the adapter's name in.
-    let endings =
-        [(".lora_A.weight", 0), (".lora_B.weight", 1), (".lora_A.default.weight", 0), (".lora_B.default.weight", 1)];
-    endings.iter().find_map(|(ending, half)| rest.strip_suffix(ending).map(|module| (module, *half)))
-}
+    /// The pair of linear layer `i` of block `l`.
+    pub(crate) fn pair(&self, l: usize, i: usize) -> Option<Lora<'_>> {
+        let Pair { a, scale, dropout, .. } = self.pairs[l][i].as_ref()?;
+        let (a, b, index) = (&self.parameters[*a].value, &self.parameters[a + 1].value, *a);
+        Some(Lora { a, b, index, scale: *scale, dropout: *dropout })
+    }
 
-fn unknown_tensor(path: &Path, name: &str) -> Error {
-    let why = if name.contains("lora_magnitude_vector") {
-        "it belongs to DoRA"
-    } else if name.contains("lora_embedding") {
-        "it adapts the embedding"
-    } else if name.contains("lora_") {
-        "its name is not of the form base_model.model.MODULE.lora_A.weight"
-    } else {
-        "it is a whole weight"
-    };
-    Error::Input(format!(
-        "{}: {name} is not supported: {why}; supported is plain LoRA on linear layers",
-        path.display()
-    ))
-}
+    /// The rows of added tokens in `module` (`embed_tokens`, `lm_head`): ids, which ascend, and index of the parameter [n, d].
+    pub(crate) fn rows_of(&self, module: &str) -> Option<(&[u32], usize)> {
+        self.token_rows.iter().find(|rows| rows.module == module).map(|rows| (&rows.ids[..], rows.rows))
+    }
 
-/// Writes an adapter into the folder `dir`, which is made if need be; other files there are left alone. Items are module
-/// path (`model.layers.0.self_attn.q_proj`), A \[r, in\] and B \[out, r\].
-///
-/// # Errors
-/// [`Error::Io`] when writing fails; the files that were there before are then still whole. [`Error::Failure`] for a
-/// pair that contradicts the config, or a value that is not finite.
-pub fn save_adapter<'a, S: AsRef<str>>(
-    dir: &Path,
-    config: &AdapterConfig,
-    pairs: impl IntoIterator<Item = (S, &'a Tensor, &'a Tensor)>,
-) -> Result<()> {
-    save_adapter_with_rows(dir, config, pairs, [])
-}
+    /// Index of the classification head.
+    pub(crate) fn score(&self) -> Option<usize> {
+        self.score
+    }
 
-/// As [`save_adapter`], with the rows [n, d] of the config's `trainable_token_indices` by matrix.
-///
-/// # Errors
-/// As [`save_adapter`]; rows that contradict the config.
-pub fn save_adapter_with_rows<'a, S: AsRef<str>>(
-    dir: &Path,
-    config: &AdapterConfig,
-    pairs: impl IntoIterator<Item = (S, &'a Tensor, &'a Tensor)>,
-    rows: impl IntoIterator<Item = (&'a str, &'a Tensor)>,
-) -> Result<()> {
-    let mut tensors: BTreeMap<String, &Tensor> = BTreeMap::new();
-    let mut missing = config.trainable_token_indices.clone();
-    for (module, rows) in rows {
-        let count = missing.remove(module).map_or(0, |ids| ids.len());
-        if rows.rows() != count {
-            let have = rows.rows();
-            return Err(Error::Failure(format!("{module} has {have} rows of tokens, but the config names {count}")));
+    /// Number of classes of its classification head.
+    pub fn num_classes(&self) -> Option<usize> {
+        self.score.map(|score| self.parameters[score].value.rows())
+    }
+
+    /// Whether the model that it belongs to may be rounded to 8 bits ([`Llama::compute_int8`]).
+    ///
+    /// # Errors
+    /// When it has rows of added tokens.
+    pub fn check_int8(&self) -> Result<()> {
+        if self.token_rows.is_empty() {
+            return Ok(());
         }
-        tensors.insert(token_rows_name(module), rows);
+        Err(Error::Input(
+            "the adapter has rows of added tokens, which are not rounded to 8 bits; compute in f32, or merge the adapter first"
+                .into(),
+        ))
     }
-    if let Some(module) = missing.keys().next() {
-        return Err(Error::Failure(format!("the rows of tokens of {module} are missing")));
+
+    /// Whether something of block `l` trains.
+    pub(crate) fn trains_in(&self, l: usize) -> bool {
+        self.pairs[l].iter().flatten().any(|pair| self.parameters[pair.a..pair.a + 2].iter().any(|p| p.trained))
     }
-    for (module, a, b) in pairs {
-        let module = module.as_ref();
-        let rank = config.rank_for(module);
-        if a.shape().len() != 2 || b.shape().len() != 2 || a.shape()[0] != rank || b.shape()[1] != rank {
-            let (a, b) = (a.shape(), b.shape());
-            return Err(Error::Failure(format!("{module} has lora_A {a:?} and lora_B {b:?}, but the rank {rank}")));
+
+    /// Moves it from the CPU to `device`, as [`Llama::move_to`] does with a model.
+    pub fn move_to(&mut self, device: &Device, dtype: Dtype) {
+        self.parameters.iter_mut().for_each(|parameter| parameter.move_to(device, dtype));
+    }
+
+    /// The pairs as (module path, A [r, in], B [out, r]), in the order of the model.
+    ///
+    /// # Panics
+    /// When the adapter is on a GPU.
+    pub fn tensors(&self) -> impl Iterator<Item = (&str, &Tensor, &Tensor)> {
+        let tensor = |i: usize| self.parameters[i].value.tensor();
+        self.pairs.iter().flatten().flatten().map(move |p| (p.module.as_str(), tensor(p.a), tensor(p.a + 1)))
+    }
+
+    /// The rows of tokens by module.
+    ///
+    /// # Panics
+    /// When the adapter is on a GPU.
+    pub fn token_rows(&self) -> impl Iterator<Item = (&str, &Tensor)> {
+        self.token_rows.iter().map(|rows| (rows.module.as_str(), self.parameters[rows.rows].value.tensor()))
+    }
+
+    /// Writes it into the folder `dir` as PEFT does, in f32 wherever it is.
+    ///
+    /// # Errors
+    /// As [`save_adapter`].
+    pub fn save(&self, dir: &Path) -> Result<()> {
+        let tensors: Vec<_> = self.parameters.iter().map(|p| (p.name.clone(), p.host())).collect();
+        let tensors = tensors.iter().map(|(name, tensor)| (name.clone(), &**tensor));
+        folder::write(dir, &self.config, &tensors.collect())
+    }
+
+    /// Adds s · B A to each adapted weight of `model`, writes rows of tokens into its matrices and gives it the classification head:
+    /// the model computes the same without the adapter. Packed weights that change become dense.
+    ///
+    /// # Errors
+    /// When the model's weights are rounded to 8 bits.
+    pub fn merge_into(mut self, model: &mut Llama) -> Result<()> {
+        if model.computes_int8() {
+            return Err(crate::int8::values_are_gone("the base model"));
         }
-        tensors.insert(format!("{PREFIX}{module}.lora_A.weight"), a);
-        tensors.insert(format!("{PREFIX}{module}.lora_B.weight"), b);
-    }
-    fs::create_dir_all(dir).map_err(|e| Error::io("cannot create", dir, e))?;
-    let shapes: Vec<_> = tensors.iter().map(|(name, tensor)| (name.clone(), tensor.shape().to_vec())).collect();
-    let mut weight = |name: &str| match tensors.get(name) {
-        Some(tensor) => Ok(Cow::Borrowed(*tensor)),
-        None => Err(Error::Failure(format!("there is no tensor {name}"))),
-    };
-    write_safetensors(&dir.join(WEIGHTS_FILE), &shapes, Dtype::F32, &mut weight)?;
-    write_json(&dir.join(CONFIG_FILE), &config.to_json(), "")
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use serde_json::Value;
-
-    fn fixture(name: &str) -> PathBuf {
-        Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name)
-    }
-
-    fn model(name: &str) -> Config {
-        let file = fixture(name).join("config.json");
-        Config::from_json(&fs::read_to_string(file).unwrap(), "config.json").unwrap()
-    }
-
-    const Q: &str = "model.layers.0.self_attn.q_proj";
-
-    #[test]
-    fn adapters_of_peft_are_read_and_written_back_the_same() {
-        for (name, rslora) in [("lora_start", false), ("rslora_final", true)] {
-            for (base, modules) in [("tiny-llama2", 14), ("tiny-llama3", 21)] {
-                let from = fixture(base).join(name);
-                let adapter = AdapterFile::open(&from).unwrap();
-                adapter.check_against(&model(base)).unwrap();
-                assert_eq!((adapter.tensors.len(), adapter.config.r, adapter.config.use_rslora), (modules, 4, rslora));
-                assert_eq!(adapter.config.scaling_for(Q), if rslora { 4.0 } else { 2.0 });
-
-                let dir = tempfile::tempdir().unwrap();
-                let to = dir.path().join("a/b");
-                save_adapter(&to, &adapter.config, adapter.tensors.iter().map(|(m, (a, b))| (m, a, b))).unwrap();
-                assert_eq!(fs::read(to.join(WEIGHTS_FILE)).unwrap(), fs::read(from.join(WEIGHTS_FILE)).unwrap());
-                let again = AdapterFile::open(&to).unwrap();
-                assert_eq!(again.config, adapter.config);
-                let written = fs::read_to_string(to.join(CONFIG_FILE)).unwrap();
-                let original: Value =
-                    serde_json::from_str(&fs::read_to_string(from.join(CONFIG_FILE)).unwrap()).unwrap();
-                let value: Value = serde_json::from_str(&written).unwrap();
-                let keys: Vec<_> = value.as_object().unwrap().keys().collect();
-                assert!(keys.is_sorted() && written.starts_with("{\n  \"alpha_pattern\"") && written.ends_with('}'));
-                for key in keys {
-                    assert_eq!(value[key], original[key], "{key}");
-                }
+        for l in 0..self.pairs.len() {
+            for i in 0..self.pairs[l].len() {
+                let Some(Lora { a, b, scale, .. }) = self.pair(l, i) else { continue };
+                let merged = model.parameters[model.layers[l].linears[i].weight].make_dense();
+                // B [out, r] · A [r, in] has the form of an input gradient: rows of the first times the second.
+                linear::matmul_input_gradient(b.tensor(), a.tensor(), scale, merged, linear::Into::Accumulate);
             }
         }
-    }
-
-    #[test]
-    fn an_adapter_of_another_model_is_refused() {
-        let adapter = AdapterFile::open(&fixture("tiny-llama3/lora_start")).unwrap();
-        let refused = |config: &Config, wanted: &str| {
-            let error = adapter.check_against(config).unwrap_err();
-            assert!(matches!(&error, Error::Input(m) if m.contains(wanted)), "{error}");
-        };
-        let mut config = model("tiny-llama3");
-        config.intermediate_size = 128;
-        refused(&config, "it adapts model.layers.0.mlp.down_proj as [64, 160], but here that is [64, 128]");
-        config.intermediate_size = 160;
-        config.num_hidden_layers = 2;
-        refused(&config, "it adapts model.layers.2.mlp.down_proj, which is no linear layer of this one (2 layers)");
-        config.num_hidden_layers = 4;
-        refused(&config, "also names model.layers.3.mlp.down_proj");
-        refused(&model("tiny-llama2"), "was made for another model");
-    }
-
-    #[test]
-    fn damaged_adapters_are_refused() {
-        let dir = tempfile::tempdir().unwrap();
-        let to = dir.path();
-        let refused = |wanted: &str| {
-            let error = AdapterFile::open(to).unwrap_err();
-            assert!(matches!(&error, Error::Input(m) if m.contains(wanted)), "{error}");
-        };
-        refused("holds no adapter_config.json");
-        let config = AdapterConfig { r: 2, ..Default::default() };
-        let (a, b) = (Tensor::zeros(&[2, 8]), Tensor::zeros(&[4, 2]));
-        save_adapter(to, &config, [(Q, &a, &b)]).unwrap();
-        assert!(AdapterFile::open(to).is_ok());
-        assert!(save_adapter(to, &config, [(Q, &b, &a)]).is_err());
-        write_json(&to.join(CONFIG_FILE), &AdapterConfig { r: 3, ..config.clone() }.to_json(), "").unwrap();
-        refused("has lora_A [2, 8] and lora_B [4, 2], but adapter_config.json gives it the rank 3");
-        write_json(&to.join(CONFIG_FILE), &config.to_json(), "").unwrap();
-        let half = |name: &str, tensor: &Tensor| {
-            let shapes = [(name.to_owned(), tensor.shape().to_vec())];
-            write_safetensors(&to.join(WEIGHTS_FILE), &shapes, Dtype::BF16, &mut |_| Ok(Cow::Borrowed(tensor)))
-                .unwrap();
-        };
-        half(&format!("{PREFIX}{Q}.lora_A.weight"), &a);
-        refused("q_proj has no lora_B");
-        half(&format!("{PREFIX}{Q}.lora_B.default.weight"), &b);
-        refused("q_proj has no lora_A");
-        half(&format!("{PREFIX}{Q}.lora_magnitude_vector"), &b);
-        refused("it belongs to DoRA");
-        half(&format!("{PREFIX}lm_head.weight"), &b);
-        refused("it is a whole weight");
-        half(&format!("{PREFIX}{Q}.lora_A.weight"), &Tensor::zeros(&[4]));
-        refused("not a matrix's");
-        fs::write(to.join(WEIGHTS_FILE), [0; 4]).unwrap();
-        refused("the file is truncated");
-        fs::rename(to.join(WEIGHTS_FILE), to.join("adapter_model.bin")).unwrap();
-        refused("adapter_model.bin, which is not supported");
-        fs::remove_file(to.join("adapter_model.bin")).unwrap();
-        refused("no such file or folder");
-        let error = AdapterFile::open(&to.join("none")).unwrap_err().to_string();
-        assert!(error.contains("no such folder"), "{error}");
+        for TokenRows { module, ids, rows } in &self.token_rows {
+            let matrix = model.token_matrix_index(module);
+            let matrix = model.parameters[matrix].make_dense();
+            rows::scatter(self.parameters[*rows].value.tensor(), ids, matrix);
+        }
+        if let Some(score) = self.score {
+            let score = self.parameters.swap_remove(score).value;
+            let labels = default_labels(score.rows());
+            model.set_score(score, labels);
+        }
+        Ok(())
     }
 }

@@ -61,6 +61,16 @@ impl Batch {
         }
     }
 
+    /// Adds a document of class `class`, which is scored at its last token. An empty one adds nothing.
+    pub fn push_class(&mut self, ids: &[u32], class: u32) {
+        self.add(ids, |_| 0.0);
+        if !ids.is_empty() {
+            self.loss_rows.push(self.ids.len() as u32 - 1);
+            self.targets.push(class);
+            self.push_weight(1.0);
+        }
+    }
+
     /// Notes the weight of the last of `targets`.
     fn push_weight(&mut self, weight: f32) {
         if self.weights.is_empty() && weight != 1.0 {
@@ -105,7 +115,7 @@ impl Batch {
     }
 
     /// The documents in consecutive batches of at most `max_tokens` tokens; a longer document has one to itself.
-    pub(crate) fn parts(&self, max_tokens: usize) -> Vec<Self> {
+    pub fn parts(&self, max_tokens: usize) -> Vec<Self> {
         let mut parts: Vec<Self> = Vec::new();
         let mut losses = self.loss_rows.iter().zip(&self.targets).enumerate().peekable();
         for segment in &self.segments {

@@ -32,6 +32,8 @@ pub struct Config {
     /// Standard deviation of fresh weights.
     pub initializer_range: f32,
     pub rope: Rope,
+    /// Names of the classes of a classifier (`LlamaForSequenceClassification`), by class; empty for a language model.
+    pub id2label: Vec<String>,
 }
 
 /// Names of tensors with their shapes.
@@ -72,6 +74,7 @@ const WIDTH: RangeInclusive<usize> = 1..=1 << 22;
 const LAYERS: RangeInclusive<usize> = 1..=1 << 12;
 const HEADS: RangeInclusive<usize> = 1..=1 << 14;
 const POSITIONS: RangeInclusive<usize> = 1..=1 << 30;
+const CLASSES: RangeInclusive<usize> = 2..=1 << 16;
 
 impl Config {
     /// Reads `text`, the content of a `config.json` that messages call `file`, in the spelling of transformers 4
@@ -119,6 +122,7 @@ impl Config {
             pad_token_id: fields.token_ids("pad_token_id", None)?.first().copied(),
             initializer_range: fields.number("initializer_range")?.unwrap_or(0.02) as f32,
             rope: fields.rope()?,
+            id2label: fields.id2label()?,
         };
         config.check(file)?;
         Ok(config)
@@ -224,7 +228,7 @@ impl Config {
             [id] => json!(id),
             _ => json!(self.eos_token_id),
         };
-        Ok(json!({
+        let mut value = json!({
             "architectures": ["LlamaForCausalLM"],
             "attention_bias": self.attention_bias,
             "attention_dropout": 0.0,
@@ -250,7 +254,16 @@ impl Config {
             "torch_dtype": dtype,
             "use_cache": true,
             "vocab_size": self.vocab_size,
-        }))
+        });
+        if self.is_classifier() {
+            let ids: Vec<String> = (0..self.id2label.len()).map(|id| id.to_string()).collect();
+            value["architectures"] = json!(["LlamaForSequenceClassification"]);
+            value["id2label"] = ids.iter().cloned().zip(self.id2label.iter().map(|label| json!(label))).collect();
+            value["label2id"] = self.id2label.iter().cloned().zip((0..).map(|id: u32| json!(id))).collect();
+            value["problem_type"] = json!("single_label_classification");
+            value.sort_all_objects();
+        }
+        Ok(value)
     }
 
     /// Radians a position that each pair of a head turns by, [head_dim / 2], after scaling. Every step is rounded to f32
@@ -302,10 +315,17 @@ impl Config {
             }
         }
         tensors.push(("model.norm.weight".to_owned(), vec![hidden]));
-        if !self.tie_word_embeddings {
+        if self.is_classifier() {
+            tensors.push(("score.weight".to_owned(), vec![self.id2label.len(), hidden]));
+        } else if !self.tie_word_embeddings {
             tensors.push(("lm_head.weight".to_owned(), vec![self.vocab_size, hidden]));
         }
         tensors
+    }
+
+    /// Whether its head scores classes at the last token of a sequence instead of tokens.
+    pub fn is_classifier(&self) -> bool {
+        !self.id2label.is_empty()
     }
 
     /// The seven linear modules of a layer, such as `self_attn.q_proj`, with the shape [out, in] of their weights.
@@ -401,6 +421,14 @@ pub(crate) fn llama3_divisor(frequency: f64, factor: f64, low: f64, high: f64, o
     }
 }
 
+/// The architecture of a classifier.
+const CLASSIFIER: &str = "LlamaForSequenceClassification";
+
+/// The names that transformers gives classes without a name.
+pub(crate) fn default_labels(num_classes: usize) -> Vec<String> {
+    (0..num_classes).map(|id| format!("LABEL_{id}")).collect()
+}
+
 /// Typed access to the keys of a JSON object; null counts as absent.
 pub(crate) struct Fields<'a> {
     pub(crate) map: &'a Map<String, Value>,
@@ -467,7 +495,8 @@ impl<'a> Fields<'a> {
     }
 
     fn check_architecture(&self) -> Result<()> {
-        const SUPPORTED: &str = "supported is model_type \"llama\" with the architecture LlamaForCausalLM";
+        const SUPPORTED: &str = "supported is model_type \"llama\" with the architecture LlamaForCausalLM or \
+                                 LlamaForSequenceClassification";
         let architectures: Vec<&str> = match self.get("architectures") {
             None => Vec::new(),
             Some(Value::Array(names)) => names.iter().filter_map(Value::as_str).collect(),
@@ -480,7 +509,8 @@ impl<'a> Fields<'a> {
         if let Some(other) = model_type.filter(|name| *name != "llama") {
             return Err(self.error(&format!("model_type is {other:?}; {SUPPORTED}")));
         }
-        if !architectures.is_empty() && !architectures.contains(&"LlamaForCausalLM") {
+        let supported = |name: &&str| ["LlamaForCausalLM", CLASSIFIER].contains(name);
+        if !architectures.is_empty() && !architectures.iter().any(supported) {
             return Err(self.error(&format!("the architecture is {}; {SUPPORTED}", architectures.join(", "))));
         }
         if let Some(act) = self.text("hidden_act")?.filter(|name| *name != "silu") {
@@ -493,6 +523,30 @@ impl<'a> Fields<'a> {
             )));
         }
         Ok(())
+    }
+
+    /// Names of the classes where the architecture is a classifier; transformers' names where the file gives none.
+    fn id2label(&self) -> Result<Vec<String>> {
+        let architectures = self.get("architectures").and_then(Value::as_array).map_or(&[][..], Vec::as_slice);
+        if !architectures.iter().any(|name| name == CLASSIFIER) {
+            return Ok(Vec::new());
+        }
+        if let Some(kind) = self.text("problem_type")?.filter(|kind| *kind != "single_label_classification") {
+            return Err(self.error(&format!("problem_type is {kind:?}; supported is \"single_label_classification\"")));
+        }
+        let labels = match self.get("id2label") {
+            None => default_labels(self.size("num_labels", 2, CLASSES)?),
+            Some(Value::Object(map)) => {
+                let label = |id: usize| map.get(&id.to_string()).and_then(Value::as_str).map(str::to_owned);
+                let labels: Option<Vec<String>> = (0..map.len()).map(label).collect();
+                labels.ok_or_else(|| self.error("id2label must name the classes 0, 1, 2 and so on"))?
+            }
+            Some(value) => return Err(self.wrong("id2label", value, "an object")),
+        };
+        if !CLASSES.contains(&labels.len()) {
+            return Err(self.error(&format!("{} classes; supported are 2 to {}", labels.len(), CLASSES.end())));
+        }
+        Ok(labels)
     }
 
     /// Both spellings of rope: `rope_parameters`, or `rope_scaling` with `rope_theta` beside it.
@@ -577,6 +631,28 @@ mod tests {
     }
 
     #[test]
+    fn classifiers_name_their_classes() {
+        let text = r#"{"architectures": ["LlamaForSequenceClassification"], "model_type": "llama", "head_dim": 64"#;
+        let config = read(&format!(r#"{text}, "id2label": {{"0": "bad", "1": "good"}}}}"#)).unwrap();
+        assert_eq!(config.id2label, ["bad", "good"]);
+        let json = config.to_json("float32").unwrap();
+        assert_eq!((&json["architectures"][0], &json["label2id"]["good"]), (&json!(CLASSIFIER), &json!(1)));
+        assert_eq!(read(&json.to_string()).unwrap(), config);
+        let last = config.expected_tensors().pop().unwrap();
+        assert_eq!(last, ("score.weight".into(), vec![2, config.hidden_size]));
+        assert_eq!(read(&format!(r#"{text}, "num_labels": 3}}"#)).unwrap().id2label, ["LABEL_0", "LABEL_1", "LABEL_2"]);
+        for (more, wanted) in [
+            (r#""id2label": {"1": "a", "2": "b"}"#, "id2label must name the classes 0, 1, 2"),
+            (r#""id2label": {"0": "a"}"#, "1 classes; supported are 2"),
+            (r#""problem_type": "regression""#, "problem_type is \"regression\""),
+        ] {
+            let error = read(&format!("{text}, {more}}}")).unwrap_err().to_string();
+            assert!(error.contains(wanted), "{error}");
+        }
+        assert!(!plain().is_classifier());
+    }
+
+    #[test]
     fn absent_keys_have_the_class_defaults() {
         let config = read(r#"{"model_type": "llama"}"#).unwrap();
         assert_eq!((config.vocab_size, config.hidden_size, config.intermediate_size), (32000, 4096, 11008));
@@ -626,7 +702,7 @@ mod tests {
     #[test]
     fn what_is_not_supported_is_refused() {
         refused(json!({"model_type": "mistral"}), "model_type is \"mistral\"; supported is");
-        refused(json!({"architectures": ["LlamaForSequenceClassification"]}), "LlamaForSequenceClassification");
+        refused(json!({"architectures": ["LlamaForTokenClassification"]}), "LlamaForTokenClassification");
         refused(json!({"hidden_act": "gelu"}), "supported is \"silu\"");
         refused(json!({"quantization_config": {"quant_method": "gptq"}}), "(gptq)");
         for kind in ["yarn", "linear", "dynamic", "longrope"] {

@@ -2,7 +2,7 @@
 
 mod together;
 
-use crate::{Error, KvCache, Llama, Result, Workspace};
+use crate::{Adapter, Error, KvCache, Llama, Result, Workspace};
 use serde::{Deserialize, Serialize};
 use std::ops::ControlFlow;
 pub use together::{End, generate_together};
@@ -130,6 +130,7 @@ pub enum FinishReason {
 /// When the prompt is empty, has an id outside the vocabulary, or does not fit into the context.
 pub fn generate(
     model: &Llama,
+    adapter: Option<&Adapter>,
     prompt: &[u32],
     cache: &mut KvCache,
     sampler: &mut Sampler,
@@ -142,7 +143,7 @@ pub fn generate(
     let mut history = prompt.to_vec();
     // A device that has failed gives logits that mean nothing.
     let healthy = || model.device().synchronize().map_err(|e| Error::Failure(e.to_string()));
-    let mut logits = model.decode_logits(&prompt[cache.len()..], cache, ws);
+    let mut logits = model.decode_logits(&prompt[cache.len()..], adapter, cache, ws);
     for i in 0..max_new_tokens {
         let next = sampler.next(logits, &history);
         healthy()?;
@@ -156,7 +157,7 @@ pub fn generate(
         if i + 1 == max_new_tokens || cache.len() == cache.capacity() {
             break;
         }
-        logits = model.decode_logits(&[next], cache, ws);
+        logits = model.decode_logits(&[next], adapter, cache, ws);
     }
     Ok((history.split_off(prompt.len()), FinishReason::Length))
 }

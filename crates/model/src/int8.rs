@@ -11,16 +11,9 @@ impl Llama {
     /// # Errors
     /// When a weight of the base model trains.
     pub fn compute_int8(&mut self, backward: bool) -> Result<()> {
-        if let Some(p) = self.parameters.iter().find(|p| p.trained && !p.name.starts_with("base_model.")) {
+        if let Some(p) = self.parameters.iter().find(|p| p.trained) {
             let message = "trains, and what trains cannot be rounded to 8 bits; compute in f32, or train an adapter";
             return Err(Error::Input(format!("{} {message}", p.name)));
-        }
-        if !self.token_rows.is_empty() {
-            return Err(Error::Input(
-                "the adapter has rows of added tokens, which are not rounded to 8 bits; compute in f32, or merge the adapter \
-                 first"
-                    .into(),
-            ));
         }
         let mut weights: Vec<usize> = self.linears().map(|l| l.weight).collect();
         if self.head == self.embed {

@@ -1,5 +1,8 @@
 //! The LLaMA model: parameters, forward and explicit backward.
 //!
+//! A step is `forward`, a loss over the hidden states that it leaves, `backward`. The model is not changed by any of them, and does
+//! not know which adapter goes with it: that is an argument.
+//!
 //! Shape suffixes: t tokens of the micro-batch, d hidden size, f intermediate size, h query heads · head size, k key/value
 //! heads · head size, r LoRA rank, n positions that carry loss.
 
@@ -10,27 +13,15 @@ mod placement;
 pub(crate) mod together;
 
 use crate::memory::Offload;
-use crate::token_rows::TokenRows;
-use crate::{Checkpoint, Config, Recompute, Result, Storage, batch::Batch};
+use crate::{Adapter, Checkpoint, Config, Error, Gradients, Parameter, Recompute, Result, Storage, batch::Batch};
 use inputs::Inputs;
-use layer::{ForwardBuffers, KeptActivations, Masks, Pass};
+use layer::{ForwardBuffers, KeptActivations, LayerPass, Purpose};
 use rayon::prelude::*;
+use std::borrow::Cow;
 use std::ops::Range;
+use tunesmith_tensor::ops::linear::HeadRows;
 use tunesmith_tensor::ops::{attention, embedding, linear, linear_cross_entropy, rmsnorm, rope, rows};
-use tunesmith_tensor::{Device, Dtype, Tensor, Weight, pool, rng::Rng};
-
-/// A named tensor of the model, under its Hugging Face (or PEFT) name.
-#[derive(Debug)]
-pub struct Parameter {
-    /// Such as `model.layers.0.self_attn.q_proj.weight` or `base_model.model.….lora_A.weight`.
-    pub name: String,
-    /// The weights: dense where they train, and for norms, biases and adapters.
-    pub value: Weight,
-    /// Whether training changes it (only then does it get a gradient buffer).
-    pub trained: bool,
-    /// For a trained weight in bf16 on a GPU: what rounding left of its f32 ([`Tensor::split`]).
-    pub low: Option<Tensor>,
-}
+use tunesmith_tensor::{Device, Tensor, Weight, pool, rng::Rng};
 
 /// One linear layer: indices into [`Llama::parameters`].
 #[derive(Debug)]
@@ -39,16 +30,6 @@ pub(crate) struct Linear {
     pub(crate) module: String,
     pub(crate) weight: usize,
     pub(crate) bias: Option<usize>,
-    pub(crate) lora: Option<Lora>,
-}
-
-/// The adapter of one linear layer: A [r, in] and B [out, r] as indices into the parameters.
-#[derive(Debug)]
-pub(crate) struct Lora {
-    pub(crate) a: usize,
-    pub(crate) b: usize,
-    pub(crate) scale: f32,
-    pub(crate) dropout: f32,
 }
 
 /// Positions of the seven linear layers in [`Layer::linears`].
@@ -81,7 +62,7 @@ pub(crate) struct Layer {
 pub struct Llama {
     /// Its sizes and constants.
     pub config: Config,
-    /// All tensors; adapter tensors come last.
+    /// All tensors, in the order of [`Config::expected_tensors`].
     pub parameters: Vec<Parameter>,
     pub(crate) layers: Vec<Layer>,
     pub(crate) embed: usize,
@@ -90,34 +71,11 @@ pub struct Llama {
     pub(crate) head: usize,
     /// What multiplies in place of a tied head that is rounded to 8 bits: rows of the embedding stay exact.
     pub(crate) int8_head: Option<Weight>,
+    /// The head of a classifier [classes, d].
+    score: Option<usize>,
     frequencies: Vec<f32>,
-    pub(crate) adapter: Option<crate::AdapterConfig>,
-    /// Rows of the embedding and of the head that the adapter has.
-    pub(crate) token_rows: Vec<TokenRows>,
-    adapter_enabled: bool,
-    /// Whether the embedding stays on the processor when the rest moves to a GPU.
+    /// Whether the embedding stays in host memory when the rest moves to a GPU.
     embedding_stays: bool,
-}
-
-/// Gradient buffers: one for each trained parameter, in the order of [`Llama::parameters`].
-#[derive(Debug, Default)]
-pub struct Gradients {
-    /// `None` where the parameter is frozen.
-    pub tensors: Vec<Option<Tensor>>,
-}
-
-impl Gradients {
-    /// Zeroed buffers for what trains in `model`.
-    pub fn new(model: &Llama) -> Self {
-        let zeros = |p: &Parameter| Tensor::zeros_on(&p.value.device(), Dtype::F32, p.value.shape());
-        let buffer = |p: &Parameter| p.trained.then(|| zeros(p));
-        Self { tensors: model.parameters.iter().map(buffer).collect() }
-    }
-
-    /// Sets every gradient to zero.
-    pub fn clear(&mut self) {
-        pool::enter(|| self.tensors.iter_mut().flatten().for_each(Tensor::clear));
-    }
 }
 
 /// Rows `rows` of the weight `name` of a new model into `out` [rows, columns], as Hugging Face initialises one: normal with
@@ -142,20 +100,45 @@ pub fn initial_rows(config: &Config, seed: u64, name: &str, rows: Range<usize>, 
     });
 }
 
-/// How one training pass computes its loss. Dropout is a function of the seed, the step and the place of a token in it: cutting a
-/// step into passes does not change it.
+/// The dropout masks of a batch: a function of the seed, the step and the position of a token in it, so that cutting a step into
+/// passes does not change it.
+#[derive(Clone, Copy, Debug)]
+pub struct Masks {
+    /// Seed of the run.
+    pub seed: u64,
+    /// Number of the optimizer step.
+    pub step: u64,
+    /// Tokens of this step before this batch.
+    pub first_token: u64,
+}
+
+/// Whether a pass keeps its activations for a backward pass, and which dropout it draws.
+#[derive(Clone, Copy, Debug)]
+pub enum Pass {
+    /// Forward for [`Llama::backward`], with dropout where masks are given.
+    Train(Option<Masks>),
+    /// Forward only.
+    Infer,
+}
+
+/// Which matrix scores the hidden states.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Head {
+    /// Every token of the vocabulary: the embedding or `lm_head`.
+    Tokens,
+    /// Every class: `score`.
+    Classes,
+}
+
+/// How [`Llama::cross_entropy`] computes its loss.
 #[derive(Clone, Copy, Debug)]
 pub struct LossOptions {
+    /// What is scored.
+    pub head: Head,
     /// Factor on the summed weighted loss before the backward pass: 1 / sum of the weights of the whole optimizer step.
     pub scale: f32,
     /// Label smoothing ε.
     pub label_smoothing: f32,
-    /// Seed of dropout masks; `None` turns dropout off.
-    pub dropout_seed: Option<u64>,
-    /// Number of the optimizer step.
-    pub step: u64,
-    /// Tokens of this step that went before this batch.
-    pub first_token: u64,
 }
 
 /// What a layer makes in its forward pass and needs in its backward pass, but for its input.
@@ -175,9 +158,9 @@ struct LayerActivations {
     xa_tr: [Tensor; 7],
 }
 
-/// What follows from [`LayerActivations`] by one pass over memory each: made again in the backward pass or kept too.
+/// What follows from [`LayerActivations`] by one pass over memory each: recomputed in the backward pass or kept too.
 #[derive(Debug, Default)]
-struct MadeActivations {
+struct CheapActivations {
     /// Output of the norm in front of attention.
     normed_td: Tensor,
     /// Output of the norm in front of the MLP.
@@ -194,7 +177,7 @@ pub struct Workspace {
     /// Input of each layer.
     inputs: Inputs,
     layers: Vec<LayerActivations>,
-    made: Vec<MadeActivations>,
+    cheap: Vec<CheapActivations>,
     /// Input of an adapter after dropout.
     dropped: Tensor,
     stream_td: Tensor,
@@ -203,6 +186,8 @@ pub struct Workspace {
     rstd_n: Tensor,
     normed_nd: Tensor,
     logits: Tensor,
+    /// Logits of an adapter's rows of tokens.
+    row_logits: Tensor,
     /// A copy of the logits of a model on a GPU.
     host_logits: Tensor,
     losses: Vec<f32>,
@@ -227,13 +212,13 @@ struct BackwardBuffers {
 }
 
 impl Workspace {
-    /// Buffers for passes that make again what `recompute` says.
+    /// Buffers for passes that recompute what `recompute` says.
     pub fn new(recompute: Recompute) -> Self {
         Self { recompute, ..Self::default() }
     }
 
-    /// The same for a model on a GPU, with the inputs of layers in the processor's memory between their forward and their backward
-    /// pass: copied beside the work that goes on.
+    /// The same for a model on a GPU, with the inputs of layers in host memory between their forward and their backward pass: copied
+    /// beside the work that goes on.
     pub fn parked(recompute: Recompute) -> Self {
         Self { recompute, inputs: Inputs::Parked(Box::default()), ..Self::default() }
     }
@@ -245,7 +230,7 @@ impl Workspace {
             let one = [rstd1_t, q_th, k_tk, v_tk, o_th, lse, x2_td, rstd2_t, gate_tf, up_tf];
             one.into_iter().chain(xa_tr).map(Tensor::capacity_bytes).sum::<usize>()
         };
-        let made = |m: &MadeActivations| {
+        let cheap = |m: &CheapActivations| {
             [&m.normed_td, &m.normed2_td, &m.act_tf].map(Tensor::capacity_bytes).iter().sum::<usize>()
         };
         let Self { inputs, dropped, stream_td, h_nd, rstd_n, normed_nd, logits, .. } = self;
@@ -254,7 +239,7 @@ impl Workspace {
         let one = [dropped, stream_td, h_nd, rstd_n, normed_nd, logits, d_stream_td, d_normed_nd, d_h_nd, d_n_td];
         let two = [d_act_tf, d_o_th, d_q_th, d_k_tk, d_v_tk, d_xa_tr, d_dropped];
         let tensors = inputs.num_bytes() + one.into_iter().chain(two).map(Tensor::capacity_bytes).sum::<usize>();
-        let layers = self.layers.iter().map(layer).sum::<usize>() + self.made.iter().map(made).sum::<usize>();
+        let layers = self.layers.iter().map(layer).sum::<usize>() + self.cheap.iter().map(cheap).sum::<usize>();
         let generation = self.generation.num_bytes();
         tensors + layers + generation + self.angles.num_bytes() + self.head.num_bytes() + 4 * self.losses.capacity()
     }
@@ -289,12 +274,7 @@ impl Llama {
         let names = config.expected_tensors();
         let mut parameters = Vec::with_capacity(names.len());
         for (i, (name, _)) in names.iter().enumerate() {
-            parameters.push(Parameter {
-                name: name.clone(),
-                value: checkpoint.load(name, storage)?,
-                trained: false,
-                low: None,
-            });
+            parameters.push(Parameter::new(name.clone(), checkpoint.load(name, storage)?, false));
             progress(i + 1, names.len());
         }
         Ok(Self::assemble(config, parameters))
@@ -306,7 +286,7 @@ impl Llama {
         let parameters = config.expected_tensors().into_iter().map(|(name, shape)| {
             let mut value = Tensor::zeros(&shape);
             initial_rows(&config, seed, &name, 0..value.rows(), value.data_mut());
-            Parameter { name, value: value.into(), trained: false, low: None }
+            Parameter::new(name, value, false)
         });
         let parameters = parameters.collect();
         Self::assemble(config, parameters)
@@ -322,7 +302,7 @@ impl Llama {
                     let module = format!("model.layers.{l}.{block}.{name}");
                     let weight = index[format!("{module}.weight").as_str()];
                     let bias = index.get(format!("{module}.bias").as_str()).copied();
-                    Linear { module, weight, bias, lora: None }
+                    Linear { module, weight, bias }
                 };
                 Layer {
                     input_norm: index[format!("model.layers.{l}.input_layernorm.weight").as_str()],
@@ -334,7 +314,9 @@ impl Llama {
             })
             .collect();
         let embed = index["model.embed_tokens.weight"];
-        let head = if config.tie_word_embeddings { embed } else { index["lm_head.weight"] };
+        // A classifier has no language-model head: its embedding takes that part, as a tied one does.
+        let head = index.get("lm_head.weight").copied().unwrap_or(embed);
+        let score = index.get("score.weight").copied();
         let norm = index["model.norm.weight"];
         let frequencies = config.inverse_frequencies();
         Self {
@@ -344,10 +326,8 @@ impl Llama {
             norm,
             head,
             int8_head: None,
+            score,
             frequencies,
-            adapter: None,
-            token_rows: Vec::new(),
-            adapter_enabled: true,
             embedding_stays: false,
             parameters,
         }
@@ -361,32 +341,81 @@ impl Llama {
     pub fn train_all(&mut self) {
         assert!(!self.computes_int8(), "weights rounded to 8 bits cannot train");
         for parameter in &mut self.parameters {
-            if let Weight::Packed(packed) = &parameter.value {
-                parameter.value = packed.to_tensor().into();
-            }
+            parameter.make_dense();
             parameter.trained = true;
         }
     }
 
-    /// Number of weights that train.
-    pub fn num_trained(&self) -> usize {
-        self.parameters.iter().filter(|p| p.trained).map(|p| p.value.len()).sum()
-    }
-
-    /// Number of weights of the base model (a tied head counts once).
+    /// Number of weights (a tied head counts once).
     pub fn num_params(&self) -> usize {
-        self.parameters.iter().filter(|p| !p.name.starts_with("base_model.")).map(|p| p.value.len()).sum()
+        self.parameters.iter().map(|p| p.value.len()).sum()
     }
 
-    /// The configuration of the attached adapter.
-    pub fn adapter(&self) -> Option<&crate::AdapterConfig> {
-        self.adapter.as_ref()
+    /// A classification head [classes, d] to begin with: its own, or a new one as Hugging Face initialises it.
+    pub(crate) fn initial_score(&self, num_classes: usize, seed: u64) -> Tensor {
+        if let Some(score) = self.score.map(|score| self.tensor(score)).filter(|score| score.rows() == num_classes) {
+            return score.clone();
+        }
+        let mut score = Tensor::zeros(&[num_classes, self.config.hidden_size]);
+        initial_rows(&self.config, seed, "score.weight", 0..num_classes, score.data_mut());
+        score
     }
 
-    /// Turns the attached adapter off (the model is then the base model, to the bit) or on again.
-    pub fn enable_adapter(&mut self, enabled: bool) {
-        self.adapter_enabled = enabled;
-        self.place_token_rows(enabled);
+    /// Makes it a classifier for the classes `labels` with a new head that trains, if it is none yet.
+    ///
+    /// # Errors
+    /// When it is a classifier for other classes.
+    pub fn train_score(&mut self, labels: &[String], seed: u64) -> Result<()> {
+        if self.score.is_some() && self.config.id2label != labels {
+            let found = self.config.id2label.join(", ");
+            return Err(Error::Input(format!(
+                "the model is a classifier for {found}; the data has {}",
+                labels.join(", ")
+            )));
+        }
+        if self.score.is_none() {
+            self.set_score(self.initial_score(labels.len(), seed).into(), labels.to_vec());
+        }
+        self.parameters.iter_mut().skip(self.norm + 1).for_each(|score| score.trained = true);
+        Ok(())
+    }
+
+    /// Makes it a classifier with the head `score` [classes, d] in place of its language-model head.
+    pub(crate) fn set_score(&mut self, score: Weight, labels: Vec<String>) {
+        let parameter = Parameter::new("score.weight".into(), score, false);
+        // What follows the last norm is the head, which nothing else refers to.
+        self.parameters.truncate(self.norm + 1);
+        self.head = self.embed;
+        self.score = Some(self.parameters.len());
+        self.parameters.push(parameter);
+        self.config.id2label = labels;
+    }
+
+    /// The f32 values of the tensor `name` (a Hugging Face name) on the CPU, wherever the model is.
+    ///
+    /// # Errors
+    /// As [`Llama::base_tensor`].
+    pub fn host_tensor(&self, name: &str) -> Result<Cow<'_, Tensor>> {
+        self.base_tensor(name)?;
+        let found = self.parameters.iter().find(|p| p.name == name).map(Parameter::host);
+        found.ok_or_else(|| Error::Failure(format!("the model has no tensor {name}")))
+    }
+
+    /// The tensor `name` (a Hugging Face name) of the base model.
+    ///
+    /// # Errors
+    /// When the model has none of that name, or only one rounded to 8 bits.
+    pub fn base_tensor(&self, name: &str) -> Result<&Weight> {
+        let found = self.parameters.iter().find(|p| p.name == name).map(|p| &p.value);
+        if let Some(Weight::Int8(_)) = found {
+            return Err(crate::int8::values_are_gone(name));
+        }
+        found.ok_or_else(|| Error::Failure(format!("the model has no tensor {name}")))
+    }
+
+    /// The linear layers of all blocks, in order.
+    pub(crate) fn linears(&self) -> impl Iterator<Item = &Linear> {
+        self.layers.iter().flat_map(|l| &l.linears)
     }
 
     fn heads(&self) -> attention::Heads {
@@ -405,161 +434,201 @@ impl Llama {
         self.int8_head.as_ref().unwrap_or_else(|| self.value(self.head))
     }
 
-    /// A parameter that is dense in every model: a norm, a bias, an adapter.
+    /// A parameter that is dense in every model: a norm, a bias.
     fn tensor(&self, index: usize) -> &Tensor {
         self.parameters[index].value.tensor()
     }
 
-    /// Forward pass without gradients: fills [`Workspace::losses`] and returns their sum in nats, each times its weight. Goes through the batch in
-    /// parts, as [`Llama::loss_and_gradients`] does.
-    pub fn loss(&self, batch: &Batch, label_smoothing: f32, ws: &mut Workspace) -> f64 {
-        pool::enter(|| self.pooled_loss(batch, label_smoothing, ws))
+    /// The rows of tokens that `adapter` has in the embedding, or in the head.
+    fn token_rows<'a>(&self, adapter: Option<&'a Adapter>, matrix: usize) -> Option<(HeadRows<'a>, usize)> {
+        let module = if matrix == self.embed { "embed_tokens" } else { "lm_head" };
+        let adapter = adapter?;
+        let (ids, index) = adapter.rows_of(module)?;
+        Some((HeadRows { ids, w: adapter.parameters[index].value.tensor() }, index))
     }
 
-    fn pooled_loss(&self, batch: &Batch, label_smoothing: f32, ws: &mut Workspace) -> f64 {
-        let mut losses = Vec::with_capacity(batch.targets.len());
-        for part in batch.parts(self.pass_tokens()) {
-            self.run_layers(&part, Pass::Discard, ws);
-            self.gather_and_norm(&part, ws);
-            let (h, head) = (&ws.normed_nd, self.head_weight());
-            linear_cross_entropy::forward(h, head, &part.targets, label_smoothing, &mut ws.head, &mut ws.losses);
-            losses.extend_from_slice(&ws.losses);
-        }
-        ws.losses = losses;
-        batch.weighted_sum(&ws.losses)
+    /// Tokens that go through the model at once while training: [`Batch::parts`] of at most so many share no attention. A GPU needs
+    /// more of them for its products, and its memory is not shared with a cache.
+    pub fn pass_tokens(&self) -> usize {
+        if self.device() == Device::Cpu { PASS_TOKENS } else { PASS_TOKENS_GPU }
     }
 
-    /// Logits [T, V] at every position of `batch`.
-    pub fn logits<'w>(&self, batch: &Batch, ws: &'w mut Workspace) -> &'w Tensor {
-        self.run_layers(batch, Pass::Discard, ws);
-        let eps = self.config.rms_norm_eps;
-        rmsnorm::forward(&ws.stream_td, self.tensor(self.norm), eps, &mut ws.normed_nd, &mut ws.rstd_n);
-        linear::logits(&ws.normed_nd, self.head_weight(), &mut ws.logits);
-        &ws.logits
+    /// Forward pass up to the final norm at [`Batch::loss_rows`]: what a loss is computed from, left in `ws`.
+    pub fn forward(&self, batch: &Batch, adapter: Option<&Adapter>, pass: Pass, ws: &mut Workspace) {
+        pool::enter(|| {
+            self.run_layers(batch, adapter, pass, ws);
+            rows::gather(&ws.stream_td, &batch.loss_rows, &mut ws.h_nd);
+            let eps = self.config.rms_norm_eps;
+            rmsnorm::forward(&ws.h_nd, self.tensor(self.norm), eps, &mut ws.normed_nd, &mut ws.rstd_n);
+        });
     }
 
-    /// One forward and backward pass: adds the gradients of `scale` · Σ weight · loss to `gradients`, fills
-    /// [`Workspace::losses`] and returns their weighted sum in nats (unscaled).
+    /// Cross-entropy of [`Batch::targets`] at the hidden states of the last [`Llama::forward`] of `batch`: fills
+    /// [`Workspace::losses`] and returns their weighted sum in nats (unscaled). With `gradients` the gradients of
+    /// `scale` · Σ weight · loss are added to them for the head, and left for [`Llama::backward`] for the hidden states. The logits are
+    /// never whole.
     ///
-    /// Documents do not see each other, so a batch of more than [`PASS_TOKENS`] tokens goes through the model in several
-    /// parts, document by document: the same gradients for a part of the memory.
-    pub fn loss_and_gradients(
+    /// # Panics
+    /// When classes are asked for and neither the model nor the adapter has a head for them.
+    pub fn cross_entropy(
         &self,
         batch: &Batch,
+        adapter: Option<&Adapter>,
         options: LossOptions,
         ws: &mut Workspace,
-        gradients: &mut Gradients,
+        gradients: Option<&mut Gradients>,
     ) -> f64 {
-        let mut losses = Vec::with_capacity(batch.targets.len());
-        let mut options = options;
-        for part in batch.parts(self.pass_tokens()) {
-            pool::enter(|| self.part_gradients(&part, options, ws, gradients));
-            losses.extend_from_slice(&ws.losses);
-            options.first_token += part.len() as u64;
-        }
-        ws.losses = losses;
-        batch.weighted_sum(&ws.losses)
+        let Workspace { normed_nd, losses, head: scratch, back, .. } = ws;
+        let own_score = adapter.and_then(|adapter| Some((adapter, adapter.score()?)));
+        let (w, rows) = match (options.head, own_score, self.score) {
+            (Head::Tokens, ..) => (self.head_weight(), self.token_rows(adapter, self.head)),
+            (Head::Classes, Some((adapter, score)), _) => (&adapter.parameters[score].value, None),
+            (Head::Classes, None, Some(score)) => (self.value(score), None),
+            (Head::Classes, None, None) => panic!("there is no classification head"),
+        };
+        let head = linear_cross_entropy::Head { w, rows: rows.map(|(rows, _)| rows) };
+        let (targets, smoothing) = (&batch.targets, options.label_smoothing);
+        pool::enter(|| match gradients {
+            None => linear_cross_entropy::forward(normed_nd, head, targets, smoothing, scratch, losses),
+            Some(gradients) => {
+                let Gradients { model, adapter } = gradients;
+                let (d_w, d_rows) = match (options.head, own_score, self.score) {
+                    (Head::Classes, Some((_, score)), _) => (adapter[score].as_mut(), None),
+                    (Head::Classes, None, score) => (score.and_then(|score| model[score].as_mut()), None),
+                    (Head::Tokens, ..) => (model[self.head].as_mut(), rows.and_then(|(_, i)| adapter[i].as_mut())),
+                };
+                let (scale, weights, d_h) = (options.scale, batch.weights(), &mut back.d_normed_nd);
+                let sums = linear_cross_entropy::Gradients { scale, weights, d_h, d_w, d_rows };
+                linear_cross_entropy::forward_backward(normed_nd, head, targets, smoothing, scratch, losses, sums);
+            }
+        });
+        batch.weighted_sum(losses)
     }
 
-    /// One part of a pass.
-    fn part_gradients(&self, batch: &Batch, options: LossOptions, ws: &mut Workspace, gradients: &mut Gradients) {
-        let LossOptions { step, first_token, .. } = options;
-        let masks = options.dropout_seed.map(|seed| Masks { seed, step, first_token });
-        self.run_layers(batch, Pass::Keep(masks), ws);
-        self.gather_and_norm(batch, ws);
-        let recompute = ws.recompute;
-        let Workspace { inputs, layers, made, dropped, .. } = ws;
-        let Workspace { stream_td, angles, h_nd, rstd_n, normed_nd, losses, head, back, .. } = ws;
-        let targets = &batch.targets;
-        // Rows of their own are parameters behind the matrices.
-        let (matrices, others) = gradients.tensors.split_at_mut(self.head.max(self.embed) + 1);
-        let head_rows = self.token_rows.iter().find(|rows| rows.matrix == self.head);
-        let d_rows = head_rows.and_then(|rows| {
-            let d_w = others[rows.rows - matrices.len()].as_mut()?;
-            Some(linear_cross_entropy::HeadRows { ids: &rows.ids, d_w })
-        });
-        let sums = linear_cross_entropy::Gradients {
-            scale: options.scale,
-            weights: batch.weights(),
-            d_h: &mut back.d_normed_nd,
-            d_w: matrices[self.head].as_mut(),
-            d_rows,
-        };
-        let smoothing = options.label_smoothing;
-        linear_cross_entropy::forward_backward(normed_nd, self.head_weight(), targets, smoothing, head, losses, sums);
+    /// Backward pass of the last [`Llama::forward`] with [`Pass::Train`] of the same arguments, from the gradient of its hidden states:
+    /// adds to the gradients of everything that trains.
+    pub fn backward(
+        &self,
+        batch: &Batch,
+        adapter: Option<&Adapter>,
+        masks: Option<Masks>,
+        ws: &mut Workspace,
+        gradients: &mut Gradients,
+    ) {
+        pool::enter(|| self.pooled_backward(batch, adapter, masks, ws, gradients));
+    }
+
+    fn pooled_backward(
+        &self,
+        batch: &Batch,
+        adapter: Option<&Adapter>,
+        masks: Option<Masks>,
+        ws: &mut Workspace,
+        gradients: &mut Gradients,
+    ) {
+        let Workspace { recompute, inputs, layers, cheap, dropped, .. } = ws;
+        let Workspace { stream_td, angles, h_nd, rstd_n, back, .. } = ws;
+        let recompute = *recompute;
         back.d_h_nd.resize_like(h_nd, h_nd.shape());
         back.d_h_nd.clear();
-        let norm = self.tensor(self.norm);
-        let d_norm = gradients.tensors[self.norm].as_mut();
-        rmsnorm::backward(h_nd, norm, rstd_n, &back.d_normed_nd, &mut back.d_h_nd, d_norm);
+        let d_norm = gradients.model[self.norm].as_mut();
+        rmsnorm::backward(h_nd, self.tensor(self.norm), rstd_n, &back.d_normed_nd, &mut back.d_h_nd, d_norm);
         back.d_stream_td.resize_like(stream_td, stream_td.shape());
         back.d_stream_td.clear();
         rows::scatter(&back.d_h_nd, &batch.loss_rows, &mut back.d_stream_td);
-        let lowest = self.lowest_trained_layer();
+        let lowest = self.lowest_trained_layer(adapter);
         for l in (lowest..self.layers.len()).rev() {
+            let at = LayerPass { l, adapter, batch, angles, masks };
             let act = &mut layers[kept(recompute < Recompute::Block, l)];
-            let made = &mut made[kept(recompute == Recompute::None, l)];
+            let cheap = &mut cheap[kept(recompute == Recompute::None, l)];
             match recompute {
                 Recompute::None => {}
-                Recompute::Norms => self.make_again(l, inputs.get(l), act, made),
+                Recompute::Norms => self.recompute_cheap(l, inputs.get(l), act, cheap),
                 // The forward pass ended with this layer: its buffers still hold it.
                 Recompute::Block if l + 1 == self.layers.len() => {}
                 Recompute::Block => {
                     stream_td.assign(inputs.get(l));
-                    let buffers = ForwardBuffers { act, made, dropped };
-                    self.layer_forward(l, stream_td, buffers, angles, batch, Pass::Again(masks));
+                    let buffers = ForwardBuffers { act, cheap, dropped };
+                    self.layer_forward(at, stream_td, buffers, Purpose::Recompute);
                 }
             }
-            let kept = KeptActivations { x_td: inputs.get(l), act, made };
-            self.layer_backward(l, kept, batch, angles, masks, back, dropped, gradients);
+            let kept = KeptActivations { x_td: inputs.get(l), act, cheap };
+            self.layer_backward(at, kept, back, dropped, gradients);
             if l > lowest {
                 inputs.done(l);
             }
         }
-        if let Some(d_table) = gradients.tensors[self.embed].as_mut() {
+        if let Some(d_table) = gradients.model[self.embed].as_mut() {
             embedding::backward(&back.d_stream_td, &batch.ids, d_table);
         }
-        if let Some(rows) = self.token_rows.iter().find(|rows| rows.matrix == self.embed)
-            && let Some(d_rows) = gradients.tensors[rows.rows].as_mut()
+        if let Some((rows, index)) = self.token_rows(adapter, self.embed)
+            && let Some(d_rows) = gradients.adapter[index].as_mut()
         {
-            embedding::backward_rows(&back.d_stream_td, &batch.ids, &rows.ids, d_rows);
+            embedding::backward_rows(&back.d_stream_td, &batch.ids, rows.ids, d_rows);
+        }
+    }
+
+    /// Logits [T, V] at every position of `batch`.
+    pub fn logits<'w>(&self, batch: &Batch, adapter: Option<&Adapter>, ws: &'w mut Workspace) -> &'w Tensor {
+        self.run_layers(batch, adapter, Pass::Infer, ws);
+        let eps = self.config.rms_norm_eps;
+        rmsnorm::forward(&ws.stream_td, self.tensor(self.norm), eps, &mut ws.normed_nd, &mut ws.rstd_n);
+        let Workspace { normed_nd, logits, row_logits, .. } = ws;
+        self.project_logits(adapter, normed_nd, row_logits, logits);
+        logits
+    }
+
+    /// `logits` [N, V] in f32 of the normed hidden states `x` [N, d].
+    fn project_logits(&self, adapter: Option<&Adapter>, x: &Tensor, columns: &mut Tensor, logits: &mut Tensor) {
+        linear::logits(x, self.head_weight(), logits);
+        self.replace_logits(adapter, x, columns, logits);
+    }
+
+    /// Logits of the tokens of which `adapter` has rows.
+    fn replace_logits(&self, adapter: Option<&Adapter>, x: &Tensor, columns: &mut Tensor, logits: &mut Tensor) {
+        if let Some((rows, _)) = self.token_rows(adapter, self.head) {
+            linear::replace_logits(x, rows, columns, logits);
         }
     }
 
     /// Nothing below this layer trains, so the backward pass may stop there.
-    fn lowest_trained_layer(&self) -> usize {
-        let rows = self.token_rows.iter().find(|rows| rows.matrix == self.embed);
-        if self.parameters[self.embed].trained || rows.is_some_and(|rows| self.parameters[rows.rows].trained) {
+    fn lowest_trained_layer(&self, adapter: Option<&Adapter>) -> usize {
+        let trains = |i: usize| self.parameters[i].trained;
+        let rows = adapter.and_then(|adapter| Some(adapter.parameters[adapter.rows_of("embed_tokens")?.1].trained));
+        if trains(self.embed) || rows == Some(true) {
             return 0;
         }
-        let trains = |i: usize| self.parameters[i].trained;
-        let any = |layer: &Layer| {
-            let linear = |l: &Linear| {
-                trains(l.weight)
-                    || l.bias.is_some_and(trains)
-                    || l.lora.as_ref().is_some_and(|l| trains(l.a) || trains(l.b))
-            };
-            trains(layer.input_norm) || trains(layer.post_norm) || layer.linears.iter().any(linear)
+        let any = |(l, layer): (usize, &Layer)| {
+            let linear = |linear: &Linear| trains(linear.weight) || linear.bias.is_some_and(trains);
+            trains(layer.input_norm)
+                || trains(layer.post_norm)
+                || layer.linears.iter().any(linear)
+                || adapter.is_some_and(|adapter| adapter.trains_in(l))
         };
-        self.layers.iter().position(any).unwrap_or(self.layers.len())
+        self.layers.iter().enumerate().position(any).unwrap_or(self.layers.len())
     }
 
-    /// Final hidden states of the positions that carry loss, and their norm: the head sees nothing else.
-    fn gather_and_norm(&self, batch: &Batch, ws: &mut Workspace) {
-        rows::gather(&ws.stream_td, &batch.loss_rows, &mut ws.h_nd);
-        let eps = self.config.rms_norm_eps;
-        rmsnorm::forward(&ws.h_nd, self.tensor(self.norm), eps, &mut ws.normed_nd, &mut ws.rstd_n);
+    /// Rows `ids` [T] of the embedding, or of those that `adapter` has: `x` [T, d].
+    fn embed(&self, ids: &[u32], adapter: Option<&Adapter>, x: &mut Tensor) {
+        embedding::forward_on(self.value(self.embed), ids, &self.device(), self.dtype(), x);
+        if let Some((rows, _)) = self.token_rows(adapter, self.embed) {
+            embedding::replace(rows.w, rows.ids, ids, x);
+        }
     }
 
     /// Embedding and all layers: leaves the residual stream [T, d] in `ws.stream_td`.
-    fn run_layers(&self, batch: &Batch, pass: Pass, ws: &mut Workspace) {
-        let keeps = matches!(pass, Pass::Keep(_));
-        let (keeps_layers, keeps_made) =
+    fn run_layers(&self, batch: &Batch, adapter: Option<&Adapter>, pass: Pass, ws: &mut Workspace) {
+        let (purpose, masks) = match pass {
+            Pass::Train(masks) => (Purpose::Train, masks),
+            Pass::Infer => (Purpose::Infer, None),
+        };
+        let keeps = purpose == Purpose::Train;
+        let (keeps_layers, keeps_cheap) =
             (keeps && ws.recompute < Recompute::Block, keeps && ws.recompute == Recompute::None);
         let count = |keeps: bool| if keeps { self.layers.len() } else { 1 };
         grow(&mut ws.layers, count(keeps_layers));
-        grow(&mut ws.made, count(keeps_made));
-        embedding::forward_on(self.value(self.embed), &batch.ids, &self.device(), self.dtype(), &mut ws.stream_td);
+        grow(&mut ws.cheap, count(keeps_cheap));
+        self.embed(&batch.ids, adapter, &mut ws.stream_td);
         ws.angles.fill_on(&ws.stream_td.device(), &batch.positions, &self.frequencies);
         for l in 0..self.layers.len() {
             if keeps {
@@ -567,10 +636,11 @@ impl Llama {
             }
             let buffers = ForwardBuffers {
                 act: &mut ws.layers[kept(keeps_layers, l)],
-                made: &mut ws.made[kept(keeps_made, l)],
+                cheap: &mut ws.cheap[kept(keeps_cheap, l)],
                 dropped: &mut ws.dropped,
             };
-            self.layer_forward(l, &mut ws.stream_td, buffers, &ws.angles, batch, pass);
+            let at = LayerPass { l, adapter, batch, angles: &ws.angles, masks };
+            self.layer_forward(at, &mut ws.stream_td, buffers, purpose);
         }
     }
 }

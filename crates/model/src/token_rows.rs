@@ -1,14 +1,12 @@
 //! Added tokens: rows of the embedding and of the head that did not come with the model, and how an adapter trains them.
 //!
 //! A new row begins at the mean of the rows that were there (Hewitt, "Initializing New Word Embeddings for Pretrained Language
-//! Models", 2021). A tied head is the embedding: one tensor, one row. While an adapter trains, the rows are parameters of their
-//! own and are copied into the frozen matrix after each update, as PEFT's `trainable_token_indices` does it.
+//! Models", 2021). A tied head is the embedding: one tensor, one row. The rows of an adapter are parameters of its own, which are
+//! looked up in place of those of the frozen matrix, as PEFT's `trainable_token_indices` does it.
 
-use crate::llama::{Llama, Parameter};
-use crate::{Config, Error, Result};
+use crate::{Config, Error, Llama, Result};
 use std::borrow::Cow;
 use std::collections::BTreeMap;
-use tunesmith_tensor::ops::rows;
 use tunesmith_tensor::{Device, Tensor, Weight};
 
 /// The matrices that have a row for each token, as PEFT names them.
@@ -24,12 +22,8 @@ pub(crate) struct TokenRows {
     pub(crate) module: String,
     /// The tokens, ascending.
     pub(crate) ids: Vec<u32>,
-    /// Index of the parameter [n, d] with the rows.
+    /// Index of the adapter's parameter [n, d] with the rows.
     pub(crate) rows: usize,
-    /// Index of the matrix.
-    pub(crate) matrix: usize,
-    /// The rows [n, d] of the base model.
-    base: Tensor,
 }
 
 /// Path of a module of [`TOKEN_MODULES`] in the model.
@@ -139,116 +133,24 @@ impl Llama {
         for (matrix, mean) in means {
             // Those that are new have it already.
             for id in ids.iter().filter(|id| (**id as usize) < old) {
-                self.make_dense(matrix);
-                self.parameters[matrix].value.tensor_mut().row_mut(*id as usize).copy_from_slice(&mean);
+                self.parameters[matrix].make_dense().row_mut(*id as usize).copy_from_slice(&mean);
             }
         }
         Ok(())
     }
 
-    /// Adds the rows of `ids` to the attached adapter, which trains them from the mean of all rows on; the rest of the matrices
-    /// stays frozen.
-    ///
-    /// # Errors
-    /// When no adapter is attached, or as [`Llama::grow_vocabulary`].
-    pub fn train_tokens(&mut self, ids: &[u32]) -> Result<()> {
-        let indices = token_indices(&self.config, ids);
-        let size = vocabulary_for(&indices, self.config.vocab_size);
-        let mut means = BTreeMap::new();
-        for module in indices.keys() {
-            let matrix = &self.parameters[self.token_matrix(module)].value;
-            means.insert(module.clone(), mean_row(&dense(matrix)));
-        }
-        self.grow_vocabulary(size)?;
-        let Some(adapter) = &mut self.adapter else {
-            return Err(Error::Failure("rows of tokens train with an adapter, and there is none".into()));
-        };
-        adapter.trainable_token_indices.clone_from(&indices);
-        for (module, ids) in indices {
-            let mean = &means[&module];
-            let mut rows = Tensor::zeros(&[ids.len(), mean.len()]);
-            for row in 0..ids.len() {
-                rows.row_mut(row).copy_from_slice(mean);
-            }
-            self.push_rows(module, ids, rows, true);
-        }
-        Ok(())
+    /// The matrix that has the rows of `module`, in f32.
+    pub(crate) fn token_matrix(&self, module: &str) -> Cow<'_, Tensor> {
+        dense(&self.parameters[self.token_matrix_index(module)].value)
     }
 
-    /// Attaches rows that were read from an adapter. Their shapes have been checked.
-    pub(crate) fn attach_token_rows(
-        &mut self,
-        rows: BTreeMap<String, Tensor>,
-        indices: &TokenIndices,
-        trained: bool,
-    ) -> Result<()> {
-        if rows.is_empty() {
-            return Ok(());
-        }
-        self.grow_vocabulary(vocabulary_for(indices, self.config.vocab_size))?;
-        for (module, rows) in rows {
-            let ids = indices.get(&module).cloned().unwrap_or_default();
-            self.push_rows(module, ids, rows, trained);
-        }
-        Ok(())
-    }
-
-    fn push_rows(&mut self, module: String, ids: Vec<u32>, rows: Tensor, trained: bool) {
-        let matrix = self.token_matrix(&module);
-        self.make_dense(matrix);
-        let mut base = Tensor::zeros(rows.shape());
-        for (row, id) in ids.iter().enumerate() {
-            base.row_mut(row).copy_from_slice(self.parameters[matrix].value.tensor().row(*id as usize));
-        }
-        let index = self.parameters.len();
-        let name = token_rows_name(&module);
-        self.parameters.push(Parameter { name, value: rows.into(), trained, low: None });
-        self.token_rows.push(TokenRows { module, ids, rows: index, matrix, base });
-        self.place_token_rows(true);
-    }
-
-    /// Copies the adapter's rows of tokens (or, without it, those of the base model) to where they are read. To be called when the
-    /// rows have changed.
-    pub fn place_token_rows(&mut self, adapted: bool) {
-        for at in 0..self.token_rows.len() {
-            let TokenRows { ids, rows, matrix, base, .. } = &self.token_rows[at];
-            // An adapter's parameters stand behind those of the base model.
-            let (matrices, others) = self.parameters.split_at_mut(*rows);
-            let (own, matrix) = (&others[0], matrices[*matrix].value.tensor_mut());
-            let device = matrix.device();
-            let from = match adapted {
-                // In bf16 the upper halves, to which the whole values are rounded.
-                true if own.value.device() == device => Cow::Borrowed(own.value.tensor()),
-                true => own.host(),
-                false => Cow::Borrowed(base),
-            };
-            let from = match from.device() == device {
-                true => from,
-                false => Cow::Owned(from.to_device(&device, matrix.dtype())),
-            };
-            rows::scatter(&from, ids, matrix);
-        }
-    }
-
-    /// The rows of tokens that the attached adapter has: module and rows [n, d], on the processor.
-    pub fn adapter_token_rows(&self) -> impl Iterator<Item = (&str, Cow<'_, Tensor>)> {
-        self.token_rows.iter().map(|rows| (rows.module.as_str(), self.parameters[rows.rows].host()))
-    }
-
-    fn token_matrix(&self, module: &str) -> usize {
+    pub(crate) fn token_matrix_index(&self, module: &str) -> usize {
         if module == "lm_head" { self.head } else { self.embed }
     }
 
     /// The embedding, and the head where it is another matrix.
     fn token_matrices(&self) -> Vec<usize> {
         if self.head == self.embed { vec![self.embed] } else { vec![self.embed, self.head] }
-    }
-
-    fn make_dense(&mut self, matrix: usize) {
-        let value = &mut self.parameters[matrix].value;
-        if value.dense().is_none() {
-            *value = value.to_tensor().into();
-        }
     }
 }
 

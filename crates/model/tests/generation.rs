@@ -5,8 +5,8 @@
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use tunesmith_model::{
-    AdapterFile, Batch, Checkpoint, End, FinishReason, KvCache, Llama, Sampler, Sampling, Storage, Workspace, generate,
-    generate_together,
+    Adapter, AdapterFile, Batch, Checkpoint, End, FinishReason, KvCache, Llama, Sampler, Sampling, Storage, Workspace,
+    generate, generate_together,
 };
 use tunesmith_tensor::rng::Rng;
 
@@ -14,11 +14,12 @@ fn fixture(path: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(path)
 }
 
-/// A tiny model with an adapter on top.
-fn model() -> Llama {
+/// A tiny model and an adapter of it.
+fn model() -> (Llama, Adapter) {
     let mut llama = Llama::load(&Checkpoint::open(&fixture("tiny-llama3")).unwrap(), Storage::F32, |_, _| ()).unwrap();
-    llama.attach_adapter(AdapterFile::open(&fixture("tiny-llama3/lora_final")).unwrap(), false).unwrap();
-    llama
+    let file = AdapterFile::open(&fixture("tiny-llama3/lora_final")).unwrap();
+    let adapter = Adapter::open(&mut llama, file, false).unwrap();
+    (llama, adapter)
 }
 
 fn text(num: usize) -> Vec<u32> {
@@ -27,13 +28,13 @@ fn text(num: usize) -> Vec<u32> {
 }
 
 /// The logits behind `ids`, fed in parts of these sizes.
-fn decoded(llama: &Llama, ids: &[u32], parts: impl IntoIterator<Item = usize>) -> Vec<f32> {
+fn decoded((llama, adapter): &(Llama, Adapter), ids: &[u32], parts: impl IntoIterator<Item = usize>) -> Vec<f32> {
     let mut cache = KvCache::new(&llama.config, ids.len());
     let mut ws = Workspace::default();
     let mut logits = Vec::new();
     for part in parts {
         let start = cache.len();
-        logits = llama.decode(&ids[start..start + part], &mut cache, &mut ws).to_vec();
+        logits = llama.decode(&ids[start..start + part], Some(adapter), &mut cache, &mut ws).to_vec();
     }
     assert_eq!(cache.len(), ids.len());
     logits
@@ -47,14 +48,14 @@ fn difference(a: &[f32], b: &[f32]) -> f32 {
 
 #[test]
 fn parts_do_not_matter() {
-    let llama = model();
+    let model = model();
     let ids = text(600);
     let mut batch = Batch::default();
     batch.push(&ids, &[true; 600]);
     let mut ws = Workspace::default();
-    let want = llama.logits(&batch, &mut ws).row(599).to_vec();
+    let want = model.0.logits(&batch, Some(&model.1), &mut ws).row(599).to_vec();
     for parts in [vec![600], vec![1; 600], vec![3, 597], vec![512, 4, 84], vec![100, 499, 1], vec![596, 4]] {
-        let got = decoded(&llama, &ids, parts.iter().copied());
+        let got = decoded(&model, &ids, parts.iter().copied());
         let off = difference(&got, &want);
         assert!(off < 1e-5, "{off} with {} parts", parts.len());
     }
@@ -62,14 +63,15 @@ fn parts_do_not_matter() {
 
 #[test]
 fn a_cache_forgets_and_goes_on() {
-    let llama = model();
+    let model = model();
+    let (llama, adapter) = (&model.0, Some(&model.1));
     let ids = text(300);
     let mut ws = Workspace::default();
     let mut cache = KvCache::half(&llama.config, 300);
-    llama.decode(&[&ids[..250], &[7; 50]].concat(), &mut cache, &mut ws);
+    llama.decode(&[&ids[..250], &[7; 50]].concat(), adapter, &mut cache, &mut ws);
     cache.truncate(250);
-    let again = llama.decode(&ids[250..], &mut cache, &mut ws).to_vec();
-    assert!(difference(&again, &decoded(&llama, &ids, [300])) < 1e-3);
+    let again = llama.decode(&ids[250..], adapter, &mut cache, &mut ws).to_vec();
+    assert!(difference(&again, &decoded(&model, &ids, [300])) < 1e-3);
     // Two of k and v, three layers of two heads of 16, 512 tokens in f16.
     assert_eq!(cache.bytes(), 2 * 3 * 32 * 512 * 2);
 }
@@ -77,14 +79,14 @@ fn a_cache_forgets_and_goes_on() {
 #[test]
 fn integers_are_near_and_do_not_depend_on_threads() {
     let exact = model();
-    let mut llama = model();
-    llama.round_activations();
+    let mut rounded = model();
+    rounded.0.round_activations();
     let ids = text(200);
     for parts in [vec![200], vec![150, 1, 49], vec![196, 4]] {
         let want = decoded(&exact, &ids, parts.iter().copied());
         let got = [1, 3].map(|threads| {
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-            pool.install(|| decoded(&llama, &ids, parts.iter().copied()))
+            pool.install(|| decoded(&rounded, &ids, parts.iter().copied()))
         });
         let off = difference(&got[0], &want);
         assert!(off > 1e-5 && off < 0.03, "{off}");
@@ -107,7 +109,7 @@ fn samplers(num: usize, options: &Sampling) -> Vec<Sampler> {
 fn prompts_together_become_what_each_becomes_alone() {
     let prompts = prompts();
     let slices: Vec<&[u32]> = prompts.iter().map(Vec::as_slice).collect();
-    for (mut llama, rounds) in [(model(), false), (model(), true)] {
+    for ((mut llama, adapter), rounds) in [(model(), false), (model(), true)] {
         if rounds {
             llama.round_activations();
         }
@@ -120,7 +122,9 @@ fn prompts_together_become_what_each_becomes_alone() {
             for (prompt, sampler) in slices.iter().zip(&mut samplers(6, &options)) {
                 let mut cache = llama.new_cache(prompt.len() + 20);
                 let go_on = |_| ControlFlow::Continue(());
-                alone.push(generate(&llama, prompt, &mut cache, sampler, &[7], 20, &mut ws, go_on).unwrap());
+                alone.push(
+                    generate(&llama, Some(&adapter), prompt, &mut cache, sampler, &[7], 20, &mut ws, go_on).unwrap(),
+                );
             }
             // Products of integers with more rows add up in another order, which a rounding of activations may then show.
             for places in if rounds { [1, 2, 3] } else { [1, 2, 6] } {
@@ -130,7 +134,17 @@ fn prompts_together_become_what_each_becomes_alone() {
                     ControlFlow::Continue(())
                 };
                 let mut samplers = samplers(6, &options);
-                let got = generate_together(&llama, &slices, &mut samplers, &[7], 20, places, &mut ws, on_token);
+                let got = generate_together(
+                    &llama,
+                    Some(&adapter),
+                    &slices,
+                    &mut samplers,
+                    &[7],
+                    20,
+                    places,
+                    &mut ws,
+                    on_token,
+                );
                 let got = got.unwrap();
                 assert_eq!(got, alone, "{places} places, integers {rounds}, {options:?}");
                 for (seen, (ids, reason)) in seen.iter().zip(&got) {
@@ -143,7 +157,7 @@ fn prompts_together_become_what_each_becomes_alone() {
 
 #[test]
 fn a_caller_ends_one_sequence_or_all() {
-    let (llama, prompts) = (model(), prompts());
+    let ((llama, adapter), prompts) = (model(), prompts());
     let slices: Vec<&[u32]> = prompts.iter().map(Vec::as_slice).collect();
     let mut ws = Workspace::default();
     let mut run = |end: End| {
@@ -152,11 +166,21 @@ fn a_caller_ends_one_sequence_or_all() {
             tokens += 1;
             if number == 1 { ControlFlow::Break(end) } else { ControlFlow::Continue(()) }
         };
-        generate_together(&llama, &slices, &mut samplers(6, &Sampling::default()), &[], 4, 2, &mut ws, on_token)
-            .unwrap()
-            .into_iter()
-            .map(|(ids, reason)| (ids.len(), reason))
-            .collect::<Vec<_>>()
+        generate_together(
+            &llama,
+            Some(&adapter),
+            &slices,
+            &mut samplers(6, &Sampling::default()),
+            &[],
+            4,
+            2,
+            &mut ws,
+            on_token,
+        )
+        .unwrap()
+        .into_iter()
+        .map(|(ids, reason)| (ids.len(), reason))
+        .collect::<Vec<_>>()
     };
     let (length, caller) = ((4, FinishReason::Length), FinishReason::Caller);
     assert_eq!(run(End::This), [length, (1, caller), length, length, length, length]);
@@ -165,7 +189,7 @@ fn a_caller_ends_one_sequence_or_all() {
 
 #[test]
 fn prompts_that_cannot_be_continued_are_named() {
-    let llama = model();
+    let (llama, _) = model();
     let context = llama.config.max_position_embeddings;
     let long = vec![1; context];
     for (bad, said) in
@@ -173,7 +197,8 @@ fn prompts_that_cannot_be_continued_are_named() {
     {
         let mut samplers = samplers(2, &Sampling::default());
         let go_on = |_, _| ControlFlow::Continue(());
-        let error = generate_together(&llama, &[&[1], bad], &mut samplers, &[], 4, 2, &mut Workspace::default(), go_on);
+        let error =
+            generate_together(&llama, None, &[&[1], bad], &mut samplers, &[], 4, 2, &mut Workspace::default(), go_on);
         let error = error.unwrap_err().to_string();
         assert!(error.contains(said), "{error}");
     }

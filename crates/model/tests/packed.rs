@@ -2,10 +2,12 @@
 
 #![allow(clippy::unwrap_used, reason = "the whole file is a test")]
 
+mod pass;
+
 use std::path::Path;
 use tunesmith_model::{
-    AdapterConfig, Batch, Checkpoint, Config, GgufOptions, Gradients, LINEAR_NAMES, Llama, LossOptions, Modules,
-    Storage, Workspace, initial_rows, save_gguf,
+    Adapter, AdapterConfig, Batch, Checkpoint, Config, GgufOptions, Gradients, LINEAR_NAMES, Llama, LossOptions,
+    Modules, Storage, Workspace, initial_rows, save_gguf,
 };
 use tunesmith_tensor::quant::BlockType;
 use tunesmith_tensor::{Tensor, Weight};
@@ -44,19 +46,20 @@ fn batch() -> Batch {
 }
 
 /// Loss and adapter gradients with an adapter whose B is not zero.
-fn adapter_step(model: &mut Llama) -> (f64, Vec<Tensor>) {
+fn adapter_step(model: &Llama) -> (f64, Vec<Tensor>, Adapter) {
     let target_modules = Modules::List(LINEAR_NAMES.map(String::from).to_vec());
     let adapter = AdapterConfig { r: 4, lora_alpha: 8.0, target_modules, ..AdapterConfig::default() };
-    model.add_adapter(&adapter, 1).unwrap();
-    for (i, parameter) in model.parameters.iter_mut().filter(|p| p.name.contains("lora_B")).enumerate() {
+    let mut adapter = Adapter::new(model, &adapter, 1).unwrap();
+    for (i, parameter) in adapter.parameters.iter_mut().filter(|p| p.name.contains("lora_B")).enumerate() {
         for (j, x) in parameter.value.tensor_mut().data_mut().iter_mut().enumerate() {
             *x = ((i * 31 + j * 7) % 13) as f32 / 50.0 - 0.12;
         }
     }
-    let mut gradients = Gradients::new(model);
-    let options = LossOptions { scale: 1.0 / 24.0, label_smoothing: 0.0, dropout_seed: None, step: 0, first_token: 0 };
-    let loss = model.loss_and_gradients(&batch(), options, &mut Workspace::default(), &mut gradients);
-    (loss, gradients.tensors.into_iter().flatten().collect())
+    let mut gradients = Gradients::new(model, Some(&adapter));
+    let options = LossOptions { scale: 1.0 / 24.0, ..pass::PLAIN };
+    let (of, ws) = ((model, Some(&adapter)), &mut Workspace::default());
+    let (loss, _) = pass::loss_and_gradients(of, &batch(), options, None, ws, &mut gradients);
+    (loss, gradients.adapter.into_iter().flatten().collect(), adapter)
 }
 
 /// Replaces every packed matrix by its decoded form.
@@ -84,10 +87,10 @@ fn packed_training_equals_dequantised_training() {
     ] {
         let path = folder.path().join(format!("{}.gguf", kind.name()));
         write(&path, kind);
-        let mut packed = load(&path, storage);
-        let mut dense = decoded(load(&path, storage));
+        let packed = load(&path, storage);
+        let dense = decoded(load(&path, storage));
         assert!(2 * packed_bytes(&packed) < packed_bytes(&dense) + 4096, "{storage:?} of {}", kind.name());
-        let ((loss, gradients), (want, wanted)) = (adapter_step(&mut packed), adapter_step(&mut dense));
+        let ((loss, gradients, _), (want, wanted, _)) = (adapter_step(&packed), adapter_step(&dense));
         assert!((loss - want).abs() < 1e-6 * want, "{}: {loss} {want}", kind.name());
         assert_eq!(gradients.len(), 2 * 7 * 2);
         for (ours, theirs) in gradients.iter().zip(&wanted) {
@@ -109,8 +112,7 @@ fn stored_blocks_are_those_of_the_file() {
         let expected = if b.value.shape().len() == 2 { "Q8_0" } else { "F32" };
         assert_eq!(a.value.encoding(), expected, "{}", a.name);
     }
-    let (mut a, mut b) = (Workspace::default(), Workspace::default());
-    let (one, two) = (packed.loss(&batch(), 0.0, &mut a), dense.loss(&batch(), 0.0, &mut b));
+    let (one, two) = (pass::loss((&packed, None), &batch()), pass::loss((&dense, None), &batch()));
     assert!((one - two).abs() < 1e-6 * two, "{one} {two}");
 }
 
@@ -133,9 +135,9 @@ fn merging_and_full_training_decode() {
     let path = folder.path().join("m.gguf");
     write(&path, BlockType::Q4_0);
     let mut model = load(&path, Storage::Stored);
-    let (loss, _) = adapter_step(&mut model);
-    model.merge_adapter().unwrap();
-    let merged = model.loss(&batch(), 0.0, &mut Workspace::default());
+    let (loss, _, adapter) = adapter_step(&model);
+    adapter.merge_into(&mut model).unwrap();
+    let merged = pass::loss((&model, None), &batch());
     assert!((merged - loss).abs() < 1e-5 * loss, "{merged} {loss}");
     assert!(model.parameters.iter().filter(|p| p.name.contains("_proj")).all(|p| p.value.dense().is_some()));
     model.train_all();

@@ -1,13 +1,15 @@
 //! Added tokens: what their rows begin as, their gradients, and their way through an adapter.
 #![allow(clippy::unwrap_used)]
 
+mod pass;
+
 use std::path::{Path, PathBuf};
 use tunesmith_model::token_rows::{mean_row, token_indices};
 use tunesmith_model::{
-    AdapterConfig, AdapterFile, Batch, Checkpoint, Config, Gradients, Llama, LossOptions, Modules, Storage, Workspace,
-    save_adapter_with_rows,
+    Adapter, AdapterConfig, AdapterFile, Batch, Checkpoint, Config, Gradients, Llama, LossOptions, Modules, Storage,
+    Workspace,
 };
-use tunesmith_tensor::{Tensor, rng::Rng};
+use tunesmith_tensor::rng::Rng;
 
 const MODELS: [&str; 2] = ["tiny-llama2", "tiny-llama3"];
 
@@ -38,15 +40,15 @@ fn batch(ids: &[u32]) -> Batch {
     batch
 }
 
-fn gradients(llama: &Llama, batch: &Batch) -> (f64, Gradients) {
-    let (mut ws, mut gradients) = (Workspace::default(), Gradients::new(llama));
-    let options = LossOptions { scale: 0.01, label_smoothing: 0.1, dropout_seed: None, step: 0, first_token: 0 };
-    let loss = llama.loss_and_gradients(batch, options, &mut ws, &mut gradients);
+fn gradients(llama: &Llama, adapter: Option<&Adapter>, batch: &Batch) -> (f64, Gradients) {
+    let (mut ws, mut gradients) = (Workspace::default(), Gradients::new(llama, adapter));
+    let options = LossOptions { scale: 0.01, label_smoothing: 0.1, ..pass::PLAIN };
+    let (loss, _) = pass::loss_and_gradients((llama, adapter), batch, options, None, &mut ws, &mut gradients);
     (loss, gradients)
 }
 
-fn logits(llama: &Llama, batch: &Batch) -> Vec<f32> {
-    llama.logits(batch, &mut Workspace::default()).data().to_vec()
+fn logits(llama: &Llama, adapter: Option<&Adapter>, batch: &Batch) -> Vec<f32> {
+    llama.logits(batch, adapter, &mut Workspace::default()).data().to_vec()
 }
 
 #[test]
@@ -71,7 +73,7 @@ fn new_rows_begin_at_the_mean_and_old_logits_stay() {
         }
         let mut batch = Batch::default();
         batch.push(&[5, 7, 9, 5], &[true; 4]);
-        let (old, new) = (logits(&base, &batch), logits(&grown, &batch));
+        let (old, new) = (logits(&base, None, &batch), logits(&grown, None, &batch));
         for (old, new) in old.chunks(size).zip(new.chunks(size + 3)) {
             old.iter().zip(new).for_each(|(a, b)| assert!((a - b).abs() < 1e-5, "{a} {b}"));
         }
@@ -93,10 +95,10 @@ fn their_gradients_are_those_of_the_whole_matrices() {
         full.train_all();
         // B is zero: the adapter changes nothing yet.
         let mut lora = load(model, Storage::F32);
-        lora.add_adapter(&adapter(), 1).unwrap();
-        lora.train_tokens(&ids).unwrap();
+        let mut own = Adapter::new(&lora, &adapter(), 1).unwrap();
+        own.train_tokens(&mut lora, &ids).unwrap();
         let batch = batch(&ids);
-        let ((loss, want), (same, got)) = (gradients(&full, &batch), gradients(&lora, &batch));
+        let ((loss, want), (same, got)) = (gradients(&full, None, &batch), gradients(&lora, Some(&own), &batch));
         assert!((loss - same).abs() < 1e-6 * loss, "{loss} {same}");
         let modules = if full.config.tie_word_embeddings { 1 } else { 2 };
         let mut seen = 0;
@@ -104,9 +106,10 @@ fn their_gradients_are_those_of_the_whole_matrices() {
             ("model.embed_tokens.weight", "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"),
             ("lm_head.weight", "base_model.model.lm_head.token_adapter.trainable_tokens_delta"),
         ] {
-            let at = |llama: &Llama, name: &str| llama.parameters.iter().position(|p| p.name == name);
-            let (Some(whole), Some(rows)) = (at(&full, matrix), at(&lora, name)) else { continue };
-            let (whole, rows) = (want.tensors[whole].as_ref().unwrap(), got.tensors[rows].as_ref().unwrap());
+            let whole = full.parameters.iter().position(|p| p.name == matrix);
+            let rows = own.parameters.iter().position(|p| p.name == name);
+            let (Some(whole), Some(rows)) = (whole, rows) else { continue };
+            let (whole, rows) = (want.model[whole].as_ref().unwrap(), got.adapter[rows].as_ref().unwrap());
             assert_eq!(rows.shape(), [3, full.config.hidden_size]);
             for (row, id) in ids.iter().enumerate() {
                 let norm = whole.row(*id as usize).iter().map(|x| x * x).sum::<f32>().sqrt();
@@ -118,9 +121,7 @@ fn their_gradients_are_those_of_the_whole_matrices() {
             seen += 1;
         }
         assert_eq!(seen, modules);
-        assert!(
-            got.tensors.iter().zip(&lora.parameters).all(|(g, p)| g.is_some() == p.name.starts_with("base_model."))
-        );
+        assert!(got.model.iter().all(Option::is_none) && got.adapter.iter().all(Option::is_some));
     }
 }
 
@@ -133,44 +134,36 @@ fn an_adapter_keeps_them() {
             let batch = batch(&ids);
             let mut base = load(model, storage);
             base.grow_vocabulary(llama.config.vocab_size + 2).unwrap();
-            llama.add_adapter(&adapter(), 1).unwrap();
-            llama.train_tokens(&ids).unwrap();
+            let mut own = Adapter::new(&llama, &adapter(), 1).unwrap();
+            own.train_tokens(&mut llama, &ids).unwrap();
             let mut rng = Rng::new(9, 0);
-            for parameter in llama.parameters.iter_mut().filter(|p| p.trained) {
+            for parameter in &mut own.parameters {
                 parameter.value.tensor_mut().data_mut().iter_mut().for_each(|x| *x += 0.05 * rng.normal());
             }
-            llama.place_token_rows(true);
-            let tuned = logits(&llama, &batch);
-            llama.enable_adapter(false);
-            assert_eq!(logits(&llama, &batch), logits(&base, &batch), "without it the model is the base model");
-            llama.enable_adapter(true);
-            assert_eq!(logits(&llama, &batch), tuned);
+            let tuned = logits(&llama, Some(&own), &batch);
+            assert_eq!(logits(&llama, None, &batch), logits(&base, None, &batch), "without it: the base model");
+            assert_eq!(logits(&llama, Some(&own), &batch), tuned);
 
             let folder = tempfile::tempdir().unwrap();
-            let config = llama.adapter().unwrap().clone();
-            assert_eq!(config.trainable_token_indices, token_indices(&llama.config, &ids));
-            let rows: Vec<_> = llama.adapter_token_rows().collect();
-            let rows = || rows.iter().map(|(module, rows)| (*module, &**rows));
-            save_adapter_with_rows(folder.path(), &config, llama.adapter_tensors(), rows()).unwrap();
-            assert!(save_adapter_with_rows(folder.path(), &config, llama.adapter_tensors(), []).is_err());
-            // Rows that the configuration does not name, not even one.
+            assert_eq!(own.config.trainable_token_indices, token_indices(&llama.config, &ids));
+            own.save(folder.path()).unwrap();
+            // Rows that the configuration does not name.
             let none = tempfile::tempdir().unwrap();
-            let nameless = AdapterConfig { trainable_token_indices: Default::default(), ..config.clone() };
-            let empty = [("embed_tokens", &Tensor::zeros(&[0, llama.config.hidden_size]))];
-            save_adapter_with_rows(none.path(), &nameless, llama.adapter_tensors(), empty).unwrap();
+            own.save(none.path()).unwrap();
+            let nameless = AdapterConfig { trainable_token_indices: Default::default(), ..own.config.clone() };
+            std::fs::write(none.path().join("adapter_config.json"), nameless.to_json().to_string()).unwrap();
             let error = AdapterFile::open(none.path()).unwrap_err().to_string();
-            assert!(error.contains("names 0 tokens of embed_tokens"), "{error}");
+            assert!(error.contains("names 0 tokens of"), "{error}");
             let file = AdapterFile::open(folder.path()).unwrap();
-            assert_eq!(file.config, config);
-            let mut read = load(model, storage);
-            read.attach_adapter(file, false).unwrap();
-            assert_eq!(logits(&read, &batch), tuned);
-            assert!(read.compute_int8(false).unwrap_err().to_string().contains("merge the adapter"));
+            assert_eq!(file.config, own.config);
+            let mut other = load(model, storage);
+            let read = Adapter::open(&mut other, file, false).unwrap();
+            assert_eq!(logits(&other, Some(&read), &batch), tuned);
+            assert!(read.check_int8().unwrap_err().to_string().contains("merge the adapter"));
             if storage == Storage::F32 {
-                read.enable_adapter(false);
-                read.merge_adapter().unwrap();
-                assert_eq!(read.config.vocab_size, base.config.vocab_size);
-                for (a, b) in logits(&read, &batch).iter().zip(&tuned) {
+                read.merge_into(&mut other).unwrap();
+                assert_eq!(other.config.vocab_size, base.config.vocab_size);
+                for (a, b) in logits(&other, None, &batch).iter().zip(&tuned) {
                     assert!((a - b).abs() < 1e-4, "{a} {b}");
                 }
             }

@@ -319,7 +319,8 @@ fn rows_scatter(bencher: Bencher<'_, '_>) {
 fn cross_entropy_forward(bencher: Bencher<'_, '_>) {
     let (h, w, targets) = (random(&[T, D]), Weight::from(random(&[V, D])), ids(T));
     let (mut scratch, mut loss) = (linear_cross_entropy::Scratch::default(), Vec::new());
-    let run = || linear_cross_entropy::forward(black_box(&h), &w, &targets, 0.0, &mut scratch, &mut loss);
+    let head = linear_cross_entropy::Head { w: &w, rows: None };
+    let run = || linear_cross_entropy::forward(black_box(&h), head, &targets, 0.0, &mut scratch, &mut loss);
     bencher.counter(ItemsCount::new(2 * T * D * V)).bench_local(run);
 }
 
@@ -330,6 +331,7 @@ fn cross_entropy_forward_backward(bencher: Bencher<'_, '_>, head_trains: bool) {
     let (mut scratch, mut loss) = (linear_cross_entropy::Scratch::default(), Vec::new());
     let (mut d_h, mut d_w) = (Tensor::default(), Tensor::zeros(&[V, D]));
     let products = if head_trains { 3 } else { 2 };
+    let head = linear_cross_entropy::Head { w: &w, rows: None };
     bencher.counter(ItemsCount::new(products * 2 * T * D * V)).bench_local(|| {
         let gradients = linear_cross_entropy::Gradients {
             scale: 1e-3,
@@ -338,7 +340,7 @@ fn cross_entropy_forward_backward(bencher: Bencher<'_, '_>, head_trains: bool) {
             d_w: head_trains.then_some(&mut d_w),
             d_rows: None,
         };
-        linear_cross_entropy::forward_backward(black_box(&h), &w, &targets, 0.0, &mut scratch, &mut loss, gradients);
+        linear_cross_entropy::forward_backward(black_box(&h), head, &targets, 0.0, &mut scratch, &mut loss, gradients);
     });
 }
 

@@ -1,6 +1,7 @@
 //! What operations and kernels of both devices agree on: the plain values that an op is given besides its tensors.
 
 use crate::tensor::Tensor;
+use crate::weight::Weight;
 use std::ops::Range;
 
 /// Numbers of heads and their size.
@@ -200,14 +201,24 @@ pub struct Gradients<'a> {
     pub d_h: &'a mut Tensor,
     /// `d_w` [V, d], added to; `None` when the head is frozen.
     pub d_w: Option<&'a mut Tensor>,
-    /// The gradient of single rows of the head; `None` when none train by themselves.
-    pub d_rows: Option<HeadRows<'a>>,
+    /// The gradient of [`Head::rows`] [n, d], added to; `None` when they are frozen.
+    pub d_rows: Option<&'a mut Tensor>,
 }
 
-/// Rows of the head that train while the rest is frozen.
+/// A head: a matrix [V, d], and rows that stand in for some of its own.
+#[derive(Clone, Copy, Debug)]
+pub struct Head<'a> {
+    /// The matrix.
+    pub w: &'a Weight,
+    /// The rows.
+    pub rows: Option<HeadRows<'a>>,
+}
+
+/// Rows of a head that stand in for its own: those of the tokens that an adapter has.
+#[derive(Clone, Copy, Debug)]
 pub struct HeadRows<'a> {
     /// Which rows [n].
     pub ids: &'a [u32],
-    /// Their gradient [n, d], added to.
-    pub d_w: &'a mut Tensor,
+    /// Their values [n, d].
+    pub w: &'a Tensor,
 }

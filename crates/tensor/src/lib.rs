@@ -25,6 +25,7 @@ pub mod rng;
 pub mod team;
 mod tensor;
 mod weight;
+mod world;
 pub use cpu::view::threads as num_threads;
 pub use cuda::graph::Recorded;
 pub use device::Device;
@@ -35,6 +36,7 @@ pub use mapped::MappedFile;
 pub use parked::Parked;
 pub use tensor::Tensor;
 pub use weight::{Bytes, Packed, Weight};
+pub use world::World;
 
 /// Name of the instruction set that the kernels use on this processor: `baseline`, `AVX2` or `AVX-512`.
 pub fn simd_level() -> &'static str {

@@ -14,8 +14,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::fs::{self, File};
 use std::io::{Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
-use tunesmith_model::token_rows::token_rows_name;
-use tunesmith_model::{AdapterFile, Checkpoint, Llama, SaveOptions, save_adapter_with_rows, save_model};
+use tunesmith_model::{Adapter, AdapterFile, Checkpoint, Llama, Parameter, SaveOptions, save_model, trained};
 use tunesmith_tensor::{MappedFile, Tensor};
 use tunesmith_text::{BlockStream, Tokenizer};
 
@@ -49,8 +48,10 @@ pub struct RunState {
 
 /// Everything that goes into a checkpoint.
 pub struct Contents<'a> {
-    /// The model; its adapter is saved if it has one, all its weights otherwise.
+    /// The model, whose weights are saved where there is no adapter.
     pub model: &'a Llama,
+    /// The adapter.
+    pub adapter: Option<&'a Adapter>,
     /// The model's tokenizer with its chat template.
     pub tokenizer: &'a Tokenizer,
     /// Passed through to generation_config.json of full models.
@@ -66,15 +67,13 @@ pub struct Contents<'a> {
 impl Contents<'_> {
     /// About how many bytes the checkpoint takes on the disk, rounded up.
     fn num_bytes(&mut self) -> u64 {
-        let weights: usize = match self.model.adapter() {
-            Some(_) => {
-                let rows: usize = self.model.adapter_token_rows().map(|(_, rows)| rows.len()).sum();
-                rows + self.model.adapter_tensors().map(|(_, a, b)| a.len() + b.len()).sum::<usize>()
-            }
+        let weights: usize = match self.adapter {
+            Some(adapter) => adapter.parameters.iter().map(|p| p.value.len()).sum(),
             None => self.model.num_params(),
         };
+        let parameters = trained(self.model, self.adapter);
         let moments: usize = match &mut self.training {
-            Some((optimizer, _)) => optimizer.state(self.model).iter().map(|t| t.bytes.len()).sum(),
+            Some((optimizer, _)) => optimizer.state(parameters).iter().map(|t| t.bytes.len()).sum(),
             None => 0,
         };
         let stream = self.stream.map_or(0, BlockStream::num_bytes);
@@ -121,13 +120,8 @@ pub fn save(to: &Path, mut contents: Contents<'_>) -> Result<()> {
         .tempdir_in(parent)
         .map_err(|e| Error::io("cannot create a temporary folder in", parent, e))?;
     let folder = temporary.path().join("checkpoint");
-    match contents.model.adapter() {
-        Some(config) => {
-            let tensors: Vec<_> = contents.model.host_adapter_tensors().collect();
-            let rows: Vec<_> = contents.model.adapter_token_rows().collect();
-            let pairs = tensors.iter().map(|(module, a, b)| (*module, &**a, &**b));
-            save_adapter_with_rows(&folder, config, pairs, rows.iter().map(|(module, rows)| (*module, &**rows)))?;
-        }
+    match contents.adapter {
+        Some(adapter) => adapter.save(&folder)?,
         None => {
             let model = contents.model;
             let weight = |name: &str| model.host_tensor(name);
@@ -136,7 +130,7 @@ pub fn save(to: &Path, mut contents: Contents<'_>) -> Result<()> {
     }
     contents.tokenizer.save(&folder)?;
     if let Some((optimizer, state)) = contents.training {
-        write_tensors(&folder.join(OPTIMIZER), &optimizer.state(contents.model))?;
+        write_tensors(&folder.join(OPTIMIZER), &optimizer.state(trained(contents.model, contents.adapter)))?;
         let state = serde_json::to_string_pretty(state).map_err(|e| Error::Failure(format!("{STATE}: {e}")))?;
         write(&folder.join(STATE), &state)?;
     }
@@ -283,26 +277,19 @@ pub fn read_state(folder: &Path) -> Result<RunState> {
     serde_json::from_str(&text).map_err(|e| Error::Input(format!("{}: {e}", path.display())))
 }
 
-/// Puts the weights saved in `folder` into `model`, which has the same tensors, one after the other.
+/// Puts the weights saved in `folder`, an adapter's or a model's, into `parameters`, which are those that train, one after the other.
 ///
 /// # Errors
-/// When the folder's tensors are not those of the model.
-pub fn restore_weights(folder: &Path, model: &mut Llama) -> Result<()> {
+/// When the folder's tensors are not those of the run.
+pub fn restore_weights(folder: &Path, is_adapter: bool, parameters: Vec<&mut Parameter>) -> Result<()> {
     let mut adapter: HashMap<String, Tensor> = HashMap::new();
     let mut base = None;
-    if model.adapter().is_some() {
-        let file = AdapterFile::open(folder)?;
-        for (module, rows) in file.token_rows {
-            adapter.insert(token_rows_name(&module), rows);
-        }
-        for (module, (a, b)) in file.tensors {
-            adapter.insert(format!("base_model.model.{module}.lora_A.weight"), a);
-            adapter.insert(format!("base_model.model.{module}.lora_B.weight"), b);
-        }
+    if is_adapter {
+        adapter.extend(AdapterFile::open(folder)?.into_tensors());
     } else {
         base = Some(Checkpoint::open(folder)?);
     }
-    for parameter in model.parameters.iter_mut().filter(|p| p.trained) {
+    for parameter in parameters {
         let saved = match &base {
             Some(checkpoint) => Some(checkpoint.read(&parameter.name)?),
             None => adapter.remove(&parameter.name),
@@ -320,15 +307,18 @@ pub fn restore_weights(folder: &Path, model: &mut Llama) -> Result<()> {
             }
         }
     }
-    model.place_token_rows(true);
     Ok(())
 }
 
 /// Puts the optimizer saved in `folder` back and returns the state of the run.
 ///
 /// # Errors
-/// When a file is missing or does not fit the model.
-pub fn restore_training(folder: &Path, model: &Llama, optimizer: &mut AdamW) -> Result<RunState> {
+/// When a file is missing or does not fit `parameters`, those that train.
+pub fn restore_training<'a>(
+    folder: &Path,
+    parameters: impl Iterator<Item = &'a Parameter>,
+    optimizer: &mut AdamW,
+) -> Result<RunState> {
     let state = read_state(folder)?;
     let path = folder.join(OPTIMIZER);
     let cannot = |e| Error::io("cannot read", &path, e);
@@ -339,7 +329,7 @@ pub fn restore_training(folder: &Path, model: &Llama, optimizer: &mut AdamW) -> 
     // memory once.
     drop(map);
     let mut file = File::open(&path).map_err(cannot)?;
-    for StateTensor { name, dtype, shape, bytes } in optimizer.state(model) {
+    for StateTensor { name, dtype, shape, bytes } in optimizer.state(parameters) {
         match metadata.info(&name) {
             Some(info) if info.dtype == dtype && info.shape == shape => {
                 file.seek(SeekFrom::Start((8 + header + info.data_offsets.0) as u64)).map_err(cannot)?;

@@ -1,6 +1,7 @@
 //! The configuration of a training run: `train CONFIG.toml`, and the `run.toml` that a run leaves behind.
 
 use crate::memory::parse_bytes;
+use crate::objective::Objective;
 use crate::{Error, Result, optimizer::Optim, schedule::Schedule};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -313,6 +314,11 @@ impl Config {
     /// When a number cannot be written (TOML has no integers above 2⁶³).
     pub fn to_toml(&self) -> Result<String> {
         toml::to_string_pretty(self).map_err(|e| Error::Failure(format!("cannot write the configuration: {e}")))
+    }
+
+    /// What the model is trained for.
+    pub fn objective(&self) -> Objective {
+        Objective::NextToken { label_smoothing: self.training.label_smoothing_factor as f32 }
     }
 
     /// The peak learning rate, set or by method.

@@ -1,8 +1,9 @@
 //! Loss of a model on prepared data, document by document.
 
+use crate::objective::Objective;
 use crate::{Error, Result, statistics::DocumentLoss};
 use std::ops::{ControlFlow, Range};
-use tunesmith_model::{Batch, Llama, Sampler, Sampling, Workspace, generate_together};
+use tunesmith_model::{Adapter, Batch, Llama, Sampler, Sampling, Workspace, generate_together};
 use tunesmith_tensor::Device;
 use tunesmith_text::{Block, PreparedSplit, Side};
 
@@ -38,6 +39,7 @@ fn collect(blocks: &[Block], push: impl Fn(&mut Batch, &Block, Range<usize>)) ->
 /// When a block cannot be read, or a document's loss is not finite (its row is named).
 pub fn document_losses(
     model: &Llama,
+    adapter: Option<&Adapter>,
     split: &PreparedSplit,
     ws: &mut Workspace,
     mut progress: impl FnMut(usize, usize),
@@ -53,9 +55,9 @@ pub fn document_losses(
             ));
         }
         let batch = batch_of(std::slice::from_ref(&block));
-        model.loss(&batch, 0.0, ws);
+        let (losses, _) = Objective::default().losses(model, adapter, &batch, ws);
         model.device().synchronize()?;
-        let mut losses = ws.losses().iter();
+        let mut losses = losses.iter();
         let mut row = 0;
         let filled = block.lengths.iter().enumerate().filter(|(_, length)| **length > 0);
         for (d, length) in filled {
@@ -101,6 +103,7 @@ pub fn places(device: &Device, prompts: usize) -> usize {
 /// When a prompt is empty or does not fit into the context.
 pub fn continuations(
     model: &Llama,
+    adapter: Option<&Adapter>,
     prompts: &[&[u32]],
     end_tokens: &[u32],
     max_new_tokens: usize,
@@ -112,6 +115,7 @@ pub fn continuations(
     let mut samplers = samplers.collect::<std::result::Result<Vec<_>, _>>()?;
     let go_on = |_, _| ControlFlow::Continue(());
     let places = places(&model.device(), prompts.len());
-    let texts = generate_together(model, prompts, &mut samplers, end_tokens, max_new_tokens, places, ws, go_on)?;
+    let texts =
+        generate_together(model, adapter, prompts, &mut samplers, end_tokens, max_new_tokens, places, ws, go_on)?;
     Ok(texts.into_iter().map(|(ids, _)| ids).collect())
 }

@@ -4,12 +4,15 @@ mod plan;
 
 pub use plan::{Lacking, Settled};
 
-use crate::optimizer::{AdamW, AdamWOptions, Optim, clip_coefficient, gradient_norm};
+use crate::objective::Objective;
+use crate::optimizer::{AdamWOptions, Optim};
+use crate::step::Trainer;
 use crate::{Error, Result};
 use serde::Serialize;
+use std::sync::Arc;
 use std::time::Instant;
 use tunesmith_model::memory::Offload;
-use tunesmith_model::{AdapterConfig, Batch, Config, Gradients, Llama, LossOptions, Modules, Recompute, Workspace};
+use tunesmith_model::{Adapter, AdapterConfig, Batch, Config, Llama, Modules, Recompute, Workspace};
 use tunesmith_tensor::cuda::sizes;
 use tunesmith_tensor::ops::linear::{self, Into};
 use tunesmith_tensor::ops::sample::{self, Choice, Scratch};
@@ -147,7 +150,7 @@ pub fn measure_decode(
     let (greedy, mut scratch) =
         (vec![Choice { repetition_penalty: 1.0, history: &[], draw: None }; sequences], Scratch::default());
     let parts: Vec<(usize, &[u32])> = prompts.iter().enumerate().map(|(i, p)| (i, p.as_slice())).collect();
-    let mut tokens = sample::rows(model.feed(&parts, &mut cache, &mut ws), &greedy, &mut scratch);
+    let mut tokens = sample::rows(model.feed(&parts, None, &mut cache, &mut ws), &greedy, &mut scratch);
     device.synchronize()?;
     let mut start = Instant::now();
     // Until buffers have their sizes and the pass is recorded.
@@ -158,7 +161,7 @@ pub fn measure_decode(
             start = Instant::now();
         }
         let parts: Vec<(usize, &[u32])> = tokens.chunks(1).enumerate().collect();
-        tokens = sample::rows(model.feed(&parts, &mut cache, &mut ws), &greedy, &mut scratch);
+        tokens = sample::rows(model.feed(&parts, None, &mut cache, &mut ws), &greedy, &mut scratch);
     }
     device.synchronize()?;
     let seconds = start.elapsed().as_secs_f64() / (new - warm) as f64;
@@ -275,35 +278,27 @@ pub fn peaks(device: &Device, dtype: Dtype, size: usize) -> Result<Peaks> {
 /// When the model's sizes have no kernels, or the device fails.
 pub fn measure(device: &Device, dtype: Dtype, settled: &Settled, steps: u64, peaks: &Peaks) -> Result<Measured> {
     let case = &settled.case;
-    let mut model =
-        Llama::random_on(case.config.clone(), 1, case.nf4, case.full, case.offload.embedding, device, dtype);
+    let model = Llama::random_on(case.config.clone(), 1, case.nf4, case.full, case.offload.embedding, device, dtype);
     model.check_device(dtype)?;
-    if let Some(adapter) = case.adapter() {
-        model.add_adapter(&adapter, 1)?;
-        model.move_to(device, dtype);
-    }
+    let mut adapter = case.adapter().map(|adapter| Adapter::new(&model, &adapter, 1)).transpose()?;
+    adapter.iter_mut().for_each(|adapter| adapter.move_to(device, dtype));
     let mut rng = Rng::new(2, 0);
     let vocab = case.config.vocab_size as u32;
     let ids: Vec<u32> = (0..case.tokens).map(|_| rng.below(vocab)).collect();
     let mut batch = Batch::default();
     batch.push(&ids, &vec![true; ids.len()]);
     let options = AdamWOptions { optim: case.optim, offload: case.offload.optimizer, ..AdamWOptions::default() };
-    let (mut optimizer, mut gradients) = (AdamW::new(&model, options), Gradients::new(&model));
-    let mut ws = Workspace::on(device, case.recompute, case.offload);
+    let ws = Workspace::on(device, case.recompute, case.offload);
+    let mut trainer = Trainer::new(Arc::new(model), adapter, options, ws);
     let (mut first_loss, mut start) = (f64::NAN, Instant::now());
     for step in 0..steps + 2 {
         if step == 2 {
             device.synchronize()?;
             start = Instant::now();
         }
-        gradients.clear();
-        let scale = 1.0 / batch.targets.len().max(1) as f32;
-        let options = LossOptions { scale, label_smoothing: 0.0, dropout_seed: None, step, first_token: 0 };
-        let loss = model.loss_and_gradients(&batch, options, &mut ws, &mut gradients);
-        let norm = gradient_norm(&gradients);
-        optimizer.update(&mut model, &gradients, 1e-5, clip_coefficient(norm, 1.0));
+        let done = trainer.step(std::slice::from_ref(&batch), &Objective::default(), 1e-5)?;
         if step == 0 {
-            first_loss = loss * f64::from(scale);
+            first_loss = done.loss.mean();
         }
     }
     device.synchronize()?;

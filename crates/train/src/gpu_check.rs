@@ -7,12 +7,15 @@ mod plan;
 mod reference;
 mod weights;
 
-use crate::optimizer::{AdamW, AdamWOptions, Optim, clip_coefficient, gradient_norm};
+use crate::objective::Objective;
+use crate::optimizer::{AdamWOptions, Optim};
 use crate::selftest::{Check, small, worst};
+use crate::step::Trainer;
 use crate::{Error, Result};
-use tunesmith_model::{AdapterConfig, Batch, Config, Gradients, KvCache, Llama, LossOptions, Recompute, Workspace};
+use std::sync::Arc;
+use tunesmith_model::{Adapter, AdapterConfig, Batch, Config, KvCache, Llama, Recompute, Workspace};
 use tunesmith_tensor::ops::attention::{Heads, Segment};
-use tunesmith_tensor::ops::linear::{Adapter, Into};
+use tunesmith_tensor::ops::linear::{HeadRows, Into};
 use tunesmith_tensor::ops::{
     attention, dropout, embedding, grad_norm, linear, linear_cross_entropy, rmsnorm, rope, rows, sample, swiglu,
 };
@@ -164,12 +167,12 @@ impl Lab<'_> {
             linear::forward_adapted(
                 &x[0],
                 &weight,
-                Adapter { inner: &x[3], outer: &x[4], scale: 0.5 },
+                linear::Adapter { inner: &x[3], outer: &x[4], scale: 0.5 },
                 &mut y,
                 Into::Overwrite,
             );
             linear::add_bias(&x[6], &mut y);
-            let adapter = Adapter { inner: &x[7], outer: &x[5], scale: 1.0 };
+            let adapter = linear::Adapter { inner: &x[7], outer: &x[5], scale: 1.0 };
             linear::input_gradient_adapted(&x[2], &weight, adapter, &mut d_x, Into::Overwrite);
             linear::input_gradient(&x[2], &weight, 0.5, &mut d_x, Into::Accumulate);
             let mut d_w = Tensor::zeros_on(&device, Dtype::F32, x[1].shape());
@@ -250,8 +253,8 @@ impl Lab<'_> {
         let (n, d, vocab) = (self.pick(4, 300), self.pick(16, 256), self.pick(70, 32_001));
         let targets: Vec<u32> = (0..n).map(|_| self.rng.below(vocab as u32)).collect();
         let weights: Vec<f32> = (0..n).map(|_| self.rng.below(5) as f32 * 0.5).collect();
-        let inputs = vec![self.random(&[n, d]), self.random(&[vocab, d])];
         let own = listed(self.pick(3, 77), vocab as u32);
+        let inputs = vec![self.random(&[n, d]), self.random(&[vocab, d]), self.random(&[own.len(), d])];
         self.compare("head and loss", "loss, gradients of hidden states, head and single rows", inputs.clone(), |x| {
             let weight = Weight::from(x[1].clone());
             let (mut scratch, mut loss, mut d_h) = (Default::default(), Vec::new(), Tensor::default());
@@ -262,9 +265,10 @@ impl Lab<'_> {
                 weights: Some(&weights),
                 d_h: &mut d_h,
                 d_w: Some(&mut d_w),
-                d_rows: Some(linear_cross_entropy::HeadRows { ids: &own, d_w: &mut d_own }),
+                d_rows: Some(&mut d_own),
             };
-            linear_cross_entropy::forward_backward(&x[0], &weight, &targets, 0.1, &mut scratch, &mut loss, gradients);
+            let head = linear_cross_entropy::Head { w: &weight, rows: Some(HeadRows { ids: &own, w: &x[2] }) };
+            linear_cross_entropy::forward_backward(&x[0], head, &targets, 0.1, &mut scratch, &mut loss, gradients);
             vec![Tensor::from_slice(&[loss.len()], &loss), d_h, d_w, d_own]
         })?;
         self.compare("greedy tokens", "token", inputs, |x| {
@@ -310,24 +314,17 @@ fn shape(hidden: u32, layers: u32, vocab: u32, tied: bool) -> Result<Config> {
 }
 
 /// Losses and gradient norms of `steps` steps.
-fn curve(model: &mut Llama, optimizer: &mut AdamW, steps: std::ops::Range<u64>) -> Result<Vec<f64>> {
-    let (batch, mut gradients, mut ws) = (batch(), Gradients::new(model), Workspace::new(Recompute::Block));
+fn curve(trainer: &mut Trainer, steps: usize) -> Result<Vec<f64>> {
     let mut curve = Vec::new();
-    for step in steps {
-        gradients.clear();
-        let scale = 1.0 / batch.targets.len() as f32;
-        let options = LossOptions { scale, label_smoothing: 0.0, dropout_seed: Some(3), step, first_token: 0 };
-        let loss = model.loss_and_gradients(&batch, options, &mut ws, &mut gradients);
-        let norm = gradient_norm(&gradients);
-        optimizer.update(model, &gradients, 1e-3, clip_coefficient(norm, 1.0));
-        curve.extend([loss, norm]);
+    for _ in 0..steps {
+        let step = trainer.step(&[batch()], &Objective::default(), 1e-3)?;
+        curve.extend([step.loss.sum, step.grad_norm]);
     }
-    model.device().synchronize()?;
     Ok(curve)
 }
 
 fn models(device: &Device, dtype: Dtype, size: Size, observe: &mut dyn FnMut(Check)) -> Result<()> {
-    let steps = if size == Size::Small { 2 } else { 10 };
+    let steps: usize = if size == Size::Small { 2 } else { 10 };
     let mut report = |check, compared: &str, error, bound| {
         observe(Check { model: dtype.name().into(), check, compared: compared.into(), error, bound });
     };
@@ -338,36 +335,35 @@ fn models(device: &Device, dtype: Dtype, size: Size, observe: &mut dyn FnMut(Che
         ("LoRA with dropout", Optim::AdamW),
         ("LoRA with rows of tokens", Optim::AdamW),
     ] {
-        let start = || -> Result<Llama> {
+        let start = |device: &Device, dtype| -> Result<Trainer> {
             let mut model = small("plain")?;
+            let mut adapter = None;
             if method.starts_with("full") {
                 model.train_all();
             } else {
-                model.add_adapter(&AdapterConfig { r: 4, lora_dropout: 0.1, ..AdapterConfig::default() }, 1)?;
+                let config = AdapterConfig { r: 4, lora_dropout: 0.1, ..AdapterConfig::default() };
+                let mut own = Adapter::new(&model, &config, 1)?;
+                if method.ends_with("tokens") {
+                    // Two that occur in the batch, and one that is new.
+                    let ids = [7, 200, model.config.vocab_size as u32];
+                    own.train_tokens(&mut model, &ids)?;
+                }
+                own.move_to(device, dtype);
+                adapter = Some(own);
             }
-            if method.ends_with("tokens") {
-                // Two that occur in the batch, and one that is new.
-                model.train_tokens(&[7, 200, model.config.vocab_size as u32])?;
-            }
-            Ok(model)
+            model.move_to(device, dtype);
+            let (options, ws) = (AdamWOptions { optim, ..AdamWOptions::default() }, Workspace::new(Recompute::Block));
+            let trainer = Trainer::new(Arc::new(model), adapter, options, ws);
+            Ok(Trainer { dropout_seed: Some(3), ..trainer })
         };
-        let options = AdamWOptions { optim, ..AdamWOptions::default() };
-        let mut on_host = start()?;
-        let mut optimizer = AdamW::new(&on_host, options);
-        let want = curve(&mut on_host, &mut optimizer, 0..steps)?;
-        let mut model = start()?;
-        model.move_to(device, dtype);
-        let mut optimizer = AdamW::new(&model, options);
-        let mut got = curve(&mut model, &mut optimizer, 0..steps / 2)?;
-        // The way of a checkpoint: weights and moments to the processor and back.
-        let mut resumed = start()?;
-        for (to, from) in resumed.parameters.iter_mut().zip(&model.parameters) {
-            to.assign(from.host().into_owned());
-        }
-        let mut second = optimizer.to_host(&model).to_device(device);
-        resumed.move_to(device, dtype);
-        let rest = curve(&mut model, &mut optimizer, steps / 2..steps)?;
-        let again = curve(&mut resumed, &mut second, steps / 2..steps)?;
+        let want = curve(&mut start(&Device::Cpu, Dtype::F32)?, steps)?;
+        let mut trainer = start(device, dtype)?;
+        let mut got = curve(&mut trainer, steps / 2)?;
+        // The way of a checkpoint: weights and moments to host memory and back.
+        let mut resumed = start(device, dtype)?;
+        resumed.copy_state(&trainer)?;
+        let rest = curve(&mut trainer, steps - steps / 2)?;
+        let again = curve(&mut resumed, steps - steps / 2)?;
         let differing = rest.iter().zip(&again).filter(|(a, b)| a.to_bits() != b.to_bits()).count();
         got.extend(rest);
         let error = worst(got.iter().zip(&want).map(|(a, b)| (a / b - 1.0).abs()));
@@ -379,11 +375,11 @@ fn models(device: &Device, dtype: Dtype, size: Size, observe: &mut dyn FnMut(Che
     let mut ws = Workspace::default();
     let mut logits = |model: &Llama| {
         let mut cache = KvCache::new(&model.config, prompt.len());
-        let first = model.decode(&prompt[..17], &mut cache, &mut ws).to_vec();
+        let first = model.decode(&prompt[..17], None, &mut cache, &mut ws).to_vec();
         [
             first,
-            model.decode(&prompt[17..19], &mut cache, &mut ws).to_vec(),
-            model.decode(&prompt[19..], &mut cache, &mut ws).to_vec(),
+            model.decode(&prompt[17..19], None, &mut cache, &mut ws).to_vec(),
+            model.decode(&prompt[19..], None, &mut cache, &mut ws).to_vec(),
         ]
         .concat()
     };
@@ -410,7 +406,7 @@ fn tokens_of_three(model: &Llama, recorded: bool) -> Vec<f32> {
         let parts = prompts.iter().zip(&next).enumerate();
         let parts: Vec<(usize, &[u32])> =
             parts.map(|(i, (prompt, next))| (i, if step == 0 { &prompt[..] } else { &next[..] })).collect();
-        all.extend_from_slice(model.feed(&parts, &mut sequences, &mut ws).to_host().data());
+        all.extend_from_slice(model.feed(&parts, None, &mut sequences, &mut ws).to_host().data());
         if !recorded {
             ws = Workspace::default();
         }

@@ -1,6 +1,6 @@
 //! The training loop, optimizer, schedules, checkpoints and evaluation.
 //!
-//! Read [`train`] first: one loop for every method.
+//! Read [`step`] first, then [`train`]: one step and one loop for every method.
 
 pub mod checkpoint;
 pub mod config;
@@ -11,12 +11,15 @@ pub mod gpu_bench;
 pub mod gpu_check;
 pub mod memory;
 pub mod metrics;
+pub mod objective;
 pub mod optimizer;
 mod order;
 pub mod report;
+mod resume;
 pub mod schedule;
 pub mod selftest;
 pub mod statistics;
+pub mod step;
 pub mod train;
 pub mod trainer_state;
 pub mod verify;

@@ -1,9 +1,9 @@
-//! AdamW over the trained parameters of a model, and the global gradient norm.
+//! AdamW over the parameters that train, and the global gradient norm.
 
 use safetensors::Dtype;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use tunesmith_model::{Gradients, Llama};
+use tunesmith_model::{Adapter, Gradients, Llama, Parameter, trained};
 use tunesmith_tensor::cuda::sizes;
 use tunesmith_tensor::ops::{adamw, adamw_8bit, adamw_offloaded, grad_norm};
 use tunesmith_tensor::{Device, Tensor, pool};
@@ -75,21 +75,26 @@ pub struct AdamWOptions {
     pub weight_decay: f64,
     /// Whether norms and biases (tensors of one dimension) decay too.
     pub decay_vectors: bool,
-    /// Whether the moments of a model on a GPU wait in the processor's memory.
+    /// Whether the moments of a model on a GPU are offloaded to host memory.
     pub offload: bool,
+}
+
+impl AdamWOptions {
+    /// PyTorch's values, without weight decay.
+    pub const DEFAULT: Self = Self {
+        optim: Optim::AdamW,
+        adam_beta1: 0.9,
+        adam_beta2: 0.999,
+        adam_epsilon: 1e-8,
+        weight_decay: 0.0,
+        decay_vectors: false,
+        offload: false,
+    };
 }
 
 impl Default for AdamWOptions {
     fn default() -> Self {
-        Self {
-            optim: Optim::AdamW,
-            adam_beta1: 0.9,
-            adam_beta2: 0.999,
-            adam_epsilon: 1e-8,
-            weight_decay: 0.0,
-            decay_vectors: false,
-            offload: false,
-        }
+        Self::DEFAULT
     }
 }
 
@@ -148,7 +153,8 @@ impl Moments {
 #[derive(Debug)]
 pub struct AdamW {
     options: AdamWOptions,
-    moments: Vec<Option<Moments>>,
+    /// In the order of [`trained`].
+    moments: Vec<Moments>,
     pieces: adamw_offloaded::Pieces,
     updates: u64,
 }
@@ -168,8 +174,8 @@ pub struct StateTensor<'a> {
 }
 
 impl AdamW {
-    /// Zero moments for what trains in `model`.
-    pub fn new(model: &Llama, options: AdamWOptions) -> Self {
+    /// Zero moments for what trains in `model` and `adapter`, where they are.
+    pub fn new(model: &Llama, adapter: Option<&Adapter>, options: AdamWOptions) -> Self {
         let zeros = |value: &Tensor| {
             if options.optim.compresses(value.len()) {
                 let zeros = |sign| adamw_8bit::Moment::zeros(value.len(), sign);
@@ -183,18 +189,16 @@ impl AdamW {
             Some(_) => zeros(value).to_device(&device, options.offload),
             None => zeros(value),
         };
-        let moments = model.parameters.iter().map(|p| p.trained.then(|| on_device(p.value.tensor()))).collect();
+        let moments = trained(model, adapter).map(|p| on_device(p.value.tensor())).collect();
         Self { options, moments, pieces: adamw_offloaded::Pieces::default(), updates: 0 }
     }
 
-    /// A copy on the processor, whose state can be written; for the same model.
-    pub fn to_host(&self, model: &Llama) -> Self {
-        let copies = self.moments.iter().zip(&model.parameters);
-        let moments = copies.map(|(m, p)| m.as_ref().map(|m| m.to_host(p.value.shape()))).collect();
-        self.with(moments)
+    /// A copy on the CPU, whose state can be written; of the same `parameters`.
+    pub fn to_host<'a>(&self, parameters: impl Iterator<Item = &'a Parameter>) -> Self {
+        self.with(self.moments.iter().zip(parameters).map(|(m, p)| m.to_host(p.value.shape())).collect())
     }
 
-    fn with(&self, moments: Vec<Option<Moments>>) -> Self {
+    fn with(&self, moments: Vec<Moments>) -> Self {
         let pieces = adamw_offloaded::Pieces::default();
         Self { options: self.options, moments, pieces, updates: self.updates }
     }
@@ -205,22 +209,32 @@ impl AdamW {
     /// When the moments are on a GPU already.
     pub fn to_device(&self, device: &Device) -> Self {
         let to_device = |m: &Moments| m.to_device(device, self.options.offload);
-        self.with(self.moments.iter().map(|m| m.as_ref().map(to_device)).collect())
+        self.with(self.moments.iter().map(to_device).collect())
     }
 
-    /// One update with `learning_rate`; every gradient is multiplied by `grad_scale` (the clipping coefficient).
-    pub fn update(&mut self, model: &mut Llama, gradients: &Gradients, learning_rate: f64, grad_scale: f64) {
-        pool::enter(|| self.pooled_update(model, gradients, learning_rate, grad_scale));
+    /// One update of `parameters`, those that train, with `learning_rate`; every gradient is multiplied by `grad_scale` (the clipping
+    /// coefficient).
+    pub fn update(
+        &mut self,
+        parameters: Vec<&mut Parameter>,
+        gradients: &Gradients,
+        learning_rate: f64,
+        grad_scale: f64,
+    ) {
+        pool::enter(|| self.pooled_update(parameters, gradients, learning_rate, grad_scale));
     }
 
-    fn pooled_update(&mut self, model: &mut Llama, gradients: &Gradients, learning_rate: f64, grad_scale: f64) {
+    fn pooled_update(
+        &mut self,
+        parameters: Vec<&mut Parameter>,
+        gradients: &Gradients,
+        learning_rate: f64,
+        grad_scale: f64,
+    ) {
         self.updates += 1;
         let options = &self.options;
         let mut offloaded = Vec::new();
-        for ((parameter, gradient), moments) in
-            model.parameters.iter_mut().zip(&gradients.tensors).zip(&mut self.moments)
-        {
-            let (Some(gradient), Some(moments)) = (gradient, moments) else { continue };
+        for ((parameter, gradient), moments) in parameters.into_iter().zip(gradients.trained()).zip(&mut self.moments) {
             let decays = options.decay_vectors || parameter.value.shape().len() > 1;
             let step = adamw::Step {
                 number: self.updates,
@@ -232,7 +246,7 @@ impl AdamW {
                 grad_scale,
             };
             let value = parameter.value.tensor_mut();
-            match (moments, &mut parameter.low) {
+            match (moments, &mut parameter.residual) {
                 (Moments::F32(m, v), None) => adamw::update(value, gradient, m, v, &step),
                 (Moments::F32(m, v), Some(low)) => adamw::update_split(value, low, gradient, m, v, &step),
                 (Moments::Bits8(m, r), _) => adamw_8bit::update(value, gradient, m, r, &step),
@@ -245,8 +259,6 @@ impl AdamW {
             }
         }
         adamw_offloaded::update(&mut offloaded, &mut self.pieces);
-        drop(offloaded);
-        model.place_token_rows(true);
     }
 
     /// Updates made so far.
@@ -259,25 +271,24 @@ impl AdamW {
         self.updates = updates;
     }
 
-    /// Everything but the number of updates, to be written or to be filled.
+    /// Everything but the number of updates, to be written or to be filled; of the same `parameters`.
     ///
     /// # Panics
     /// When the moments are on a GPU ([`AdamW::to_host`] makes a copy that is not).
-    pub fn state(&mut self, model: &Llama) -> Vec<StateTensor<'_>> {
+    pub fn state<'a>(&mut self, parameters: impl Iterator<Item = &'a Parameter>) -> Vec<StateTensor<'_>> {
         let mut state = Vec::new();
-        for (parameter, moments) in model.parameters.iter().zip(&mut self.moments) {
+        for (parameter, moments) in parameters.zip(&mut self.moments) {
             let (name, shape) = (&parameter.name, parameter.value.shape());
             match moments {
-                None => {}
-                Some(Moments::Device8(..) | Moments::Offloaded(_)) => panic!("the moments of {name} are on a GPU"),
-                Some(Moments::F32(m, v)) => {
+                Moments::Device8(..) | Moments::Offloaded(_) => panic!("the moments of {name} are on a GPU"),
+                Moments::F32(m, v) => {
                     for (kind, moment) in [("exp_avg", m), ("exp_avg_sq", v)] {
                         let bytes = bytemuck::cast_slice_mut(moment.data_mut());
                         let name = format!("{kind}.{name}");
                         state.push(StateTensor { name, dtype: Dtype::F32, shape: shape.to_vec(), bytes });
                     }
                 }
-                Some(Moments::Bits8(m, r)) => {
+                Moments::Bits8(m, r) => {
                     for (kind, moment) in [("exp_avg", m), ("exp_avg_root", r)] {
                         let blocks = vec![moment.scales.len()];
                         let scales = bytemuck::cast_slice_mut(&mut moment.scales);
@@ -296,7 +307,7 @@ impl AdamW {
 
 /// Euclidean norm over all gradients together.
 pub fn gradient_norm(gradients: &Gradients) -> f64 {
-    let tensors: Vec<&Tensor> = gradients.tensors.iter().flatten().collect();
+    let tensors: Vec<&Tensor> = gradients.trained().collect();
     pool::enter(|| grad_norm::norm(&tensors))
 }
 

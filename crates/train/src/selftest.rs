@@ -4,15 +4,18 @@
 mod packed;
 
 use crate::checkpoint::{self, Contents, RunState};
-use crate::optimizer::{AdamW, AdamWOptions, Optim, clip_coefficient, gradient_norm};
+use crate::objective::Objective;
+use crate::optimizer::AdamWOptions;
+use crate::step::Trainer;
 use crate::{Error, Result};
 use serde::Serialize;
 use std::borrow::Cow;
 use std::path::Path;
 use std::slice::from_ref;
+use std::sync::Arc;
 use tunesmith_model::{
-    AdapterConfig, AdapterFile, Batch, Checkpoint, Config, Gradients, KvCache, Llama, LossOptions, Modules, Recompute,
-    SaveOptions, Workspace, save_adapter, save_model,
+    Adapter, AdapterConfig, AdapterFile, Batch, Checkpoint, Config, KvCache, Llama, Modules, Parameter, Recompute,
+    SaveOptions, Workspace, save_model,
 };
 use tunesmith_tensor::{Tensor, rng::Rng};
 use tunesmith_text::{GgufVocabulary, Tokenizer};
@@ -55,10 +58,9 @@ pub fn on_small_models(folder: &Path, observe: &mut dyn FnMut(Check)) -> Result<
     for name in ["plain", "biased"] {
         let model = || small(name);
         resume(name, &model, &folder.join(name), observe)?;
-        let mut model = small(name)?;
-        full_training(name, &mut model, observe)?;
-        model_files(name, &model, &folder.join(name).join("model"), observe)?;
-        on_model(name, &mut model, &folder.join(name).join("adapter"), observe)?;
+        full_training(name, small(name)?, observe)?;
+        model_files(name, &small(name)?, &folder.join(name).join("model"), observe)?;
+        on_model(name, small(name)?, &folder.join(name).join("adapter"), observe)?;
     }
     packed::products(observe);
     packed::integers(observe);
@@ -66,12 +68,11 @@ pub fn on_small_models(folder: &Path, observe: &mut dyn FnMut(Check)) -> Result<
     packed::adapters(&|| small("plain"), observe)
 }
 
-/// The checks that a model of any size can take, with a LoRA adapter where something trains; `model` is left with an
-/// adapter merged into it. `folder` is where that adapter is saved.
+/// The checks that a model of any size can take, with a LoRA adapter where something trains. `folder` is where that adapter is saved.
 ///
 /// # Errors
-/// As [`on_small_models`]; also when an adapter is attached already.
-pub fn on_model(name: &str, model: &mut Llama, folder: &Path, observe: &mut dyn FnMut(Check)) -> Result<()> {
+/// As [`on_small_models`].
+pub fn on_model(name: &str, model: Llama, folder: &Path, observe: &mut dyn FnMut(Check)) -> Result<()> {
     let mut report = |check, compared: String, error, bound| {
         observe(Check { model: name.to_owned(), check, compared, error, bound });
     };
@@ -79,10 +80,10 @@ pub fn on_model(name: &str, model: &mut Llama, folder: &Path, observe: &mut dyn 
     let documents = documents(model.config.vocab_size);
     let packed = batch_of(&documents);
 
-    let base = model.logits(&packed, &mut ws).data().to_vec();
+    let base = model.logits(&packed, None, &mut ws).data().to_vec();
     let mut separate = Vec::new();
     for document in &documents {
-        separate.extend_from_slice(model.logits(&batch_of(from_ref(document)), &mut ws).data());
+        separate.extend_from_slice(model.logits(&batch_of(from_ref(document)), None, &mut ws).data());
     }
     let what = format!("logits of {} documents in one pass and alone, of the largest", documents.len());
     report("packed = separate", what, of_largest(&separate, &base), ORDER);
@@ -92,8 +93,8 @@ pub fn on_model(name: &str, model: &mut Llama, folder: &Path, observe: &mut dyn 
     batch.push(&whole, &vec![true; whole.len()]);
     let mut cached = Vec::new();
     let mut full = Vec::new();
-    let steps = cached_logits(model, &whole, &mut ws);
-    let logits = model.logits(&batch, &mut ws);
+    let steps = cached_logits(&model, &whole, &mut ws);
+    let logits = model.logits(&batch, None, &mut ws);
     for (position, row) in &steps {
         cached.extend_from_slice(row);
         full.extend_from_slice(logits.row(*position));
@@ -108,36 +109,38 @@ pub fn on_model(name: &str, model: &mut Llama, folder: &Path, observe: &mut dyn 
         target_modules: Modules::Pattern("all-linear".into()),
         ..AdapterConfig::default()
     };
-    model.add_adapter(&config, 1)?;
-    let fresh = model.logits(&packed, &mut ws).data().to_vec();
+    let mut adapter = Adapter::new(&model, &config, 1)?;
+    let fresh = model.logits(&packed, Some(&adapter), &mut ws).data().to_vec();
     report("new adapter = base", "logits, elements that differ".into(), differing(&fresh, &base), 0.0);
     // B begins as zero, and a pair that does nothing would hide every mistake in it.
-    randomise(model, "lora_B", 0.05);
-    let adapted = model.logits(&packed, &mut ws).data().to_vec();
-    model.enable_adapter(false);
-    let off = model.logits(&packed, &mut ws).data().to_vec();
-    model.enable_adapter(true);
+    randomise(&mut adapter.parameters, "lora_B", 0.05);
+    let adapted = model.logits(&packed, Some(&adapter), &mut ws).data().to_vec();
+    let off = model.logits(&packed, None, &mut ws).data().to_vec();
     report("adapter off = base", "logits, elements that differ".into(), differing(&off, &base), 0.0);
 
-    let sum = gradients_of(model, from_ref(&packed), None, &mut ws);
-    gradient_checks(model, &documents, &sum, &mut ws, &mut report);
+    let mut trainer = Trainer::for_gradients(Arc::new(model), Some(adapter), ws);
+    let sum = gradients(&mut trainer, from_ref(&packed), None)?;
+    gradient_checks(&mut trainer, &documents, &sum, &mut report)?;
     let seed = Some(1);
-    let dropped = gradients_of(model, from_ref(&packed), seed, &mut ws);
-    quotient_check(&difference_quotients(model, &packed, seed, &dropped, &mut ws), &mut report);
+    let dropped = gradients(&mut trainer, from_ref(&packed), seed)?;
+    quotient_check(&difference_quotients(&mut trainer, &packed, seed, &dropped)?, &mut report);
     let mut apart = 0.0f64;
     for level in [Recompute::None, Recompute::Block] {
-        let again = gradients_of(model, from_ref(&packed), seed, &mut Workspace::new(level));
-        for (a, b) in again.tensors.iter().flatten().zip(dropped.tensors.iter().flatten()) {
-            apart += differing(a.data(), b.data());
-        }
+        trainer.workspace = Workspace::new(level);
+        let again = gradients(&mut trainer, from_ref(&packed), seed)?;
+        apart += again.iter().zip(&dropped).map(|(a, b)| differing(a.data(), b.data())).sum::<f64>();
     }
     let what = "gradients with none, norms and block, with dropout, elements that differ".into();
     report("recompute = none", what, apart, 0.0);
 
-    save_adapter(folder, &config, model.adapter_tensors())?;
+    let Trainer { model, adapter, workspace: mut ws, .. } = trainer;
+    let (Some(mut model), Some(adapter)) = (Arc::into_inner(model), adapter) else {
+        return Err(Error::Failure("the model of the self-test is in use elsewhere".into()));
+    };
+    adapter.save(folder)?;
     let mut read = AdapterFile::open(folder)?.tensors;
     let mut wrong = 0.0;
-    for (module, a, b) in model.adapter_tensors() {
+    for (module, a, b) in adapter.tensors() {
         wrong += match read.remove(module) {
             Some((read_a, read_b)) => differing(a.data(), read_a.data()) + differing(b.data(), read_b.data()),
             None => (a.len() + b.len()) as f64,
@@ -145,8 +148,8 @@ pub fn on_model(name: &str, model: &mut Llama, folder: &Path, observe: &mut dyn 
     }
     report("save + load = identity", "adapter, elements that differ".into(), wrong, 0.0);
 
-    model.merge_adapter()?;
-    let merged = model.logits(&packed, &mut ws).data().to_vec();
+    adapter.merge_into(&mut model)?;
+    let merged = model.logits(&packed, None, &mut ws).data().to_vec();
     report("merged = adapter", "logits, of the largest".into(), of_largest(&merged, &adapted), MERGED);
     let moved = of_largest(&adapted, &base);
     if moved < 10.0 * MERGED {
@@ -156,37 +159,35 @@ pub fn on_model(name: &str, model: &mut Llama, folder: &Path, observe: &mut dyn 
 }
 
 /// Gradients of every weight.
-fn full_training(name: &str, model: &mut Llama, observe: &mut dyn FnMut(Check)) -> Result<()> {
+fn full_training(name: &str, mut model: Llama, observe: &mut dyn FnMut(Check)) -> Result<()> {
     let mut report = |check, compared: String, error, bound| {
         observe(Check { model: name.to_owned(), check, compared, error, bound });
     };
-    let mut ws = Workspace::default();
     let documents = documents(model.config.vocab_size);
     let packed = batch_of(&documents);
     model.train_all();
-    let sum = gradients_of(model, from_ref(&packed), None, &mut ws);
-    gradient_checks(model, &documents, &sum, &mut ws, &mut report);
-    quotient_check(&difference_quotients(model, &packed, None, &sum, &mut ws), &mut report);
-    model.parameters.iter_mut().for_each(|p| p.trained = false);
+    let mut trainer = Trainer::for_gradients(Arc::new(model), None, Workspace::default());
+    let sum = gradients(&mut trainer, from_ref(&packed), None)?;
+    gradient_checks(&mut trainer, &documents, &sum, &mut report)?;
+    quotient_check(&difference_quotients(&mut trainer, &packed, None, &sum)?, &mut report);
     Ok(())
 }
 
 /// `sum`, the gradients of all `documents` in one pass, against the ways in which they must come out the same.
 fn gradient_checks(
-    model: &Llama,
+    trainer: &mut Trainer,
     documents: &[Document],
-    sum: &Gradients,
-    ws: &mut Workspace,
+    sum: &[Tensor],
     report: &mut dyn FnMut(&'static str, String, f64, f64),
-) {
-    let again = gradients_of(model, &[batch_of(documents)], None, ws);
-    let pairs = sum.tensors.iter().flatten().zip(again.tensors.iter().flatten());
-    let wrong = pairs.map(|(a, b)| differing(a.data(), b.data())).sum();
+) -> Result<()> {
+    let again = gradients(trainer, &[batch_of(documents)], None)?;
+    let wrong = sum.iter().zip(&again).map(|(a, b)| differing(a.data(), b.data())).sum();
     report("the same twice", "gradients, elements that differ".into(), wrong, 0.0);
     let each: Vec<Batch> = documents.iter().map(|document| batch_of(from_ref(document))).collect();
-    let accumulated = gradients_of(model, &each, None, ws);
+    let accumulated = gradients(trainer, &each, None)?;
     let what = format!("gradients of {} documents in one pass and one by one, relative", documents.len());
     report("accumulation 1 x N = N x 1", what, relative(&accumulated, sum), ORDER);
+    Ok(())
 }
 
 /// What [`difference_quotients`] found, as one check that names the worst kind.
@@ -222,37 +223,40 @@ fn resume(name: &str, make: &dyn Fn() -> Result<Llama>, folder: &Path, observe: 
     })?;
     let config = AdapterConfig { r: 4, lora_dropout: 0.1, ..AdapterConfig::default() };
     for method in ["every weight", "an adapter with dropout"] {
-        let start = || -> Result<Llama> {
+        let start = || -> Result<Trainer> {
             let mut model = make()?;
+            let mut adapter = None;
             match method {
                 "every weight" => model.train_all(),
-                _ => model.add_adapter(&config, 1)?,
+                _ => adapter = Some(Adapter::new(&model, &config, 1)?),
             }
-            Ok(model)
+            let trainer = Trainer::new(Arc::new(model), adapter, ADAMW, Workspace::default());
+            Ok(Trainer { dropout_seed: Some(1), ..trainer })
         };
         let mut straight = start()?;
-        let mut optimizer = AdamW::new(&straight, ADAMW);
-        train(&mut straight, &mut optimizer, 0..2);
+        train(&mut straight, 2)?;
         let to = folder.join("checkpoint");
         let state = RunState { step: 2, ..RunState::default() };
-        let training = Some((&mut optimizer, &state));
         let contents = Contents {
-            model: &straight,
+            model: &straight.model,
+            adapter: straight.adapter.as_ref(),
             tokenizer: &tokenizer,
             generation_config: None,
             stream: None,
-            training,
+            training: straight.optimizer.as_mut().map(|optimizer| (optimizer, &state)),
             files: Default::default(),
         };
         checkpoint::save(&to, contents)?;
-        train(&mut straight, &mut optimizer, 2..4);
+        train(&mut straight, 2)?;
 
         let mut resumed = start()?;
-        let mut optimizer = AdamW::new(&resumed, ADAMW);
-        checkpoint::restore_weights(&to, &mut resumed)?;
-        let state = checkpoint::restore_training(&to, &resumed, &mut optimizer)?;
-        train(&mut resumed, &mut optimizer, state.step..4);
-        let pairs = straight.parameters.iter().zip(&resumed.parameters);
+        checkpoint::restore_weights(&to, resumed.adapter.is_some(), resumed.trained_mut()?)?;
+        if let Some(optimizer) = &mut resumed.optimizer {
+            let trained = tunesmith_model::trained(&resumed.model, resumed.adapter.as_ref());
+            resumed.num_steps = checkpoint::restore_training(&to, trained, optimizer)?.step;
+        }
+        train(&mut resumed, 2)?;
+        let pairs = straight.trained().zip(resumed.trained());
         let error = pairs.map(|(a, b)| differing(a.value.tensor().data(), b.value.tensor().data())).sum();
         let compared = format!("weights after training {method}, elements that differ");
         observe(Check { model: name.to_owned(), check: "resume = uninterrupted", compared, error, bound: 0.0 });
@@ -260,30 +264,18 @@ fn resume(name: &str, make: &dyn Fn() -> Result<Llama>, folder: &Path, observe: 
     Ok(())
 }
 
-const ADAMW: AdamWOptions = AdamWOptions {
-    offload: false,
-    adam_beta1: 0.9,
-    adam_beta2: 0.999,
-    adam_epsilon: 1e-8,
-    weight_decay: 0.1,
-    decay_vectors: false,
-    optim: Optim::AdamW,
-};
+const ADAMW: AdamWOptions = AdamWOptions { weight_decay: 0.1, ..AdamWOptions::DEFAULT };
 
 /// Optimizer steps on tokens that the number of the step decides.
-fn train(model: &mut Llama, optimizer: &mut AdamW, steps: std::ops::Range<u64>) {
-    let mut ws = Workspace::default();
-    for step in steps {
-        let mut rng = Rng::new(step, 1);
-        let ids: Vec<u32> = (0..24).map(|_| rng.below(model.config.vocab_size as u32)).collect();
+fn train(trainer: &mut Trainer, num_steps: usize) -> Result<()> {
+    for _ in 0..num_steps {
+        let mut rng = Rng::new(trainer.num_steps, 1);
+        let ids: Vec<u32> = (0..24).map(|_| rng.below(trainer.model.config.vocab_size as u32)).collect();
         let mut batch = Batch::default();
         batch.push(&ids, &vec![true; ids.len()]);
-        let options = LossOptions { step, ..options(&batch, Some(1)) };
-        let mut gradients = Gradients::new(model);
-        model.loss_and_gradients(&batch, options, &mut ws, &mut gradients);
-        let clip = clip_coefficient(gradient_norm(&gradients), 1.0);
-        optimizer.update(model, &gradients, 1e-2, clip);
+        trainer.step(&[batch], &Objective::default(), 1e-2)?;
     }
+    Ok(())
 }
 
 /// Token ids and which of them carry loss.
@@ -305,20 +297,15 @@ fn batch_of(documents: &[Document]) -> Batch {
     batch
 }
 
-fn options(batch: &Batch, dropout_seed: Option<u64>) -> LossOptions {
-    let scale = 1.0 / batch.targets.len().max(1) as f32;
-    LossOptions { scale, label_smoothing: 0.0, dropout_seed, step: 0, first_token: 0 }
+/// Gradients of the mean loss over the tokens of all `batches` together, in the order of the parameters that train.
+fn gradients(trainer: &mut Trainer, batches: &[Batch], dropout_seed: Option<u64>) -> Result<Vec<Tensor>> {
+    trainer.dropout_seed = dropout_seed;
+    trainer.accumulate(batches, &Objective::default())?;
+    Ok(gradients_of(trainer))
 }
 
-/// Gradients of the mean loss over the tokens of all `batches` together.
-fn gradients_of(model: &Llama, batches: &[Batch], dropout_seed: Option<u64>, ws: &mut Workspace) -> Gradients {
-    let tokens: usize = batches.iter().map(|batch| batch.targets.len()).sum();
-    let mut gradients = Gradients::new(model);
-    for batch in batches {
-        let options = LossOptions { scale: 1.0 / tokens as f32, ..options(batch, dropout_seed) };
-        model.loss_and_gradients(batch, options, ws, &mut gradients);
-    }
-    gradients
+fn gradients_of(trainer: &Trainer) -> Vec<Tensor> {
+    trainer.gradients.trained().cloned().collect()
 }
 
 /// Logits after `ids` were fed to a cache up to there, with the positions at which they were taken: half of the tokens at
@@ -329,7 +316,7 @@ fn cached_logits(model: &Llama, ids: &[u32], ws: &mut Workspace) -> Vec<(usize, 
     let mut found = Vec::new();
     while cache.len() < ids.len() {
         let end = cache.len() + chunks.next().unwrap_or(1);
-        let logits = model.decode(&ids[cache.len()..end], &mut cache, ws).to_vec();
+        let logits = model.decode(&ids[cache.len()..end], None, &mut cache, ws).to_vec();
         found.push((end - 1, logits));
     }
     found
@@ -341,21 +328,22 @@ fn cached_logits(model: &Llama, ids: &[u32], ws: &mut Workspace) -> Vec<(usize, 
 /// The direction weighs each component of the gradient with a random number in [0, 1): a direction that knows nothing of
 /// the gradient would be nearly perpendicular to it, with a slope below the noise of a loss in f32.
 fn difference_quotients(
-    model: &mut Llama,
+    trainer: &mut Trainer,
     batch: &Batch,
     dropout_seed: Option<u64>,
-    gradients: &Gradients,
-    ws: &mut Workspace,
-) -> Vec<(String, f64)> {
-    let mut scratch = Gradients::new(model);
-    let mut loss = |model: &Llama| {
-        let sum = match dropout_seed {
-            None => model.loss(batch, 0.0, ws),
-            seed => model.loss_and_gradients(batch, options(batch, seed), ws, &mut scratch),
-        };
-        sum / batch.targets.len() as f64
+    gradients: &[Tensor],
+) -> Result<Vec<(String, f64)>> {
+    let loss = |trainer: &mut Trainer| -> Result<f64> {
+        let objective = Objective::default();
+        if dropout_seed.is_none() {
+            let Trainer { model, adapter, workspace, .. } = trainer;
+            let (_, sum) = objective.losses(model, adapter.as_ref(), batch, workspace);
+            return Ok(sum / batch.targets.len() as f64);
+        }
+        trainer.dropout_seed = dropout_seed;
+        Ok(trainer.accumulate(from_ref(batch), &objective)?.mean())
     };
-    let mut kinds: Vec<String> = model.parameters.iter().filter(|p| p.trained).map(|p| kind(&p.name)).collect();
+    let mut kinds: Vec<String> = trainer.trained().map(|p| kind(&p.name)).collect();
     kinds.sort_unstable();
     kinds.dedup();
     let mut found = Vec::new();
@@ -363,35 +351,37 @@ fn difference_quotients(
         let mut rng = Rng::new(3, number as u64);
         let mut directions = Vec::new();
         let mut slope = 0.0;
-        for (i, parameter) in model.parameters.iter().enumerate() {
-            let Some(gradient) = gradients.tensors[i].as_ref().filter(|_| kind(&parameter.name) == kind_of) else {
+        for (i, (parameter, gradient)) in trainer.trained().zip(gradients).enumerate() {
+            if kind(&parameter.name) != kind_of {
                 continue;
-            };
+            }
             let direction: Vec<f32> = gradient.data().iter().map(|g| g * rng.uniform()).collect();
             slope += gradient.data().iter().zip(&direction).map(|(g, u)| *g as f64 * *u as f64).sum::<f64>();
             directions.push((i, direction, parameter.value.tensor().data().to_vec()));
         }
         // Far enough that the loss changes by much more than its noise; the extrapolation takes care of the curvature.
         let h = 5e-3 / slope;
-        let mut quotient = |h: f64| {
-            let mut at = |h: f64| {
+        let mut quotient = |h: f64| -> Result<f64> {
+            let mut at = |h: f64| -> Result<f64> {
+                let mut parameters = trainer.trained_mut()?;
                 for (i, direction, start) in &directions {
-                    let value = model.parameters[*i].value.tensor_mut().data_mut();
+                    let value = parameters[*i].value.tensor_mut().data_mut();
                     for ((x, u), x0) in value.iter_mut().zip(direction).zip(start) {
                         *x = (*x0 as f64 + h * *u as f64) as f32;
                     }
                 }
-                loss(model)
+                loss(trainer)
             };
-            (at(h) - at(-h)) / (2.0 * h)
+            Ok((at(h)? - at(-h)?) / (2.0 * h))
         };
-        let extrapolated = (4.0 * quotient(h / 2.0) - quotient(h)) / 3.0;
+        let extrapolated = (4.0 * quotient(h / 2.0)? - quotient(h)?) / 3.0;
+        let mut parameters = trainer.trained_mut()?;
         for (i, _, start) in &directions {
-            model.parameters[*i].value.tensor_mut().data_mut().copy_from_slice(start);
+            parameters[*i].value.tensor_mut().data_mut().copy_from_slice(start);
         }
         found.push((kind_of, (extrapolated / slope - 1.0).abs()));
     }
-    found
+    Ok(found)
 }
 
 /// The name of a parameter without its layer: `q_proj.weight`, `lora_A.weight`.
@@ -401,8 +391,8 @@ fn kind(name: &str) -> String {
 }
 
 /// Fills the parameters whose names contain `part` with normal numbers of standard deviation `std`.
-fn randomise(model: &mut Llama, part: &str, std: f32) {
-    for (i, parameter) in model.parameters.iter_mut().enumerate().filter(|(_, p)| p.name.contains(part)) {
+fn randomise(parameters: &mut [Parameter], part: &str, std: f32) {
+    for (i, parameter) in parameters.iter_mut().enumerate().filter(|(_, p)| p.name.contains(part)) {
         let mut rng = Rng::new(4, i as u64);
         parameter.value.tensor_mut().data_mut().iter_mut().for_each(|x| *x = rng.normal() * std);
     }
@@ -456,9 +446,8 @@ fn differing(a: &[f32], b: &[f32]) -> f64 {
 }
 
 /// The largest relative difference (Euclidean norm) of a tensor's gradient.
-fn relative(got: &Gradients, want: &Gradients) -> f64 {
-    let pairs = got.tensors.iter().flatten().zip(want.tensors.iter().flatten());
-    worst(pairs.map(|(a, b)| distance(a, b)))
+fn relative(got: &[Tensor], want: &[Tensor]) -> f64 {
+    worst(got.iter().zip(want).map(|(a, b)| distance(a, b)))
 }
 
 fn distance(a: &Tensor, b: &Tensor) -> f64 {
@@ -491,11 +480,12 @@ mod tests {
         let mut model = small("biased").unwrap();
         model.train_all();
         let batch = batch_of(&documents(model.config.vocab_size));
-        let mut ws = Workspace::default();
-        let mut gradients = gradients_of(&model, from_ref(&batch), None, &mut ws);
-        let wrong = model.parameters.iter().position(|p| p.name.ends_with("1.mlp.up_proj.bias")).unwrap();
-        gradients.tensors[wrong].as_mut().unwrap().data_mut()[..16].iter_mut().for_each(|g| *g = -*g);
-        let failed: Vec<String> = difference_quotients(&mut model, &batch, None, &gradients, &mut ws)
+        let mut trainer = Trainer::for_gradients(Arc::new(model), None, Workspace::default());
+        let mut gradients = gradients(&mut trainer, from_ref(&batch), None).unwrap();
+        let wrong = trainer.trained().position(|p| p.name.ends_with("1.mlp.up_proj.bias")).unwrap();
+        gradients[wrong].data_mut()[..16].iter_mut().for_each(|g| *g = -*g);
+        let failed: Vec<String> = difference_quotients(&mut trainer, &batch, None, &gradients)
+            .unwrap()
             .into_iter()
             .filter(|(_, error)| *error > QUOTIENT)
             .map(|(kind, _)| kind)

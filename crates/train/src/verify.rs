@@ -1,11 +1,13 @@
 //! Comparison with numbers that another implementation wrote: logits, loss, gradients, training curves.
 
-use crate::optimizer::{AdamW, AdamWOptions, clip_coefficient, gradient_norm};
+use crate::objective::Objective;
+use crate::optimizer::AdamWOptions;
+use crate::step::{Step, Trainer};
 use crate::{Error, Result};
 use safetensors::{Dtype, SafeTensors};
 use serde::{Deserialize, Serialize};
-use std::{collections::BTreeMap, path::Path};
-use tunesmith_model::{Batch, Gradients, Llama, LossOptions, Workspace};
+use std::{collections::BTreeMap, path::Path, sync::Arc};
+use tunesmith_model::{Adapter, Batch, Llama, Workspace};
 
 /// One comparison: `difference` is relative, in the measure that `what` says.
 #[derive(Clone, Debug, Serialize)]
@@ -135,19 +137,19 @@ fn relative(ours: f64, reference: f64) -> f64 {
     (ours - reference).abs() / reference.abs().max(1e-12)
 }
 
-/// Compares `model` with whatever `reference` has of: `logits` for `input_ids`, the mean loss of `labels`
-/// (a scalar `loss`, or computed from the reference logits), and `grad.<weight>` of it. The model keeps its weights.
+/// Compares `model`, seen through `adapter`, with whatever `reference` has of: `logits` for `input_ids`, the mean loss of `labels`
+/// (a scalar `loss`, or computed from the reference logits), and `grad.<weight>` of it, an adapter's weights by PEFT's names.
 ///
 /// # Errors
 /// When the file lacks `input_ids`, has none of the tensors above, or names a weight that the model does not have.
-pub fn verify_reference(model: &mut Llama, reference: &Reference) -> Result<Vec<Check>> {
+pub fn verify_reference(mut model: Llama, mut adapter: Option<Adapter>, reference: &Reference) -> Result<Vec<Check>> {
     let (shape, rows) = reference.rows(model.config.vocab_size)?;
     let labels = reference.labels(&shape, &rows)?;
     let batch = Batch::from_labels(rows.iter().map(|r| r.as_slice()).zip(labels.iter().map(|l| l.as_slice())));
     let mut ws = Workspace::default();
     let mut checks = Vec::new();
     if let Some((_, want)) = reference.floats("logits")? {
-        let logits = model.logits(&batch, &mut ws).to_host();
+        let logits = model.logits(&batch, adapter.as_ref(), &mut ws).to_host();
         let got = logits.data();
         if got.len() != want.len() {
             let (file, vocab) = (&reference.file, model.config.vocab_size);
@@ -172,29 +174,23 @@ pub fn verify_reference(model: &mut Llama, reference: &Reference) -> Result<Vec<
         None => None,
     };
     if !wanted.is_empty() || loss.is_some() {
-        let trained: Vec<bool> = model.parameters.iter().map(|p| p.trained).collect();
-        for parameter in &mut model.parameters {
+        let own = adapter.as_mut().map_or(&mut [][..], |adapter| &mut adapter.parameters);
+        let mut missing = wanted.clone();
+        for parameter in model.parameters.iter_mut().chain(own) {
             parameter.trained = wanted.contains(&parameter.name.as_str());
+            missing.retain(|name| *name != parameter.name);
         }
-        let mut gradients = Gradients::new(model);
-        let scale = 1.0 / batch.targets.len().max(1) as f32;
-        let options = LossOptions { scale, label_smoothing: 0.0, dropout_seed: None, step: 0, first_token: 0 };
-        let sum = model.loss_and_gradients(&batch, options, &mut ws, &mut gradients);
-        for (parameter, trained) in model.parameters.iter_mut().zip(trained) {
-            parameter.trained = trained;
+        if let Some(name) = missing.first() {
+            return Err(Error::Input(format!("{} has grad.{name}; the model has no such weight", reference.file)));
         }
+        let mut trainer = Trainer::for_gradients(Arc::new(model), adapter, ws);
+        let ours = trainer.accumulate(&[batch], &Objective::default())?.mean();
         if let Some(want) = loss {
-            let difference = relative(sum * scale as f64, want);
-            checks.push(Check { what: "loss".into(), difference, tolerance: LOSS_TOLERANCE });
+            checks.push(Check { what: "loss".into(), difference: relative(ours, want), tolerance: LOSS_TOLERANCE });
         }
-        for name in wanted {
-            let Some(index) = model.parameters.iter().position(|p| p.name == name) else {
-                return Err(Error::Input(format!("{} has grad.{name}; the model has no such weight", reference.file)));
-            };
-            let (Some((_, want)), Some(got)) = (reference.floats(&format!("grad.{name}"))?, &gradients.tensors[index])
-            else {
-                continue;
-            };
+        for (parameter, got) in trainer.trained().zip(trainer.gradients.trained()) {
+            let name = &parameter.name;
+            let Some((_, want)) = reference.floats(&format!("grad.{name}"))? else { continue };
             if want.len() != got.len() {
                 let shape = got.shape();
                 return Err(Error::Input(format!("{}: grad.{name} does not have the shape {shape:?}", reference.file)));
@@ -264,19 +260,20 @@ pub fn read_curve(path: &Path, name: &str) -> Result<Vec<CurveStep>> {
     })
 }
 
-/// Trains `model` (whatever trains in it) on the batches of `batches` (input_ids and labels [steps, rows, tokens]) with the learning rates of
-/// `curve`, AdamW (0.9, 0.999, 1e-8), `weight_decay` on every trained parameter and clipping at 1, and compares loss and gradient norm of
-/// each step. The model is trained afterwards.
+/// Trains whatever trains in `model` and `adapter` on the batches of `batches` (input_ids and labels [steps, rows, tokens]) with the
+/// learning rates of `curve`, AdamW (0.9, 0.999, 1e-8), `weight_decay` on every trained parameter and clipping at 1, and compares loss
+/// and gradient norm of each step. Returns the trainer, too.
 ///
 /// # Errors
 /// When the batches are fewer than the steps of the curve.
 pub fn verify_curve(
-    model: &mut Llama,
+    model: Llama,
+    adapter: Option<Adapter>,
     batches: &Reference,
     curve: &[CurveStep],
     weight_decay: f64,
     label_smoothing: f32,
-) -> Result<Vec<Check>> {
+) -> Result<(Vec<Check>, Trainer)> {
     let (shape, rows) = batches.rows(model.config.vocab_size)?;
     let labels = batches.labels(&shape, &rows)?;
     let [steps, rows_a_step, _] = shape[..] else {
@@ -290,24 +287,18 @@ pub fn verify_curve(
         return Err(Error::Input(format!("{file} has {steps} batches; the curve has {wanted} steps")));
     }
     let options = AdamWOptions { weight_decay, decay_vectors: true, ..AdamWOptions::default() };
-    let mut optimizer = AdamW::new(model, options);
-    let mut gradients = Gradients::new(model);
-    let mut ws = Workspace::default();
+    let mut trainer = Trainer::new(Arc::new(model), adapter, options, Workspace::default());
+    let objective = Objective::NextToken { label_smoothing };
     let mut checks = Vec::new();
     for (i, step) in curve.iter().enumerate() {
         let part = i * rows_a_step..(i + 1) * rows_a_step;
         let pairs = rows[part.clone()].iter().zip(&labels[part]);
         let batch = Batch::from_labels(pairs.map(|(r, l)| (r.as_slice(), l.as_slice())));
-        let scale = 1.0 / batch.targets.len().max(1) as f32;
-        gradients.clear();
-        let options = LossOptions { scale, label_smoothing, dropout_seed: None, step: i as u64, first_token: 0 };
-        let loss = model.loss_and_gradients(&batch, options, &mut ws, &mut gradients) * scale as f64;
-        let norm = gradient_norm(&gradients);
-        for (what, ours, reference) in [("loss", loss, step.loss), ("grad_norm", norm, step.grad_norm)] {
+        let Step { loss, grad_norm } = trainer.step(&[batch], &objective, step.lr)?;
+        for (what, ours, reference) in [("loss", loss.mean(), step.loss), ("grad_norm", grad_norm, step.grad_norm)] {
             let difference = relative(ours, reference);
             checks.push(Check { what: format!("step {} {what}", step.step), difference, tolerance: CURVE_TOLERANCE });
         }
-        optimizer.update(model, &gradients, step.lr, clip_coefficient(norm, 1.0));
     }
-    Ok(checks)
+    Ok((checks, trainer))
 }

@@ -3,9 +3,13 @@
 
 use peak_alloc::PeakAlloc;
 use std::path::Path;
-use tunesmith_model::{AdapterFile, Batch, Checkpoint, Gradients, Llama, LossOptions, Recompute, Storage, Workspace};
+use std::slice::from_ref;
+use std::sync::Arc;
+use tunesmith_model::{Adapter, AdapterFile, Batch, Checkpoint, Llama, Recompute, Storage, Workspace};
 use tunesmith_tensor::rng::Rng;
-use tunesmith_train::optimizer::{AdamW, AdamWOptions, clip_coefficient, gradient_norm};
+use tunesmith_train::objective::Objective;
+use tunesmith_train::optimizer::AdamWOptions;
+use tunesmith_train::step::Trainer;
 
 #[global_allocator]
 static ALLOCATOR: PeakAlloc = PeakAlloc;
@@ -21,17 +25,11 @@ fn batch(lengths: &[usize]) -> Batch {
 
 /// Bytes above those held before, at the worst moment of a step and after it, when the same step has been made before: the
 /// least of several such steps.
-fn transient(llama: &mut Llama, recompute: Recompute) -> (usize, usize) {
-    let (mut ws, mut gradients) = (Workspace::new(recompute), Gradients::new(llama));
-    let mut optimizer = AdamW::new(llama, AdamWOptions::default());
+fn transient((llama, adapter): (Llama, Option<Adapter>), recompute: Recompute) -> (usize, usize) {
+    let trainer = Trainer::new(Arc::new(llama), adapter, AdamWOptions::default(), Workspace::new(recompute));
+    let mut trainer = Trainer { dropout_seed: Some(1), ..trainer };
     let batch = batch(&[300, 41, 7, 160, 500, 1000, 48]);
-    let scale = 1.0 / batch.targets.len() as f32;
-    let mut step = |step| {
-        let options = LossOptions { scale, label_smoothing: 0.0, dropout_seed: Some(1), step, first_token: 0 };
-        gradients.clear();
-        llama.loss_and_gradients(&batch, options, &mut ws, &mut gradients);
-        optimizer.update(llama, &gradients, 1e-3, clip_coefficient(gradient_norm(&gradients), 1.0));
-    };
+    let mut step = |_| drop(trainer.step(from_ref(&batch), &Objective::default(), 1e-3).unwrap());
     // The buffers of the workspace come with the first steps. Which thread takes a task is chance, so a thread may make its own
     // buffer for a kind of task in any step: that happens once per thread and kind, while a buffer that is not reused shows in
     // every step. The best of several steps tells the two apart.
@@ -49,13 +47,18 @@ fn transient(llama: &mut Llama, recompute: Recompute) -> (usize, usize) {
 fn a_step_reuses_its_buffers() {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../model/tests/fixtures/tiny-llama3");
     let load = || Llama::load(&Checkpoint::open(&folder).unwrap(), Storage::F32, |_, _| ()).unwrap();
-    let mut adapted = load();
-    adapted.attach_adapter(AdapterFile::open(&folder.join("lora_start")).unwrap(), true).unwrap();
-    let mut full = load();
-    full.train_all();
-    for (name, llama) in [("lora", &mut adapted), ("full", &mut full)] {
+    let start = |name| {
+        let mut llama = load();
+        if name == "full" {
+            llama.train_all();
+            return (llama, None);
+        }
+        let adapter = Adapter::open(&mut llama, AdapterFile::open(&folder.join("lora_start")).unwrap(), true).unwrap();
+        (llama, Some(adapter))
+    };
+    for name in ["lora", "full"] {
         for recompute in [Recompute::None, Recompute::Norms, Recompute::Block] {
-            let (most, left) = transient(llama, recompute);
+            let (most, left) = transient(start(name), recompute);
             println!("{name}, {recompute:?}: {most} bytes at most, {left} left");
             // A part of 1,024 tokens has hidden states of 262 kB. What may be asked for is lists of tokens and tasks, and what
             // the `gemm` crate packs its operands into, anew at each call.

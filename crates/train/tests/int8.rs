@@ -2,8 +2,11 @@
 #![allow(clippy::unwrap_used, clippy::print_stdout)]
 
 use std::path::{Path, PathBuf};
-use tunesmith_model::{AdapterFile, Batch, Checkpoint, Gradients, Llama, LossOptions, Storage, Workspace};
+use std::sync::Arc;
+use tunesmith_model::{Adapter, AdapterFile, Batch, Checkpoint, Llama, Storage, Workspace};
 use tunesmith_tensor::rng::Rng;
+use tunesmith_train::objective::Objective;
+use tunesmith_train::step::Trainer;
 use tunesmith_train::verify::{self, Reference};
 
 const MODELS: [&str; 2] = ["tiny-llama2", "tiny-llama3"];
@@ -12,14 +15,15 @@ fn fixture(model: &str, file: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../model/tests/fixtures").join(model).join(file)
 }
 
-fn adapted(model: &str, storage: Storage, int8: bool) -> Llama {
+fn adapted(model: &str, storage: Storage, int8: bool) -> (Llama, Adapter) {
     let mut llama = Llama::load(&Checkpoint::open(&fixture(model, "")).unwrap(), storage, |_, _| ()).unwrap();
-    llama.attach_adapter(AdapterFile::open(&fixture(model, "lora_final")).unwrap(), true).unwrap();
+    let file = AdapterFile::open(&fixture(model, "lora_final")).unwrap();
+    let adapter = Adapter::open(&mut llama, file, true).unwrap();
     if int8 {
         llama.compute_int8(true).unwrap();
     }
     assert_eq!(llama.computes_int8(), int8);
-    llama
+    (llama, adapter)
 }
 
 fn batch(vocab: u32) -> Batch {
@@ -33,21 +37,18 @@ fn batch(vocab: u32) -> Batch {
 }
 
 /// Loss a token, and all gradients one behind the other.
-fn pass(llama: &Llama) -> (f64, Vec<f32>) {
+fn pass((llama, adapter): (Llama, Adapter)) -> (f64, Vec<f32>) {
     let batch = batch(llama.config.vocab_size as u32);
-    let (mut ws, mut gradients) = (Workspace::default(), Gradients::new(llama));
-    let scale = 1.0 / batch.targets.len() as f32;
-    let options = LossOptions { scale, label_smoothing: 0.0, dropout_seed: None, step: 0, first_token: 0 };
-    let loss = llama.loss_and_gradients(&batch, options, &mut ws, &mut gradients);
-    let all = gradients.tensors.iter().flatten().flat_map(|g| g.data().to_vec()).collect();
-    (loss * f64::from(scale), all)
+    let mut trainer = Trainer::for_gradients(Arc::new(llama), Some(adapter), Workspace::default());
+    let loss = trainer.accumulate(&[batch], &Objective::default()).unwrap();
+    (loss.mean(), trainer.gradients.trained().flat_map(|g| g.data().to_vec()).collect())
 }
 
 #[test]
 fn loss_and_adapter_gradients_are_close_to_f32() {
     for model in MODELS {
-        let (loss, gradients) = pass(&adapted(model, Storage::F32, false));
-        let (int8_loss, int8_gradients) = pass(&adapted(model, Storage::F32, true));
+        let (loss, gradients) = pass(adapted(model, Storage::F32, false));
+        let (int8_loss, int8_gradients) = pass(adapted(model, Storage::F32, true));
         let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum::<f64>();
         let cosine = dot(&gradients, &int8_gradients)
             / (dot(&gradients, &gradients) * dot(&int8_gradients, &int8_gradients)).sqrt();
@@ -62,10 +63,10 @@ fn the_same_for_any_number_of_threads_and_any_storage() {
     let results: Vec<_> = [1, 2, 3]
         .map(|threads| {
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-            pool.install(|| pass(&adapted("tiny-llama3", Storage::F32, true)))
+            pool.install(|| pass(adapted("tiny-llama3", Storage::F32, true)))
         })
         .into_iter()
-        .chain([pass(&adapted("tiny-llama3", Storage::Stored, true))])
+        .chain([pass(adapted("tiny-llama3", Storage::Stored, true))])
         .collect();
     for result in &results[1..] {
         assert_eq!(result.0, results[0].0);
@@ -79,9 +80,10 @@ fn twenty_steps_go_the_way_of_f32() {
         let batches = Reference::open(&fixture(model, "train_batches.safetensors")).unwrap();
         let curve = verify::read_curve(&fixture(model, "curves.json"), "lora").unwrap();
         let mut llama = Llama::load(&Checkpoint::open(&fixture(model, "")).unwrap(), Storage::F32, |_, _| ()).unwrap();
-        llama.attach_adapter(AdapterFile::open(&fixture(model, "lora_start")).unwrap(), true).unwrap();
+        let file = AdapterFile::open(&fixture(model, "lora_start")).unwrap();
+        let adapter = Adapter::open(&mut llama, file, true).unwrap();
         llama.compute_int8(true).unwrap();
-        let checks = verify::verify_curve(&mut llama, &batches, &curve, 0.0, 0.0).unwrap();
+        let (checks, _) = verify::verify_curve(llama, Some(adapter), &batches, &curve, 0.0, 0.0).unwrap();
         let losses: Vec<_> = checks.iter().filter(|c| c.what.contains("loss")).collect();
         assert_eq!(losses.len(), 20);
         let worst = losses.iter().fold(0.0f64, |m, c| m.max(c.difference));
@@ -92,13 +94,13 @@ fn twenty_steps_go_the_way_of_f32() {
 
 #[test]
 fn rounded_weights_are_not_passed_off_as_the_models_own() {
-    let mut llama = adapted("tiny-llama3", Storage::F32, true);
-    let message = llama.merge_adapter().unwrap_err().to_string();
+    let (mut llama, adapter) = adapted("tiny-llama3", Storage::F32, true);
+    let message = adapter.merge_into(&mut llama).unwrap_err().to_string();
     assert!(message.contains("rounded to 8 bits") && message.contains("without int8"), "{message}");
     let name = "model.layers.0.self_attn.q_proj.weight";
     let message = llama.base_tensor(name).unwrap_err().to_string();
     assert!(message.contains(name) && message.contains("rounded to 8 bits"), "{message}");
-    let exact = adapted("tiny-llama3", Storage::F32, false);
+    let (exact, _) = adapted("tiny-llama3", Storage::F32, false);
     let embedding = "model.embed_tokens.weight";
     let rows = |llama: &Llama| llama.base_tensor(embedding).unwrap().to_tensor().data().to_vec();
     assert_eq!(rows(&llama), rows(&exact));

@@ -2,9 +2,12 @@
 #![allow(clippy::unwrap_used, clippy::print_stdout)]
 
 use std::path::Path;
-use tunesmith_model::{Batch, Checkpoint, Gradients, Llama, LossOptions, Storage, Workspace};
+use std::sync::Arc;
+use tunesmith_model::{Batch, Checkpoint, Llama, Storage, Workspace, num_trained, trained};
 use tunesmith_tensor::rng::Rng;
-use tunesmith_train::optimizer::{AdamW, AdamWOptions, Optim, clip_coefficient, gradient_norm};
+use tunesmith_train::objective::Objective;
+use tunesmith_train::optimizer::{AdamW, AdamWOptions, Optim};
+use tunesmith_train::step::Trainer;
 
 const STEPS: u64 = 60;
 
@@ -16,13 +19,12 @@ fn model() -> Llama {
 }
 
 /// Losses of a training on sequences that can be learnt: each token is followed by one of two.
-fn curve(optim: Optim) -> (Vec<f64>, Llama) {
-    let mut llama = model();
-    let mut optimizer = AdamW::new(&llama, AdamWOptions { optim, weight_decay: 0.01, ..AdamWOptions::default() });
-    let (mut gradients, mut ws) = (Gradients::new(&llama), Workspace::default());
+fn curve(optim: Optim) -> (Vec<f64>, Arc<Llama>) {
+    let options = AdamWOptions { optim, weight_decay: 0.01, ..AdamWOptions::default() };
+    let mut trainer = Trainer::new(Arc::new(model()), None, options, Workspace::default());
     let mut rng = Rng::new(7, 0);
     let mut losses = Vec::new();
-    for step in 0..STEPS {
+    for _ in 0..STEPS {
         let mut batch = Batch::default();
         for _ in 0..4 {
             let mut ids = vec![rng.below(512)];
@@ -31,14 +33,9 @@ fn curve(optim: Optim) -> (Vec<f64>, Llama) {
             }
             batch.push(&ids, &[true; 48]);
         }
-        let scale = 1.0 / batch.targets.len() as f32;
-        let options = LossOptions { scale, label_smoothing: 0.0, dropout_seed: None, step, first_token: 0 };
-        gradients.clear();
-        let loss = llama.loss_and_gradients(&batch, options, &mut ws, &mut gradients);
-        losses.push(loss * scale as f64);
-        optimizer.update(&mut llama, &gradients, 2e-3, clip_coefficient(gradient_norm(&gradients), 1.0));
+        losses.push(trainer.step(&[batch], &Objective::default(), 2e-3).unwrap().loss.mean());
     }
-    (losses, llama)
+    (losses, trainer.model)
 }
 
 #[test]
@@ -61,12 +58,12 @@ fn eight_bits_track_thirty_two() {
 fn eight_bits_take_two_bytes_a_weight() {
     let llama = model();
     for (optim, bytes) in [(Optim::AdamW, 8.0), (Optim::AdamW8bit, 2.0)] {
-        let mut optimizer = AdamW::new(&llama, AdamWOptions { optim, ..AdamWOptions::default() });
-        let there: usize = optimizer.state(&llama).iter().map(|t| t.bytes.len()).sum();
+        let mut optimizer = AdamW::new(&llama, None, AdamWOptions { optim, ..AdamWOptions::default() });
+        let there: usize = optimizer.state(trained(&llama, None)).iter().map(|t| t.bytes.len()).sum();
         let planned: usize = llama.parameters.iter().map(|p| optim.state_bytes(p.value.len())).sum();
         assert_eq!(there, planned);
         // Small tensors keep their f32 moments, and blocks have scales.
-        let a_weight = there as f64 / llama.num_trained() as f64;
+        let a_weight = there as f64 / num_trained(&llama, None) as f64;
         assert!(a_weight >= bytes && a_weight < bytes + 0.6, "{a_weight} bytes a weight");
     }
 }

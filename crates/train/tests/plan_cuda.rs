@@ -2,17 +2,20 @@
 #![allow(clippy::unwrap_used, clippy::print_stdout)]
 
 use std::path::{Path, PathBuf};
+use std::slice::from_ref;
+use std::sync::Arc;
 use tunesmith_model::token_rows::token_indices;
 use tunesmith_model::{
-    AdapterConfig, Batch, Checkpoint, Gradients, LINEAR_NAMES, Llama, LossOptions, Modules, Recompute, Storage,
-    Workspace,
+    Adapter, AdapterConfig, Batch, Checkpoint, LINEAR_NAMES, Llama, Modules, Recompute, Storage, Workspace,
 };
 use tunesmith_tensor::cuda::{Gpu, sizes};
 use tunesmith_tensor::{Device, Dtype};
 use tunesmith_train::config::Config;
 use tunesmith_train::evaluate::continuations;
 use tunesmith_train::memory::{DRIVER, DataShape, Inputs, Place};
-use tunesmith_train::optimizer::{AdamW, AdamWOptions, gradient_norm};
+use tunesmith_train::objective::Objective;
+use tunesmith_train::optimizer::AdamWOptions;
+use tunesmith_train::step::Trainer;
 
 /// Part of the measured peak by which a plan may be off.
 const TOLERANCE: f64 = 0.1;
@@ -30,14 +33,16 @@ fn measured(config: &Config, checkpoint: &Checkpoint, adapter: Option<&AdapterCo
     let binary = std::env::current_exe().unwrap();
     let device = Device::Cuda(Gpu::emulated(&binary.with_file_name("emulator")).unwrap());
     let mut model = Llama::load(checkpoint, config.model.storage, |_, _| ()).unwrap();
-    match adapter {
-        Some(adapter) => {
-            model.add_adapter(adapter, 1).unwrap();
-            if let Some(ids) = adapter.trainable_token_indices.get("lm_head") {
-                model.train_tokens(ids).unwrap();
-            }
+    let own = adapter.map(|adapter| {
+        let mut own = Adapter::new(&model, adapter, 1).unwrap();
+        if let Some(ids) = adapter.trainable_token_indices.get("lm_head") {
+            own.train_tokens(&mut model, ids).unwrap();
         }
-        None => model.train_all(),
+        own.move_to(&device, dtype);
+        own
+    });
+    if own.is_none() {
+        model.train_all();
     }
     let offload = config.training.offload;
     if offload.embedding {
@@ -45,20 +50,17 @@ fn measured(config: &Config, checkpoint: &Checkpoint, adapter: Option<&AdapterCo
     }
     model.move_to(&device, dtype);
     let options = AdamWOptions { optim: config.training.optim, offload: offload.optimizer, ..AdamWOptions::default() };
-    let (mut optimizer, mut gradients) = (AdamW::new(&model, options), Gradients::new(&model));
     let recompute = config.recompute();
-    let mut ws = if offload.activations { Workspace::parked(recompute) } else { Workspace::new(recompute) };
+    let ws = if offload.activations { Workspace::parked(recompute) } else { Workspace::new(recompute) };
+    let trainer = Trainer::new(Arc::new(model), own, options, ws);
+    let mut trainer = Trainer { dropout_seed: Some(1), ..trainer };
     let mut batch = Batch::default();
     for block in 0..BLOCKS.0 {
         let ids: Vec<u32> = (0..BLOCKS.1).map(|i| (i * 7 + block * 31) as u32 % 512).collect();
         batch.push(&ids, &vec![true; ids.len()]);
     }
-    for step in 0..2 {
-        gradients.clear();
-        let options = LossOptions { scale: 1e-2, label_smoothing: 0.0, dropout_seed: Some(1), step, first_token: 0 };
-        model.loss_and_gradients(&batch, options, &mut ws, &mut gradients);
-        gradient_norm(&gradients);
-        optimizer.update(&mut model, &gradients, 1e-3, 1.0);
+    for _ in 0..2 {
+        trainer.step(from_ref(&batch), &Objective::default(), 1e-3).unwrap();
     }
     let peak = || {
         device.synchronize().unwrap();
@@ -66,7 +68,8 @@ fn measured(config: &Config, checkpoint: &Checkpoint, adapter: Option<&AdapterCo
     };
     let training = peak();
     let prompt: Vec<u32> = (0..SAMPLES.1 as u32).collect();
-    continuations(&model, &vec![&prompt[..]; SAMPLES.0], &[], SAMPLES.2, &mut ws).unwrap();
+    let Trainer { model, adapter, workspace, .. } = &mut trainer;
+    continuations(model, adapter.as_ref(), &vec![&prompt[..]; SAMPLES.0], &[], SAMPLES.2, workspace).unwrap();
     [training, peak()]
 }
 

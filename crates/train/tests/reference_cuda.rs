@@ -6,15 +6,19 @@ mod distance;
 
 use distance::distance;
 use std::path::{Path, PathBuf};
+use std::slice::from_ref;
+use std::sync::Arc;
 use tunesmith_model::memory::Offload;
 use tunesmith_model::{
-    AdapterConfig, AdapterFile, Batch, Checkpoint, Config, GgufOptions, Gradients, KvCache, Llama, LossOptions,
-    Modules, Recompute, Sampler, Sampling, Storage, Workspace, generate, generate_together, initial_rows, save_gguf,
+    Adapter, AdapterConfig, AdapterFile, Batch, Checkpoint, Config, GgufOptions, KvCache, Llama, Modules, Recompute,
+    Sampler, Sampling, Storage, Workspace, generate, generate_together, initial_rows, save_gguf,
 };
 use tunesmith_tensor::cuda::{Gpu, sizes};
 use tunesmith_tensor::quant::BlockType;
 use tunesmith_tensor::{Device, Dtype};
-use tunesmith_train::optimizer::{AdamW, AdamWOptions, Optim, gradient_norm};
+use tunesmith_train::objective::Objective;
+use tunesmith_train::optimizer::{AdamWOptions, Optim};
+use tunesmith_train::step::Trainer;
 use tunesmith_train::verify::{self, Check, Reference};
 
 fn fixture(model: &str, file: &str) -> PathBuf {
@@ -25,10 +29,16 @@ fn load(model: &str, storage: Storage) -> Llama {
     Llama::load(&Checkpoint::open(&fixture(model, "")).unwrap(), storage, |_, _| ()).unwrap()
 }
 
-fn adapted(model: &str, adapter: &str) -> Llama {
-    let mut llama = load(model, Storage::F32);
-    llama.attach_adapter(AdapterFile::open(&fixture(model, adapter)).unwrap(), true).unwrap();
-    llama
+fn adapted(model: &str, adapter: &str, storage: Storage) -> (Llama, Option<Adapter>) {
+    let mut llama = load(model, storage);
+    let file = AdapterFile::open(&fixture(model, adapter)).unwrap();
+    let adapter = Adapter::open(&mut llama, file, true).unwrap();
+    (llama, Some(adapter))
+}
+
+fn move_to(model: &mut (Llama, Option<Adapter>), device: &Device, dtype: Dtype) {
+    model.0.move_to(device, dtype);
+    model.1.iter_mut().for_each(|adapter| adapter.move_to(device, dtype));
 }
 
 fn device() -> Device {
@@ -51,10 +61,11 @@ fn logits_loss_and_every_gradient() {
         let reference = Reference::open(&fixture(model, "forward_backward.safetensors")).unwrap();
         let mut llama = load(model, Storage::F32);
         llama.move_to(&device, Dtype::F32);
-        let checks = verify::verify_reference(&mut llama, &reference).unwrap();
+        let num_parameters = llama.parameters.len();
+        let checks = verify::verify_reference(llama, None, &reference).unwrap();
         device.synchronize().unwrap();
         assert_passed(model, &checks);
-        assert_eq!(checks.iter().filter(|c| c.what.starts_with("grad.")).count(), llama.parameters.len());
+        assert_eq!(checks.iter().filter(|c| c.what.starts_with("grad.")).count(), num_parameters);
     }
 }
 
@@ -68,14 +79,15 @@ fn the_first_steps_of_training() {
         ("lora", Some("lora_start"), 0.0, 0.0),
         ("rslora", Some("rslora_start"), 0.0, 0.0),
     ] {
-        let mut llama = adapter.map_or_else(|| load(model, Storage::F32), |adapter| adapted(model, adapter));
+        let start = |adapter| adapted(model, adapter, Storage::F32);
+        let mut start = adapter.map_or_else(|| (load(model, Storage::F32), None), start);
         if adapter.is_none() {
-            llama.train_all();
+            start.0.train_all();
         }
         let device = device();
-        llama.move_to(&device, Dtype::F32);
+        move_to(&mut start, &device, Dtype::F32);
         let curve = verify::read_curve(&fixture(model, "curves.json"), name).unwrap();
-        let checks = verify::verify_curve(&mut llama, &batches, &curve[..4], decay, smoothing).unwrap();
+        let (checks, _) = verify::verify_curve(start.0, start.1, &batches, &curve[..4], decay, smoothing).unwrap();
         device.synchronize().unwrap();
         assert_passed(name, &checks);
     }
@@ -92,15 +104,15 @@ fn batch_of(lengths: &[usize]) -> Batch {
     batch
 }
 
-const OPTIONS: LossOptions =
-    LossOptions { scale: 1e-2, label_smoothing: 0.0, dropout_seed: Some(5), step: 3, first_token: 11 };
+fn trainer((llama, adapter): (Llama, Option<Adapter>), ws: Workspace) -> Trainer {
+    Trainer { dropout_seed: Some(5), ..Trainer::for_gradients(Arc::new(llama), adapter, ws) }
+}
 
-/// Loss, and the gradients of all trained tensors one behind the other.
-fn run(llama: &Llama, batch: &Batch, recompute: Recompute) -> (f64, Vec<f32>) {
-    let mut gradients = Gradients::new(llama);
-    let loss = llama.loss_and_gradients(batch, OPTIONS, &mut Workspace::new(recompute), &mut gradients);
-    llama.device().synchronize().unwrap();
-    (loss, gradients.tensors.iter().flatten().flat_map(|t| t.to_host().data().to_vec()).collect())
+/// Loss, and the gradients of all trained tensors one after the other.
+fn run(trainer: &mut Trainer, batch: &Batch, recompute: Recompute) -> (f64, Vec<f32>) {
+    trainer.workspace = Workspace::new(recompute);
+    let loss = trainer.accumulate(from_ref(batch), &Objective::default()).unwrap();
+    (loss.mean(), trainer.gradients.trained().flat_map(|t| t.to_host().data().to_vec()).collect())
 }
 
 /// The same dropout, the same loss, the same gradients as on the processor; recomputing changes no bit.
@@ -109,20 +121,25 @@ fn dropout_packing_and_recompute() {
     let targets = ["q_proj", "v_proj", "down_proj"].map(String::from).to_vec();
     let config =
         AdapterConfig { r: 4, lora_dropout: 0.3, target_modules: Modules::List(targets), ..AdapterConfig::default() };
-    let mut llama = load("tiny-llama3", Storage::F32);
-    llama.add_adapter(&config, 1).unwrap();
-    let mut rng = tunesmith_tensor::rng::Rng::new(8, 0);
-    for parameter in llama.parameters.iter_mut().filter(|p| p.trained) {
-        parameter.value.tensor_mut().data_mut().iter_mut().for_each(|x| *x += 0.1 * rng.normal());
-    }
+    let start = || {
+        let llama = load("tiny-llama3", Storage::F32);
+        let mut adapter = Adapter::new(&llama, &config, 1).unwrap();
+        let mut rng = tunesmith_tensor::rng::Rng::new(8, 0);
+        for parameter in &mut adapter.parameters {
+            parameter.value.tensor_mut().data_mut().iter_mut().for_each(|x| *x += 0.1 * rng.normal());
+        }
+        (llama, Some(adapter))
+    };
     let batch = batch_of(&[9, 30, 1, 5]);
-    let (want_loss, want) = run(&llama, &batch, Recompute::None);
-    llama.move_to(&device(), Dtype::F32);
-    let (loss, gradients) = run(&llama, &batch, Recompute::None);
+    let (want_loss, want) = run(&mut trainer(start(), Workspace::default()), &batch, Recompute::None);
+    let mut moved = start();
+    move_to(&mut moved, &device(), Dtype::F32);
+    let mut trainer = trainer(moved, Workspace::default());
+    let (loss, gradients) = run(&mut trainer, &batch, Recompute::None);
     assert!((loss / want_loss - 1.0).abs() < 1e-5, "{loss} {want_loss}");
     assert!(distance(&gradients, &want) < 1e-4, "{}", distance(&gradients, &want));
     for recompute in [Recompute::Norms, Recompute::Block] {
-        let again = run(&llama, &batch, recompute);
+        let again = run(&mut trainer, &batch, recompute);
         assert_eq!(again, (loss, gradients.clone()), "{recompute:?}");
     }
 }
@@ -132,15 +149,18 @@ fn dropout_packing_and_recompute() {
 fn bf16_is_near_f32() {
     let batch = batch_of(&[40, 70]);
     for storage in [Storage::F32, Storage::Nf4] {
-        let mut llama = load("tiny-llama3", storage);
-        if storage == Storage::F32 {
-            llama.train_all();
-        } else {
-            llama.attach_adapter(AdapterFile::open(&fixture("tiny-llama3", "lora_start")).unwrap(), true).unwrap();
-        }
-        let (want_loss, want) = run(&llama, &batch, Recompute::None);
-        llama.move_to(&device(), Dtype::BF16);
-        let (loss, gradients) = run(&llama, &batch, Recompute::Block);
+        let start = || match storage {
+            Storage::F32 => {
+                let mut llama = load("tiny-llama3", storage);
+                llama.train_all();
+                (llama, None)
+            }
+            _ => adapted("tiny-llama3", "lora_start", storage),
+        };
+        let (want_loss, want) = run(&mut trainer(start(), Workspace::default()), &batch, Recompute::None);
+        let mut moved = start();
+        move_to(&mut moved, &device(), Dtype::BF16);
+        let (loss, gradients) = run(&mut trainer(moved, Workspace::default()), &batch, Recompute::Block);
         let error = distance(&gradients, &want);
         println!("{storage:?}: loss {loss} against {want_loss}, gradients {error} apart");
         assert!((loss / want_loss - 1.0).abs() < 2e-3, "{loss} {want_loss}");
@@ -160,26 +180,26 @@ fn bf16_training_follows_f32() {
             if let Some(dtype) = dtype {
                 llama.move_to(&device(), dtype);
             }
-            let mut optimizer = AdamW::new(&llama, AdamWOptions { optim, ..AdamWOptions::default() });
-            let (mut gradients, mut ws) = (Gradients::new(&llama), Workspace::default());
+            let start = |llama| {
+                let options = AdamWOptions { optim, ..AdamWOptions::default() };
+                let trainer = Trainer::new(Arc::new(llama), None, options, Workspace::default());
+                Trainer { dropout_seed: Some(5), max_grad_norm: 0.0, ..trainer }
+            };
+            let mut trainer = start(llama);
             let mut curve = Vec::new();
             for _ in 0..4 {
-                gradients.clear();
-                curve.push(llama.loss_and_gradients(&batch, OPTIONS, &mut ws, &mut gradients));
-                curve.push(gradient_norm(&gradients));
-                optimizer.update(&mut llama, &gradients, 1e-3, 1.0);
+                let step = trainer.step(from_ref(&batch), &Objective::default(), 1e-3).unwrap();
+                curve.extend([step.loss.mean(), step.grad_norm]);
             }
-            llama.device().synchronize().unwrap();
-            // The way back to the processor: weights and moments can be written from there.
+            // The way back to the CPU: weights and moments can be written from there.
             let mut host = load("tiny-llama3", Storage::F32);
             host.train_all();
-            for (to, from) in host.parameters.iter_mut().zip(&llama.parameters) {
-                to.assign(from.host().into_owned());
-            }
-            let mut moments = optimizer.to_host(&llama);
-            assert!(!moments.state(&host).is_empty());
+            let mut host = start(host);
+            host.copy_state(&trainer).unwrap();
+            let moments = host.optimizer.as_mut().unwrap();
+            assert!(!moments.state(tunesmith_model::trained(&host.model, None)).is_empty());
             assert_eq!(moments.updates(), 4);
-            curve.push(host.loss(&batch, 0.0, &mut ws));
+            curve.push(host.accumulate(from_ref(&batch), &Objective::default()).unwrap().mean());
             curves.push(curve);
         }
         println!("{optim:?}: {curves:?}");
@@ -210,20 +230,26 @@ fn greedy_continuation_with_the_cache() {
     let mut cache = KvCache::new(&llama.config, want.len());
     let mut sampler = Sampler::new(Sampling::default()).unwrap();
     let go_on = |_| std::ops::ControlFlow::Continue(());
-    let (new, _) = generate(&llama, &want[..16], &mut cache, &mut sampler, &[], 24, &mut ws, go_on).unwrap();
+    let (new, _) = generate(&llama, None, &want[..16], &mut cache, &mut sampler, &[], 24, &mut ws, go_on).unwrap();
     device.synchronize().unwrap();
     assert_eq!(new, want[16..]);
     assert!(ws.is_recorded());
 }
 
 /// What each of `prompts` becomes on the processor, on its own.
-fn alone(llama: &Llama, prompts: &[&[u32]], options: &Sampling, new: usize) -> Vec<Vec<u32>> {
+fn alone(
+    llama: &Llama,
+    adapter: Option<&Adapter>,
+    prompts: &[&[u32]],
+    options: &Sampling,
+    new: usize,
+) -> Vec<Vec<u32>> {
     let mut ws = Workspace::default();
     let mut texts = Vec::new();
     for (prompt, mut sampler) in prompts.iter().zip(samplers(prompts.len(), options)) {
         let mut cache = KvCache::new(&llama.config, prompt.len() + new);
         let go_on = |_| std::ops::ControlFlow::Continue(());
-        texts.push(generate(llama, prompt, &mut cache, &mut sampler, &[], new, &mut ws, go_on).unwrap().0);
+        texts.push(generate(llama, adapter, prompt, &mut cache, &mut sampler, &[], new, &mut ws, go_on).unwrap().0);
     }
     texts
 }
@@ -233,10 +259,17 @@ fn samplers(num: usize, options: &Sampling) -> Vec<Sampler> {
     (0..num).map(seeded).collect()
 }
 
-fn together(llama: &Llama, prompts: &[&[u32]], options: &Sampling, new: usize, places: usize) -> Vec<Vec<u32>> {
+fn together(
+    llama: &Llama,
+    adapter: Option<&Adapter>,
+    prompts: &[&[u32]],
+    options: &Sampling,
+    new: usize,
+    places: usize,
+) -> Vec<Vec<u32>> {
     let (mut samplers, mut ws) = (samplers(prompts.len(), options), Workspace::default());
     let go_on = |_, _| std::ops::ControlFlow::Continue(());
-    let texts = generate_together(llama, prompts, &mut samplers, &[], new, places, &mut ws, go_on).unwrap();
+    let texts = generate_together(llama, adapter, prompts, &mut samplers, &[], new, places, &mut ws, go_on).unwrap();
     assert_eq!(ws.is_recorded(), llama.device() != Device::Cpu, "the last passes are alike");
     texts.into_iter().map(|(ids, _)| ids).collect()
 }
@@ -247,13 +280,15 @@ fn together(llama: &Llama, prompts: &[&[u32]], options: &Sampling, new: usize, p
 fn prompts_together_on_the_device() {
     let ids: Vec<u32> = batch_of(&[400]).ids;
     let prompts = [&ids[..3], &ids[3..60], &ids[60..61], &ids[61..341], &ids[341..346]];
-    let mut llama = adapted("tiny-llama3", "lora_final");
+    let mut start = adapted("tiny-llama3", "lora_final", Storage::F32);
     let drawn = Sampling { do_sample: true, top_p: 0.9, repetition_penalty: 1.2, seed: 5, ..Sampling::default() };
-    let want = [Sampling::default(), drawn.clone()].map(|options| alone(&llama, &prompts, &options, 8));
-    llama.move_to(&device(), Dtype::F32);
-    assert_eq!(together(&llama, &prompts, &Sampling::default(), 8, 2), want[0]);
-    assert_eq!(together(&llama, &prompts, &drawn, 8, 5), want[1]);
-    assert_eq!(together(&llama, &prompts, &drawn, 8, 3), want[1], "the same seed, the same tokens");
+    let want =
+        [Sampling::default(), drawn.clone()].map(|options| alone(&start.0, start.1.as_ref(), &prompts, &options, 8));
+    move_to(&mut start, &device(), Dtype::F32);
+    let (llama, adapter) = (&start.0, start.1.as_ref());
+    assert_eq!(together(llama, adapter, &prompts, &Sampling::default(), 8, 2), want[0]);
+    assert_eq!(together(llama, adapter, &prompts, &drawn, 8, 5), want[1]);
+    assert_eq!(together(llama, adapter, &prompts, &drawn, 8, 3), want[1], "the same seed, the same tokens");
 }
 
 /// A quantised base stays quantised on the device, and becomes what its decoded form becomes on the processor.
@@ -276,7 +311,7 @@ fn quantised_bases_generate_as_they_are() {
         save_gguf(&path, &config, options, rows).unwrap();
         let checkpoint = Checkpoint::open(&path).unwrap();
         let dense = Llama::load(&checkpoint, Storage::F32, |_, _| ()).unwrap();
-        let want = alone(&dense, &prompts, &Sampling::default(), 8);
+        let want = alone(&dense, None, &prompts, &Sampling::default(), 8);
         let device = device();
         let mut llama = Llama::load(&checkpoint, Storage::Stored, |_, _| ()).unwrap();
         llama.move_to(&device, Dtype::F32);
@@ -284,9 +319,9 @@ fn quantised_bases_generate_as_they_are() {
         assert_eq!(held as u64, checkpoint.gpu_weights(Storage::Stored, Dtype::F32, false).0);
         let stored: usize = llama.parameters.iter().map(|p| p.value.num_bytes()).sum();
         assert!(3 * stored < 4 * dense.num_params(), "{stored} bytes");
-        assert_eq!(together(&llama, &prompts, &Sampling::default(), 8, 3), want, "{}", kind.name());
+        assert_eq!(together(&llama, None, &prompts, &Sampling::default(), 8, 3), want, "{}", kind.name());
         // One place: products with a single row, and prompts one after the other.
-        assert_eq!(together(&llama, &prompts, &Sampling::default(), 8, 1), want, "{}", kind.name());
+        assert_eq!(together(&llama, None, &prompts, &Sampling::default(), 8, 1), want, "{}", kind.name());
     }
 }
 
@@ -378,32 +413,34 @@ fn offloading_changes_nothing() {
         let train = |offload: bool| {
             let device = device();
             let mut llama = Llama::random(config.clone(), 4);
+            let mut adapter = None;
             if full {
                 llama.train_all();
             } else {
-                llama.add_adapter(&AdapterConfig { lora_dropout: 0.2, ..AdapterConfig::default() }, 1).unwrap();
+                let config = AdapterConfig { lora_dropout: 0.2, ..AdapterConfig::default() };
+                adapter = Some(Adapter::new(&llama, &config, 1).unwrap());
             }
             assert!(!offload || llama.leave_embedding() != full, "a trained embedding cannot be left");
             llama.move_to(&device, dtype);
-            let mut optimizer = AdamW::new(&llama, AdamWOptions { optim, offload, ..AdamWOptions::default() });
-            let mut gradients = Gradients::new(&llama);
+            adapter.iter_mut().for_each(|adapter| adapter.move_to(&device, dtype));
             let recompute = Recompute::Block;
-            let mut ws = if offload { Workspace::parked(recompute) } else { Workspace::new(recompute) };
-            let mut seen = Vec::new();
+            let ws = if offload { Workspace::parked(recompute) } else { Workspace::new(recompute) };
+            let options = AdamWOptions { optim, offload, ..AdamWOptions::default() };
+            let trainer = Trainer::new(Arc::new(llama), adapter, options, ws);
+            let mut trainer = Trainer { dropout_seed: Some(5), max_grad_norm: 0.0, ..trainer };
+            let (mut seen, objective) = (Vec::new(), Objective::default());
             for batch in &batches {
-                gradients.clear();
-                seen.push(llama.loss_and_gradients(batch, OPTIONS, &mut ws, &mut gradients));
-                seen.push(gradient_norm(&gradients));
-                optimizer.update(&mut llama, &gradients, 1e-3, 0.7);
+                let step = trainer.step(from_ref(batch), &objective, 1e-3).unwrap();
+                seen.extend([step.loss.sum, step.grad_norm]);
             }
-            // By way of the processor, as from a checkpoint.
-            optimizer = optimizer.to_host(&llama).to_device(&device);
-            gradients.clear();
-            seen.push(llama.loss_and_gradients(&batches[0], OPTIONS, &mut ws, &mut gradients));
-            optimizer.update(&mut llama, &gradients, 1e-3, 0.7);
-            seen.push(llama.loss(&batches[1], 0.0, &mut ws));
+            // By way of host memory, as from a checkpoint.
+            let moments = trainer.optimizer.take().unwrap().to_host(trainer.trained());
+            trainer.optimizer = Some(moments.to_device(&device));
+            seen.push(trainer.step(&batches[..1], &objective, 1e-3).unwrap().loss.sum);
+            let Trainer { model, adapter, workspace, .. } = &mut trainer;
+            seen.push(objective.losses(model, adapter.as_ref(), &batches[1], workspace).1);
             let ids: Vec<u32> = (3..20).collect();
-            let new = together(&llama, &[&ids], &Sampling::default(), 4, 1);
+            let new = together(model, adapter.as_ref(), &[&ids], &Sampling::default(), 4, 1);
             device.synchronize().unwrap();
             let gpu = device.gpu().unwrap();
             (seen, new, gpu.memory().1, gpu.host_memory())
@@ -431,9 +468,12 @@ fn floats_go_from_the_file_to_the_device() {
         assert!(!checkpoint.is_quantised());
         let [by_f32, mapped] = [Storage::F32, Storage::Stored].map(|storage| {
             let mut llama = Llama::load(&checkpoint, storage, |_, _| ()).unwrap();
-            llama.add_adapter(&AdapterConfig::default(), 1).unwrap();
-            llama.move_to(&device(), Dtype::BF16);
-            run(&llama, &batch_of(&[9, 30]), Recompute::Block)
+            let mut adapter = Adapter::new(&llama, &AdapterConfig::default(), 1).unwrap();
+            let device = device();
+            adapter.move_to(&device, Dtype::BF16);
+            llama.move_to(&device, Dtype::BF16);
+            let mut trainer = trainer((llama, Some(adapter)), Workspace::default());
+            run(&mut trainer, &batch_of(&[9, 30]), Recompute::Block)
         });
         assert_eq!(by_f32, mapped, "{}", kind.name());
     }

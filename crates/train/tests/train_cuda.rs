@@ -51,10 +51,9 @@ fn run(config: &Config, device: &Device, resume: bool) -> Outcome {
     let data = config.output_dir.join("data");
     let report: Report = prepare(&data, &config.data, &tokenizer, template.as_ref(), &mut |_| ()).unwrap();
     let mut model = Llama::load(&Checkpoint::open(&folder).unwrap(), Storage::F32, |_, _| ()).unwrap();
-    prepare_model(config, &Start { new_tokens, ..Start::default() }, &mut model).unwrap();
+    let adapter = prepare_model(config, &Start { new_tokens, ..Start::default() }, &mut model).unwrap();
     let job = Job {
         config,
-        model: &mut model,
         device,
         tokenizer: &tokenizer,
         template: template.as_ref(),
@@ -65,7 +64,7 @@ fn run(config: &Config, device: &Device, resume: bool) -> Outcome {
         resume,
         stop: &AtomicBool::new(false),
     };
-    train(job, &mut |_| ()).unwrap()
+    train(job, std::sync::Arc::new(model), adapter, &mut |_| ()).unwrap()
 }
 
 /// (loss, gradient norm) of each step.

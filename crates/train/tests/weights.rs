@@ -3,13 +3,16 @@
 #![allow(clippy::unwrap_used)]
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
-use tunesmith_model::{Batch, Checkpoint, Gradients, Llama, LossOptions, Storage, Workspace};
+use tunesmith_model::{Batch, Checkpoint, Llama, Storage, Workspace};
 use tunesmith_tensor::cuda::Gpu;
 use tunesmith_tensor::{Device, Dtype};
 use tunesmith_text::{ChatTemplate, Tokenizer, prepare};
 use tunesmith_train::config::Config;
 use tunesmith_train::metrics::{MetricRecord, read_metrics};
+use tunesmith_train::objective::Objective;
+use tunesmith_train::step::Trainer;
 use tunesmith_train::train::{Job, Start, prepare_model, train};
 
 struct Reference(serde_json::Value);
@@ -46,14 +49,13 @@ fn batch(documents: &[(Vec<u32>, Vec<f32>)]) -> Batch {
 }
 
 /// Weighted mean loss and the gradients of a step whose micro-batches are `batches`.
-fn step(llama: &Llama, batches: &[Batch]) -> (f64, Vec<Vec<f32>>) {
-    let weight: f64 = batches.iter().map(Batch::total_weight).sum();
-    let scale = (1.0 / weight) as f32;
-    let options = LossOptions { scale, label_smoothing: 0.0, dropout_seed: None, step: 0, first_token: 0 };
-    let (mut gradients, mut ws) = (Gradients::new(llama), Workspace::default());
-    let loss: f64 = batches.iter().map(|batch| llama.loss_and_gradients(batch, options, &mut ws, &mut gradients)).sum();
-    llama.device().synchronize().unwrap();
-    (loss / weight, gradients.tensors.iter().flatten().map(|t| t.to_host().data().to_vec()).collect())
+fn step(trainer: &mut Trainer, batches: &[Batch]) -> (f64, Vec<Vec<f32>>) {
+    let loss = trainer.accumulate(batches, &Objective::default()).unwrap();
+    (loss.mean(), trainer.gradients.trained().map(|t| t.to_host().data().to_vec()).collect())
+}
+
+fn trainer(llama: Llama) -> Trainer {
+    Trainer::for_gradients(Arc::new(llama), None, Workspace::default())
 }
 
 fn norm(values: &[f32]) -> f64 {
@@ -72,10 +74,11 @@ fn weighted_loss_and_gradients_are_those_of_pytorch() {
         }
         let batch = batch(&documents);
         assert_eq!(batch.total_weight(), reference.number("sum_of_weights"));
-        let (loss, gradients) = step(&llama, std::slice::from_ref(&batch));
+        let mut trainer = trainer(llama);
+        let (loss, gradients) = step(&mut trainer, std::slice::from_ref(&batch));
         assert!((loss / reference.number("loss") - 1.0).abs() < 1e-5, "{loss}");
-        assert_eq!(llama.parameters.len(), gradients.len());
-        for (parameter, gradient) in llama.parameters.iter().zip(&gradients) {
+        assert_eq!(trainer.model.parameters.len(), gradients.len());
+        for (parameter, gradient) in trainer.model.parameters.iter().zip(&gradients) {
             let want = reference.0["gradient_norms"][&parameter.name].as_f64().unwrap();
             assert!((norm(gradient) / want - 1.0).abs() < 1e-4, "{}: {} {want}", parameter.name, norm(gradient));
             let Some(values) = reference.0["gradients"].get(&parameter.name) else { continue };
@@ -85,14 +88,13 @@ fn weighted_loss_and_gradients_are_those_of_pytorch() {
             assert!(norm(&difference) < 1e-4 * norm(&values), "{}", parameter.name);
         }
         // The losses themselves are unweighted, at the rows that have a weight.
-        let mut ws = Workspace::default();
-        llama.loss(&batch, 0.0, &mut ws);
+        let (got, _) = Objective::default().losses(&trainer.model, None, &batch, &mut trainer.workspace);
         let losses: Vec<Vec<f32>> = serde_json::from_value(reference.0["losses"].clone()).unwrap();
         let weights = documents.iter().flat_map(|(_, weights)| &weights[1..]);
         let kept: Vec<f32> =
             losses.concat().into_iter().zip(weights).filter(|(_, weight)| **weight > 0.0).map(|(l, _)| l).collect();
-        assert_eq!(ws.losses().len(), kept.len());
-        for (got, want) in ws.losses().iter().zip(&kept) {
+        assert_eq!(got.len(), kept.len());
+        for (got, want) in got.iter().zip(&kept) {
             assert!((got / want - 1.0).abs() < 1e-4, "{got} {want}");
         }
     }
@@ -101,11 +103,11 @@ fn weighted_loss_and_gradients_are_those_of_pytorch() {
 #[test]
 fn micro_batches_do_not_change_a_weighted_step() {
     let documents = Reference::open().documents();
-    let llama = model();
-    let (loss, gradients) = step(&llama, &[batch(&documents)]);
+    let mut trainer = trainer(model());
+    let (loss, gradients) = step(&mut trainer, &[batch(&documents)]);
     for cut in [1, 2] {
         let batches: Vec<Batch> = documents.chunks(cut).map(batch).collect();
-        let (other_loss, others) = step(&llama, &batches);
+        let (other_loss, others) = step(&mut trainer, &batches);
         assert!((loss / other_loss - 1.0).abs() < 1e-6, "{loss} {other_loss}");
         for (a, b) in gradients.iter().zip(&others) {
             let difference: Vec<f32> = a.iter().zip(b).map(|(a, b)| a - b).collect();
@@ -138,10 +140,9 @@ fn curve(folder: &Path, name: &str, sets: &[&str]) -> Vec<(f64, f64, u64)> {
     let data = output.join("data");
     let report = prepare(&data, &config.data, &tokenizer, template.as_ref(), &mut |_| ()).unwrap();
     let mut llama = Llama::load(&Checkpoint::open(&model).unwrap(), Storage::F32, |_, _| ()).unwrap();
-    prepare_model(&config, &Start::default(), &mut llama).unwrap();
+    let adapter = prepare_model(&config, &Start::default(), &mut llama).unwrap();
     let job = Job {
         config: &config,
-        model: &mut llama,
         device: &Device::Cpu,
         tokenizer: &tokenizer,
         template: template.as_ref(),
@@ -152,7 +153,7 @@ fn curve(folder: &Path, name: &str, sets: &[&str]) -> Vec<(f64, f64, u64)> {
         resume: false,
         stop: &AtomicBool::new(false),
     };
-    assert!(train(job, &mut |_| ()).unwrap().finished);
+    assert!(train(job, Arc::new(llama), adapter, &mut |_| ()).unwrap().finished);
     let records = read_metrics(&output.join("metrics.jsonl")).unwrap();
     let steps = records.iter().filter_map(|record| match record {
         MetricRecord::Train { loss, grad_norm, num_tokens, .. } => Some((*loss, *grad_norm, *num_tokens)),

@@ -7,14 +7,15 @@ use crate::error::{Error, Result};
 use crate::load::{self, Opened};
 use crate::source::Settings;
 use serde::Serialize;
+use std::sync::Arc;
 use std::time::Instant;
-use tunesmith_model::{
-    AdapterConfig, Batch, Gradients, LINEAR_NAMES, Llama, LossOptions, Modules, Recompute, Workspace,
-};
+use tunesmith_model::{Adapter, AdapterConfig, Batch, LINEAR_NAMES, Modules, Workspace};
 use tunesmith_tensor::rng::Rng;
 use tunesmith_text::{PrepareOptions, PreparedSplit, Split};
 use tunesmith_train::evaluate::batch_of;
-use tunesmith_train::optimizer::{AdamW, AdamWOptions, Optim, clip_coefficient, gradient_norm};
+use tunesmith_train::objective::Objective;
+use tunesmith_train::optimizer::AdamWOptions;
+use tunesmith_train::step::Trainer;
 
 pub(crate) fn run(args: &BenchArgs, settings: &Settings) -> Result<()> {
     match &args.what {
@@ -62,14 +63,19 @@ fn train(args: &BenchTrainArgs, settings: &Settings) -> Result<()> {
     let prepared = if args.data.is_empty() { None } else { Some(packed_rows(args, &opened, settings)?) };
     let mut model = opened.llama(args.storage.into())?;
     drop(opened);
-    match args.method {
-        BenchMethod::Full => model.train_all(),
-        BenchMethod::Lora => model.add_adapter(&adapter(), 0)?,
-    }
+    let adapter = match args.method {
+        BenchMethod::Full => {
+            model.train_all();
+            None
+        }
+        BenchMethod::Lora => Some(Adapter::new(&model, &adapter(), 0)?),
+    };
     if args.compute == ComputeName::Int8 {
         model.compute_int8(true)?;
     }
-    let (recompute, optim) = (args.recompute.into(), args.optim.into());
+    let options = AdamWOptions { optim: args.optim.into(), ..AdamWOptions::default() };
+    let vocab = model.config.vocab_size;
+    let mut trainer = Trainer::new(Arc::new(model), adapter, options, Workspace::new(args.recompute.into()));
     let mut result = TrainResult {
         method: if args.method == BenchMethod::Lora { "lora" } else { "full" },
         batch: args.batch,
@@ -81,8 +87,7 @@ fn train(args: &BenchTrainArgs, settings: &Settings) -> Result<()> {
         data: None,
     };
     if let Some((batches, rows)) = prepared {
-        let mut seconds =
-            timed_steps(&mut model, std::iter::once(&batches[0]).chain(&batches).cloned(), recompute, optim);
+        let mut seconds = timed_steps(&mut trainer, std::iter::once(&batches[0]).chain(&batches).cloned())?;
         seconds.remove(0);
         let trained = |batch: &Batch| batch.targets.len();
         let trained_tokens = batches.iter().map(trained).sum();
@@ -91,7 +96,7 @@ fn train(args: &BenchTrainArgs, settings: &Settings) -> Result<()> {
         let tokens = batches.iter().map(Batch::len).sum();
         result.data = Some(DataResult { rows, steps: batches.len(), tokens, trained_tokens });
     } else {
-        let mut seconds = steps(&mut model, args.batch, args.seq, args.steps + 1, recompute, optim);
+        let mut seconds = timed_steps(&mut trainer, random_batches(vocab, args.batch, args.seq).take(args.steps + 1))?;
         seconds.remove(0);
         seconds.sort_by(f64::total_cmp);
         let tokens = (args.batch * args.seq) as f64;
@@ -141,49 +146,26 @@ fn packed_rows(args: &BenchTrainArgs, opened: &Opened, settings: &Settings) -> R
     Ok((batches, report.split(Split::Train).counts.rows))
 }
 
-/// Seconds that each of `num_steps` training steps on random tokens takes.
-pub(crate) fn steps(
-    model: &mut Llama,
-    batch_size: usize,
-    seq: usize,
-    num_steps: usize,
-    recompute: Recompute,
-    optim: Optim,
-) -> Vec<f64> {
+/// Batches of `batch_size` rows of `seq` random tokens, all of which are trained.
+pub(crate) fn random_batches(vocab: usize, batch_size: usize, seq: usize) -> impl Iterator<Item = Batch> {
     let mut rng = Rng::new(0, 0);
-    let vocab = model.config.vocab_size as u32;
-    let batches = (0..num_steps).map(|_| {
+    std::iter::repeat_with(move || {
         let mut batch = Batch::default();
         for _ in 0..batch_size {
-            let ids: Vec<u32> = (0..seq).map(|_| rng.below(vocab)).collect();
+            let ids: Vec<u32> = (0..seq).map(|_| rng.below(vocab as u32)).collect();
             batch.push(&ids, &vec![true; seq]);
         }
         batch
-    });
-    timed_steps(model, batches, recompute, optim)
+    })
 }
 
 /// Seconds that a training step on each of `batches` takes.
-fn timed_steps(
-    model: &mut Llama,
-    batches: impl Iterator<Item = Batch>,
-    recompute: Recompute,
-    optim: Optim,
-) -> Vec<f64> {
-    let options = AdamWOptions { optim, ..AdamWOptions::default() };
-    let mut optimizer = AdamW::new(model, options);
-    let mut gradients = Gradients::new(model);
-    let mut ws = Workspace::new(recompute);
-    let step = |(number, batch): (usize, Batch)| {
+pub(crate) fn timed_steps(trainer: &mut Trainer, batches: impl Iterator<Item = Batch>) -> Result<Vec<f64>> {
+    let mut seconds = Vec::new();
+    for batch in batches {
         let start = Instant::now();
-        let scale = 1.0 / batch.targets.len().max(1) as f32;
-        gradients.clear();
-        let options =
-            LossOptions { scale, label_smoothing: 0.0, dropout_seed: None, step: number as u64, first_token: 0 };
-        model.loss_and_gradients(&batch, options, &mut ws, &mut gradients);
-        let norm = gradient_norm(&gradients);
-        optimizer.update(model, &gradients, 2e-4, clip_coefficient(norm, 1.0));
-        start.elapsed().as_secs_f64()
-    };
-    batches.enumerate().map(step).collect()
+        trainer.step(&[batch], &Objective::default(), 2e-4)?;
+        seconds.push(start.elapsed().as_secs_f64());
+    }
+    Ok(seconds)
 }

@@ -43,7 +43,7 @@ pub(super) fn run(args: &BenchGenerateArgs, settings: &Settings) -> Result<()> {
     if longest > context {
         return Err(Error::Input(format!("{longest} tokens are more than the model's context of {context}")));
     }
-    let llama = opened.generator(args.compute, None, None, settings)?;
+    let (llama, _) = opened.generator(args.compute, None, None, settings)?;
     let mut prefill = measure(args.repeat, |ws| prompt_seconds(&llama, args.prompt, ws));
     let mut decode = measure(args.repeat, |ws| decode_seconds(&llama, args.context, args.new, ws));
     let peak = peak_resident();
@@ -99,19 +99,19 @@ fn prompt_seconds(llama: &Llama, num: usize, ws: &mut Workspace) -> f64 {
     let mut cache = llama.new_cache(num);
     let ids = random_ids(llama, num);
     let start = Instant::now();
-    llama.decode(&ids, &mut cache, ws);
+    llama.decode(&ids, None, &mut cache, ws);
     start.elapsed().as_secs_f64()
 }
 
 fn decode_seconds(llama: &Llama, context: usize, new: usize, ws: &mut Workspace) -> f64 {
     let mut cache = llama.new_cache(context + new);
     if context > 0 {
-        llama.decode(&random_ids(llama, context), &mut cache, ws);
+        llama.decode(&random_ids(llama, context), None, &mut cache, ws);
     }
     let mut next = 1;
     let start = Instant::now();
     for _ in 0..new {
-        next = sample::largest(llama.decode(&[next], &mut cache, ws));
+        next = sample::largest(llama.decode(&[next], None, &mut cache, ws));
     }
     start.elapsed().as_secs_f64()
 }

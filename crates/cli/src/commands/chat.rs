@@ -94,11 +94,13 @@ pub(crate) fn run(args: &ChatArgs, settings: &Settings) -> Result<()> {
     let end_tokens = opened.end_tokens()?;
     let template = opened.template()?;
     let interrupt = Interrupt::install()?;
-    let llama = opened.generator(args.compute, args.model.adapter.as_deref(), Some(&args.device), settings)?;
+    let (llama, adapter) =
+        opened.generator(args.compute, args.model.adapter.as_deref(), Some(&args.device), settings)?;
     let context = llama.config.max_position_embeddings;
     // An answer should have room, but a long wish for one must not push the whole conversation out.
     let reserve = args.sampling.max_new_tokens.min(context / 4).max(1);
-    let mut writer = Writer::new(&llama, &opened.tokenizer, end_tokens, &args.sampling, sampling, interrupt)?;
+    let mut writer =
+        Writer::new((&llama, adapter.as_ref()), &opened.tokenizer, end_tokens, &args.sampling, sampling, interrupt)?;
 
     let system = |text: &str| Some(Message::new("system", text));
     let mut conversation = Conversation { system: args.system.as_deref().and_then(system), turns: Vec::new() };

@@ -9,7 +9,7 @@ use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
-use tunesmith_model::{FinishReason, KvCache, Llama, Sampler, Sampling, Workspace, generate};
+use tunesmith_model::{Adapter, FinishReason, KvCache, Llama, Sampler, Sampling, Workspace, generate};
 use tunesmith_text::{StreamDecoder, Tokenizer};
 
 /// Ctrl-C: stops the text that is being generated; where none is, or when pressed again, leaves the program at once.
@@ -101,6 +101,7 @@ pub(crate) struct Continuation {
 /// A model that writes: its sampler goes on drawing from text to text, and its cache keeps what two prompts share.
 pub(crate) struct Writer<'a> {
     llama: &'a Llama,
+    adapter: Option<&'a Adapter>,
     tokenizer: &'a Tokenizer,
     end_tokens: Vec<u32>,
     max_new_tokens: usize,
@@ -115,7 +116,7 @@ pub(crate) struct Writer<'a> {
 
 impl<'a> Writer<'a> {
     pub(crate) fn new(
-        llama: &'a Llama,
+        (llama, adapter): (&'a Llama, Option<&'a Adapter>),
         tokenizer: &'a Tokenizer,
         end_tokens: Vec<u32>,
         args: &SamplingArgs,
@@ -124,6 +125,7 @@ impl<'a> Writer<'a> {
     ) -> Result<Self> {
         Ok(Self {
             llama,
+            adapter,
             tokenizer,
             end_tokens,
             max_new_tokens: args.max_new_tokens,
@@ -156,6 +158,7 @@ impl<'a> Writer<'a> {
         };
         let ended = generate(
             self.llama,
+            self.adapter,
             prompt,
             &mut self.cache,
             &mut self.sampler,
@@ -378,7 +381,7 @@ mod tests {
         let (llama, tokenizer, interrupt) = tiny();
         let args = args(&["--max-new-tokens", "20"]);
         let mut writer =
-            Writer::new(&llama, &tokenizer, vec![], &args, Sampling::default(), interrupt.clone()).unwrap();
+            Writer::new((&llama, None), &tokenizer, vec![], &args, Sampling::default(), interrupt.clone()).unwrap();
         let prompt = tokenizer.encode("To be", true).unwrap();
         let pressed = writer.write(&prompt, |_| {
             assert!(interrupt.generating.load(Ordering::Relaxed));
@@ -400,7 +403,8 @@ mod tests {
     fn the_cache_keeps_the_common_beginning_only() {
         let (llama, tokenizer, interrupt) = tiny();
         let args = args(&["--max-new-tokens", "8"]);
-        let writer = || Writer::new(&llama, &tokenizer, vec![], &args, Sampling::default(), interrupt.clone()).unwrap();
+        let writer =
+            || Writer::new((&llama, None), &tokenizer, vec![], &args, Sampling::default(), interrupt.clone()).unwrap();
         let mut kept = writer();
         for prompt in [
             "To be, or not",

@@ -10,7 +10,7 @@ use serde::Serialize;
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
-use tunesmith_model::{Llama, Workspace};
+use tunesmith_model::{Adapter, Llama, Workspace};
 use tunesmith_text::{PreparedSplit, Report, Split, Tokenizer};
 use tunesmith_train::config::Config;
 use tunesmith_train::evaluate::{continuations, document_losses};
@@ -51,29 +51,31 @@ pub(crate) fn run(args: &EvaluateArgs, settings: &Settings) -> Result<()> {
     let folder = tempfile::tempdir().map_err(|e| Error::io("cannot create a folder in", &std::env::temp_dir(), e))?;
     let split = data(args, &opened, folder.path(), settings)?;
     let prompts = prompts(&split, &opened.tokenizer, args.samples)?;
-    let score = |model: &Llama, what: &str| score(model, &opened, &split, &prompts, args.max_new_tokens, what);
+    let score = |model: &Llama, adapter: Option<&Adapter>, what: &str| {
+        score(model, adapter, &opened, &split, &prompts, args.max_new_tokens, what)
+    };
 
-    let ready = |opened: &Opened, adapter: Option<&str>| -> Result<Llama> {
+    let ready = |opened: &Opened, adapter: Option<&str>| -> Result<(Llama, Option<Adapter>)> {
         let on_gpu = args.device.device != "cpu";
         let storage = args.storage.into();
         // With `auto` it may be the processor after all, whose products want f32.
         let certain = on_gpu && args.device.device != "auto";
         let storage = if certain { opened.storage_before_gpu(storage, false) } else { storage };
-        let mut model = opened.llama_with(adapter, storage, settings)?;
+        let (mut model, mut adapter) = opened.llama_with(adapter, storage, settings)?;
         if args.compute == ComputeName::Int8 && on_gpu {
             return Err(Error::Input("--compute int8 is the processor's; leave it out, or use --device cpu".into()));
         }
         if args.compute == ComputeName::Int8 {
+            adapter.as_ref().map_or(Ok(()), Adapter::check_int8)?;
             model.compute_int8(false)?;
         }
-        device::place(&mut model, &args.device, settings)?;
-        Ok(model)
+        device::place(&mut model, adapter.as_mut(), &args.device, settings)?;
+        Ok((model, adapter))
     };
-    let mut model = ready(&opened, args.model.adapter.as_deref())?;
-    let tuned = score(&model, "scoring")?;
-    let base = if args.model.adapter.is_some() {
-        model.enable_adapter(false);
-        Some(score(&model, "scoring the base")?)
+    let (model, adapter) = ready(&opened, args.model.adapter.as_deref())?;
+    let tuned = score(&model, adapter.as_ref(), "scoring")?;
+    let base = if adapter.is_some() {
+        Some(score(&model, None, "scoring the base")?)
     } else if let Some(base) = &args.base {
         drop(model);
         let other = load::open(base, None, settings)?;
@@ -84,7 +86,7 @@ pub(crate) fn run(args: &EvaluateArgs, settings: &Settings) -> Result<()> {
                 args.model.model
             )));
         }
-        Some(score(&ready(&other, None)?, "scoring the base")?)
+        Some(score(&ready(&other, None)?.0, None, "scoring the base")?)
     } else {
         None
     };
@@ -209,6 +211,7 @@ pub(crate) fn prompts(split: &PreparedSplit, tokenizer: &Tokenizer, n: usize) ->
 /// Losses of all documents of `split` and continuations of `prompts`, with a bar.
 pub(crate) fn score(
     model: &Llama,
+    adapter: Option<&Adapter>,
     opened: &Opened,
     split: &PreparedSplit,
     prompts: &[Prompt],
@@ -217,11 +220,11 @@ pub(crate) fn score(
 ) -> Result<Scored> {
     let bar = terminal::count_bar(what, split.len() as u64);
     let mut ws = Workspace::default();
-    let documents = document_losses(model, split, &mut ws, |done, _| bar.set_position(done as u64))?;
+    let documents = document_losses(model, adapter, split, &mut ws, |done, _| bar.set_position(done as u64))?;
     bar.set_message("generating samples");
     let end_tokens = opened.end_tokens()?;
     let ids: Vec<&[u32]> = prompts.iter().map(|prompt| prompt.ids.as_slice()).collect();
-    let new = continuations(model, &ids, &end_tokens, max_new_tokens, &mut ws)?;
+    let new = continuations(model, adapter, &ids, &end_tokens, max_new_tokens, &mut ws)?;
     let texts = new.iter().map(|new| opened.tokenizer.decode(new, true)).collect::<std::result::Result<_, _>>()?;
     bar.finish_and_clear();
     Ok(Scored { documents, texts })

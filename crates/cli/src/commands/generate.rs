@@ -65,13 +65,21 @@ pub(crate) fn run(args: &GenerateArgs, settings: &Settings) -> Result<()> {
 
     let interrupt = Interrupt::install()?;
     let adapter = args.model.adapter.as_deref();
-    let llama = opened.generator(args.compute, adapter, Some(&args.device), settings)?;
+    let (llama, own) = opened.generator(args.compute, adapter, Some(&args.device), settings)?;
     if args.prompts.is_some() {
-        let job = many::Job { args, llama: &llama, opened: &opened, end_tokens: &end_tokens, interrupt };
+        let job = many::Job {
+            args,
+            llama: &llama,
+            adapter: own.as_ref(),
+            opened: &opened,
+            end_tokens: &end_tokens,
+            interrupt,
+        };
         return many::run(&job, &prompts, &ids, sampling);
     }
     let (prompt, ids) = (&prompts[0], &ids[0]);
-    let mut writer = Writer::new(&llama, &opened.tokenizer, end_tokens, &args.sampling, sampling, interrupt)?;
+    let mut writer =
+        Writer::new((&llama, own.as_ref()), &opened.tokenizer, end_tokens, &args.sampling, sampling, interrupt)?;
     let new = writer.write(ids, |piece| if args.json { Ok(()) } else { show(piece) })?;
     if args.json {
         let generated = Generated {

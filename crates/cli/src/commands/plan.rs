@@ -8,18 +8,22 @@ use crate::source::{Settings, UPLOAD_MEMORY};
 use crate::terminal;
 use serde::Serialize;
 use std::path::Path;
+use std::slice::from_ref;
+use std::sync::Arc;
 use std::time::Instant;
 use tunesmith_model::memory::gpu::dense_bytes;
 use tunesmith_model::memory::{AdapterRank, Offload, adapter_ranks};
 use tunesmith_model::token_rows::token_indices;
-use tunesmith_model::{AdapterConfig, Batch, Config as Model, Gradients, Llama, LossOptions, Storage, Workspace};
+use tunesmith_model::{Adapter, AdapterConfig, Batch, Config as Model, Llama, Storage, Workspace};
 use tunesmith_tensor::cuda::{Gpu, sizes};
 use tunesmith_tensor::{Device, num_threads, rng::Rng};
 use tunesmith_text::{Message, PreparedSplit, Report, Split};
 use tunesmith_train::checkpoint::{self, free_bytes};
 use tunesmith_train::config::{Compute, Config, Method};
 use tunesmith_train::memory::{Choice, DRIVER, DataShape, Host, Inputs, Place, Plan, format_bytes};
-use tunesmith_train::optimizer::{AdamW, AdamWOptions};
+use tunesmith_train::objective::Objective;
+use tunesmith_train::optimizer::AdamWOptions;
+use tunesmith_train::step::Trainer;
 use tunesmith_train::train::adapter_config;
 
 /// What a process gains between opening a model and its last step besides planned buffers: code that is touched, stacks of
@@ -321,10 +325,13 @@ impl Facts {
         let vocab = model.vocab_size.min(8192);
         let small = Model { num_hidden_layers: layers, vocab_size: vocab, ..model.clone() };
         let mut llama = Llama::random(small, 0);
-        match &self.adapter {
-            None => llama.train_all(),
-            Some(adapter) => llama.add_adapter(adapter, 0)?,
-        }
+        let mut adapter = match &self.adapter {
+            None => {
+                llama.train_all();
+                None
+            }
+            Some(adapter) => Some(Adapter::new(&llama, adapter, 0)?),
+        };
         if config.compute == Compute::Int8 {
             llama.compute_int8(true)?;
         }
@@ -335,6 +342,7 @@ impl Facts {
                 llama.leave_embedding();
             }
             llama.move_to(device, config.element());
+            adapter.iter_mut().for_each(|adapter| adapter.move_to(device, config.element()));
         }
         let tokens = probe_tokens(&settled.plan);
         let mut rng = Rng::new(0, 0);
@@ -347,30 +355,30 @@ impl Facts {
         let Choice { recompute, offload, .. } = settled.plan.choice;
         let (optim, offload_moments) = (config.training.optim, offload.optimizer);
         let options = AdamWOptions { optim, offload: offload_moments, ..AdamWOptions::default() };
-        let mut optimizer = AdamW::new(&llama, options);
-        let mut gradients = Gradients::new(&llama);
-        let mut ws = Workspace::on(device, recompute, offload);
-        let options = LossOptions { scale: 1.0, label_smoothing: 0.0, dropout_seed: Some(0), step: 0, first_token: 0 };
+        let trainer = Trainer::new(Arc::new(llama), adapter, options, Workspace::on(device, recompute, offload));
+        let mut trainer = Trainer { dropout_seed: Some(0), ..trainer };
+        let objective = Objective::default();
         let mut best = [f64::INFINITY; 3];
         // The first round also asks the system for memory.
         for round in 0..3 {
             let mut seconds = [0.0; 3];
             let start = Instant::now();
-            llama.loss_and_gradients(&batch, options, &mut ws, &mut gradients);
+            trainer.accumulate(from_ref(&batch), &objective)?;
             seconds[0] = start.elapsed().as_secs_f64();
             let start = Instant::now();
-            optimizer.update(&mut llama, &gradients, 0.0, 1.0);
+            trainer.update(0.0, 1.0)?;
             device.synchronize().map_err(tunesmith_train::Error::from)?;
             seconds[1] = start.elapsed().as_secs_f64();
             let start = Instant::now();
-            llama.loss(&batch, 0.0, &mut ws);
+            let Trainer { model, adapter, workspace, .. } = &mut trainer;
+            objective.losses(model, adapter.as_ref(), &batch, workspace);
             seconds[2] = start.elapsed().as_secs_f64();
             if round > 0 {
                 best = std::array::from_fn(|i| seconds[i].min(best[i]));
             }
         }
         let [pass, update, forward] = best;
-        Ok(Probe { pass, update, forward, vocab, trained: llama.num_trained() })
+        Ok(Probe { pass, update, forward, vocab, trained: trainer.trained().map(|p| p.value.len()).sum() })
     }
 }
 

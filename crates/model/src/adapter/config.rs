@@ -1,6 +1,6 @@
 //! `adapter_config.json`: which layers an adapter changes, and how.
 
-use super::CONFIG_FILE;
+use super::{SCORE, folder::CONFIG_FILE};
 use crate::{
     Error, Result,
     config::Fields,
@@ -75,6 +75,8 @@ pub struct AdapterConfig {
     pub use_rslora: bool,
     /// Tokens whose rows the adapter has, by matrix (`embed_tokens`, `lm_head`), ascending; PEFT's `trainable_token_indices`.
     pub trainable_token_indices: TokenIndices,
+    /// Modules that are saved as a whole: `["score"]` with a classification head, else empty.
+    pub modules_to_save: Vec<String>,
     pub base_model_name_or_path: Option<String>,
     pub revision: Option<String>,
     pub task_type: Option<String>,
@@ -94,6 +96,7 @@ impl Default for AdapterConfig {
             alpha_pattern: BTreeMap::new(),
             use_rslora: false,
             trainable_token_indices: TokenIndices::new(),
+            modules_to_save: Vec::new(),
             base_model_name_or_path: None,
             revision: None,
             task_type: Some("CAUSAL_LM".into()),
@@ -156,6 +159,10 @@ impl AdapterConfig {
             alpha_pattern: pattern(&fields, "alpha_pattern", "a number", Value::as_f64)?,
             use_rslora: fields.flag("use_rslora")?,
             trainable_token_indices: token_indices(&fields)?,
+            modules_to_save: match fields.get("modules_to_save").and_then(Value::as_array) {
+                Some(names) if !names.is_empty() => vec![SCORE.into()],
+                _ => Vec::new(),
+            },
             base_model_name_or_path: fields.text("base_model_name_or_path")?.map(str::to_owned),
             revision: fields.text("revision")?.map(str::to_owned),
             task_type: fields.text("task_type")?.map(str::to_owned),
@@ -259,7 +266,7 @@ impl AdapterConfig {
             "loftq_config": {},
             "lora_alpha": whole_if_possible(self.lora_alpha),
             "lora_dropout": self.lora_dropout,
-            "modules_to_save": null,
+            "modules_to_save": if self.modules_to_save.is_empty() { Value::Null } else { json!(self.modules_to_save) },
             "peft_type": "LORA",
             "r": self.r,
             "rank_pattern": self.rank_pattern,
@@ -373,7 +380,6 @@ fn check_supported(fields: &Fields) -> Result<()> {
         "fan_in_fan_out",
         "use_qalora",
         "use_bdlora",
-        "modules_to_save",
         "layer_replication",
         "target_parameters",
         "alora_invocation_tokens",
@@ -385,6 +391,16 @@ fn check_supported(fields: &Fields) -> Result<()> {
         let off = *value == Value::Bool(false) || value.as_array().is_some_and(|list| list.is_empty());
         if !off {
             return Err(fields.error(&format!("{key} is {value}; {SUPPORTED} without it")));
+        }
+    }
+    if let Some(value) = fields.get("modules_to_save") {
+        let names = value.as_array().map_or(&[][..], Vec::as_slice);
+        // PEFT names both for every classifier, whichever of the two it has.
+        let heads = value.is_array() && names.iter().all(|name| name == SCORE || name == "classifier");
+        if !heads || (!names.is_empty() && !names.iter().any(|name| name == SCORE)) {
+            return Err(
+                fields.error(&format!("modules_to_save is {value}; supported is a classification head, [\"score\"]"))
+            );
         }
     }
     // These change the base weights when training begins, so their A and B do not belong to the original base.
@@ -491,6 +507,9 @@ mod tests {
         refused(json!({"layer_replication": [[0, 2], [1, 3]]}), "layer_replication is");
         refused(json!({"init_lora_weights": "pissa_niter_16"}), "changes the base weights");
         assert!(read(json!({"init_lora_weights": "gaussian", "modules_to_save": []})).is_ok());
+        let classifier = read(json!({"modules_to_save": ["classifier", "score"]})).unwrap();
+        assert_eq!(classifier.to_json()["modules_to_save"], json!(["score"]));
+        refused(json!({"modules_to_save": ["classifier"]}), "modules_to_save is");
         refused(json!({"r": 0}), "r is 0");
         refused(json!({"r": 1.5}), "r is 1.5");
         refused(json!({"lora_dropout": 1.0}), "lora_dropout is 1");

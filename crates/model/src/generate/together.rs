@@ -1,7 +1,7 @@
 //! The loop of generation for many prompts at once.
 
 use super::{FinishReason, Sampler, check_prompt};
-use crate::{Error, Llama, Result, Workspace};
+use crate::{Adapter, Error, Llama, Result, Workspace};
 use std::ops::ControlFlow;
 use tunesmith_tensor::ops::sample::{self, Scratch};
 
@@ -38,6 +38,7 @@ struct Active {
 /// When there are not as many samplers as prompts, or no place.
 pub fn generate_together(
     model: &Llama,
+    adapter: Option<&Adapter>,
     prompts: &[&[u32]],
     samplers: &mut [Sampler],
     end_tokens: &[u32],
@@ -80,7 +81,7 @@ pub fn generate_together(
             return Ok(results);
         }
         let parts: Vec<_> = fed.iter().map(|a| (a.place, &a.history[sequences.len(a.place)..])).collect();
-        let logits = model.feed(&parts, &mut sequences, ws);
+        let logits = model.feed(&parts, adapter, &mut sequences, ws);
         let choices: Vec<_> = fed.iter().map(|a| samplers[a.number].choice(&a.history)).collect();
         let tokens = sample::rows(logits, &choices, &mut scratch);
         // A device that has failed gives logits that mean nothing.

@@ -580,6 +580,7 @@ fn config(
         pad_token_id: token("padding")?,
         initializer_range: 0.02,
         rope: Rope { theta, scaling: RopeScaling::None },
+        id2label: Vec::new(),
     };
     // Checked first with plain rope: the divisors are only meaningful for a sane head.
     config.check(file)?;

@@ -4,13 +4,14 @@
 //! same input are one call, the cache may be in f16, the head and most of the last layer run for the last token only. While there
 //! are few rows, the threads of the pool stand by instead of being woken for every product.
 
-use super::{DOWN, GATE, K, Layer, Llama, Lora, O, Q, UP, V, Workspace};
+use super::{DOWN, GATE, K, Layer, Llama, O, Q, UP, V, Workspace};
 use crate::KvCache;
+use crate::adapter::{Adapter, Lora};
 use rayon::prelude::*;
 use tunesmith_tensor::ops::attention::{self, Segment};
 use tunesmith_tensor::ops::linear::Into::{Accumulate, Overwrite};
 use tunesmith_tensor::ops::products::{self, Product};
-use tunesmith_tensor::ops::{attention_cached, attention_decode, embedding, linear, rmsnorm, rope, swiglu};
+use tunesmith_tensor::ops::{attention_cached, attention_decode, linear, rmsnorm, rope, swiglu};
 use tunesmith_tensor::packed_int::Int8Rows;
 use tunesmith_tensor::{Device, Recorded, Tensor, pool, team};
 
@@ -65,11 +66,17 @@ impl Llama {
     ///
     /// # Panics
     /// When `ids` is empty or the cache is too small for them.
-    pub fn decode<'w>(&self, ids: &[u32], cache: &mut KvCache, ws: &'w mut Workspace) -> &'w [f32] {
+    pub fn decode<'w>(
+        &self,
+        ids: &[u32],
+        adapter: Option<&Adapter>,
+        cache: &mut KvCache,
+        ws: &'w mut Workspace,
+    ) -> &'w [f32] {
         if self.device() == Device::Cpu {
-            return self.decode_logits(ids, cache, ws).data();
+            return self.decode_logits(ids, adapter, cache, ws).data();
         }
-        ws.host_logits = self.decode_logits(ids, cache, ws).to_host();
+        ws.host_logits = self.decode_logits(ids, adapter, cache, ws).to_host();
         ws.host_logits.data()
     }
 
@@ -77,11 +84,17 @@ impl Llama {
     ///
     /// # Panics
     /// As [`Llama::decode`].
-    pub fn decode_logits<'w>(&self, ids: &[u32], cache: &mut KvCache, ws: &'w mut Workspace) -> &'w mut Tensor {
-        if ids.len() == 1 && self.device() != Device::Cpu && self.decode_recorded(ids, cache, ws) {
+    pub fn decode_logits<'w>(
+        &self,
+        ids: &[u32],
+        adapter: Option<&Adapter>,
+        cache: &mut KvCache,
+        ws: &'w mut Workspace,
+    ) -> &'w mut Tensor {
+        if ids.len() == 1 && self.device() != Device::Cpu && self.decode_recorded(ids, adapter, cache, ws) {
             return &mut ws.logits;
         }
-        let (buffers, logits) = (&mut ws.generation, &mut ws.logits);
+        let Workspace { generation: buffers, logits, row_logits, .. } = &mut *ws;
         let mut pieces = ids.chunks(PIECE).peekable();
         while let Some(piece) = pieces.next() {
             let last = self.layers.len() - 1;
@@ -89,17 +102,18 @@ impl Llama {
             let num_keys = cache.len() + piece.len();
             let begin = |cache: &mut KvCache, buffers: &mut Buffers| {
                 let first = cache.len() as u32;
-                self.embed_tokens(piece, first..first + piece.len() as u32, buffers);
+                self.embed_tokens(piece, adapter, first..first + piece.len() as u32, buffers);
                 for l in 0..last {
-                    self.attend(l, cache, buffers);
-                    self.finish_layer(l, buffers);
+                    self.attend(l, adapter, cache, buffers);
+                    self.finish_layer(l, adapter, buffers);
                 }
-                self.extend_cache(last, cache, buffers);
+                self.extend_cache(last, adapter, cache, buffers);
             };
             let mut end = |cache: &KvCache, buffers: &mut Buffers| {
-                self.attend_last(cache, num_keys, buffers);
-                self.finish_layer(last, buffers);
+                self.attend_last(adapter, cache, num_keys, buffers);
+                self.finish_layer(last, adapter, buffers);
                 self.logits_of_last(buffers, logits);
+                self.replace_logits(adapter, &buffers.normed_td, row_logits, logits);
             };
             if !products::are_few(piece.len()) {
                 pool::enter(|| begin(cache, buffers));
@@ -120,11 +134,11 @@ impl Llama {
     }
 
     /// One token on a GPU, recorded when it comes again. Says whether it was done: not before a prompt, nor without a kernel for it.
-    fn decode_recorded(&self, ids: &[u32], cache: &mut KvCache, ws: &mut Workspace) -> bool {
+    fn decode_recorded(&self, ids: &[u32], adapter: Option<&Adapter>, cache: &mut KvCache, ws: &mut Workspace) -> bool {
         let len = cache.len();
         let Some(rows) = cache.device_rows().filter(|_| len > 0) else { return false };
-        self.embed_tokens(ids, std::iter::once(len as u32), &mut ws.generation);
-        let done = self.token_pass(&[len as u32], &[Segment { queries: 0..1, keys: 0..len + 1 }], rows, ws);
+        self.embed_tokens(ids, adapter, std::iter::once(len as u32), &mut ws.generation);
+        let done = self.token_pass(&[len as u32], &[Segment { queries: 0..1, keys: 0..len + 1 }], adapter, rows, ws);
         if done {
             cache.advance(1);
         }
@@ -135,7 +149,7 @@ impl Llama {
     /// ([`Weight::to_integers`]). Adapters, norms and biases stay as they are.
     pub fn round_activations(&mut self) {
         let matrices = self.parameters.par_iter_mut().filter(|p| !p.trained && p.value.shape().len() == 2);
-        matrices.filter(|p| !p.name.starts_with("base_model.")).for_each(|p| p.value = p.value.to_integers());
+        matrices.for_each(|p| p.value = p.value.to_integers());
     }
 
     /// An empty cache for up to `capacity` tokens, in the precision of this model: f16 where its matrices are integers, f32 elsewhere.
@@ -144,20 +158,26 @@ impl Llama {
         if integers { KvCache::half(&self.config, capacity) } else { KvCache::new(&self.config, capacity) }
     }
 
-    pub(super) fn embed_tokens(&self, ids: &[u32], positions: impl Iterator<Item = u32>, buffers: &mut Buffers) {
-        embedding::forward_on(self.value(self.embed), ids, &self.device(), self.dtype(), &mut buffers.stream_td);
+    pub(super) fn embed_tokens(
+        &self,
+        ids: &[u32],
+        adapter: Option<&Adapter>,
+        positions: impl Iterator<Item = u32>,
+        buffers: &mut Buffers,
+    ) {
+        self.embed(ids, adapter, &mut buffers.stream_td);
         buffers.positions.clear();
         buffers.positions.extend(positions);
         buffers.angles.fill_on(&self.device(), &buffers.positions, &self.frequencies);
     }
 
     /// The attention of layer `l` up to its output, without the output projection.
-    fn attend(&self, l: usize, cache: &mut KvCache, buffers: &mut Buffers) {
+    fn attend(&self, l: usize, adapter: Option<&Adapter>, cache: &mut KvCache, buffers: &mut Buffers) {
         let Buffers { stream_td, normed_td, rstd_t, q_th, k_tk, v_tk, o_th, lse, xa_tr, rounded, angles, .. } = buffers;
         let layer = &self.layers[l];
         rmsnorm::forward(stream_td, self.tensor(layer.input_norm), self.config.rms_norm_eps, normed_td, rstd_t);
         self.value(layer.linears[O].weight).read_ahead();
-        self.products(layer, normed_td, &mut [(Q, q_th), (K, k_tk), (V, v_tk)], Overwrite, xa_tr, rounded);
+        self.products(l, adapter, normed_td, &mut [(Q, q_th), (K, k_tk), (V, v_tk)], Overwrite, xa_tr, rounded);
         rope::forward(q_th, angles);
         rope::forward(k_tk, angles);
         let num_rows = q_th.rows();
@@ -173,63 +193,65 @@ impl Llama {
     }
 
     /// Keys and values of layer `l` and nothing else: all that later tokens need of the last layer.
-    fn extend_cache(&self, l: usize, cache: &mut KvCache, buffers: &mut Buffers) {
+    fn extend_cache(&self, l: usize, adapter: Option<&Adapter>, cache: &mut KvCache, buffers: &mut Buffers) {
         let Buffers { stream_td, normed_td, rstd_t, k_tk, v_tk, xa_tr, rounded, angles, .. } = buffers;
         let layer = &self.layers[l];
         rmsnorm::forward(stream_td, self.tensor(layer.input_norm), self.config.rms_norm_eps, normed_td, rstd_t);
-        self.products(layer, normed_td, &mut [(K, k_tk), (V, v_tk)], Overwrite, xa_tr, rounded);
+        self.products(l, adapter, normed_td, &mut [(K, k_tk), (V, v_tk)], Overwrite, xa_tr, rounded);
         rope::forward(k_tk, angles);
         cache.write(l, k_tk, v_tk);
     }
 
     /// Behind [`Llama::extend_cache`] of the last layer: its attention for the last token only. Leaves one row.
-    fn attend_last(&self, cache: &KvCache, num_keys: usize, buffers: &mut Buffers) {
+    fn attend_last(&self, adapter: Option<&Adapter>, cache: &KvCache, num_keys: usize, buffers: &mut Buffers) {
         let Buffers { stream_td, normed_td, q_th, o_th, xa_tr, rounded, angles, positions, attention, .. } = buffers;
         let last = self.layers.len() - 1;
         let last_row = stream_td.rows() - 1;
         stream_td.keep_row(last_row);
         normed_td.keep_row(last_row);
         angles.fill_on(&self.device(), &positions[positions.len() - 1..], &self.frequencies);
-        self.products(&self.layers[last], normed_td, &mut [(Q, q_th)], Overwrite, xa_tr, rounded);
+        self.products(last, adapter, normed_td, &mut [(Q, q_th)], Overwrite, xa_tr, rounded);
         rope::forward(q_th, angles);
         cache.attend(last, q_th, num_keys, o_th, attention);
     }
 
     /// From the output of attention to that of the layer.
-    pub(super) fn finish_layer(&self, l: usize, buffers: &mut Buffers) {
+    pub(super) fn finish_layer(&self, l: usize, adapter: Option<&Adapter>, buffers: &mut Buffers) {
         let layer = &self.layers[l];
         let ahead = |layer: &Layer, i: usize| self.value(layer.linears[i].weight).read_ahead();
         let Buffers { stream_td, normed_td, rstd_t, o_th, gate_tf, up_tf, act_tf, xa_tr, rounded, .. } = buffers;
         ahead(layer, GATE);
-        self.products(layer, o_th, &mut [(O, stream_td)], Accumulate, xa_tr, rounded);
+        self.products(l, adapter, o_th, &mut [(O, stream_td)], Accumulate, xa_tr, rounded);
         rmsnorm::forward(stream_td, self.tensor(layer.post_norm), self.config.rms_norm_eps, normed_td, rstd_t);
         ahead(layer, DOWN);
-        self.products(layer, normed_td, &mut [(GATE, gate_tf), (UP, up_tf)], Overwrite, xa_tr, rounded);
+        self.products(l, adapter, normed_td, &mut [(GATE, gate_tf), (UP, up_tf)], Overwrite, xa_tr, rounded);
         swiglu::forward(gate_tf, up_tf, act_tf);
         match self.layers.get(l + 1) {
             Some(next) => ahead(next, Q),
             None => self.head_weight().read_ahead(),
         }
-        self.products(layer, act_tf, &mut [(DOWN, stream_td)], Accumulate, xa_tr, rounded);
+        self.products(l, adapter, act_tf, &mut [(DOWN, stream_td)], Accumulate, xa_tr, rounded);
     }
 
-    /// Linear layers of `layer` that read the same `x`, with biases and adapters.
+    /// Linear layers of block `l` that read the same `x`, with biases and adapters.
     pub(super) fn products(
         &self,
-        layer: &Layer,
+        l: usize,
+        adapter: Option<&Adapter>,
         x: &Tensor,
         outputs: &mut [(usize, &mut Tensor)],
         into: linear::Into,
         xa_tr: &mut [Tensor; 3],
         rounded: &mut Int8Rows,
     ) {
-        let adapter = |i: usize| layer.linears[i].lora.as_ref().filter(|_| self.adapter_enabled);
+        let layer = &self.layers[l];
+        let lora = |i: usize| adapter.and_then(|adapter| adapter.pair(l, i));
         let mut products = Vec::with_capacity(2 * outputs.len());
         for ((i, y), xa) in outputs.iter_mut().zip(xa_tr.iter_mut()) {
             let weight = self.value(layer.linears[*i].weight);
             products.push(Product { x, weight, alpha: 1.0, y, into });
-            if let Some(lora) = adapter(*i) {
-                products.push(Product { x, weight: self.value(lora.a), alpha: 1.0, y: xa, into: Overwrite });
+            if let Some(lora) = lora(*i) {
+                products.push(Product { x, weight: lora.a, alpha: 1.0, y: xa, into: Overwrite });
             }
         }
         products::forward(&mut products, rounded);
@@ -238,8 +260,8 @@ impl Llama {
             if let Some(bias) = layer.linears[*i].bias {
                 linear::add_bias(self.tensor(bias), y);
             }
-            if let Some(Lora { b, scale, .. }) = adapter(*i) {
-                products.push(Product { x: xa, weight: self.value(*b), alpha: *scale, y, into: Accumulate });
+            if let Some(Lora { b, scale, .. }) = lora(*i) {
+                products.push(Product { x: xa, weight: b, alpha: scale, y, into: Accumulate });
             }
         }
         if !products.is_empty() {

@@ -51,10 +51,20 @@ cross_entropy(const float *logits, const u32 *__restrict__ targets, float smooth
     }
 }
 
-// Columns `ids` [n] of x, whose rows lie `stride` elements apart: y [rows, width], of whose rows the first n elements are written.
-extern "C" __global__ void head_columns(const element *__restrict__ x, u64 stride, const u32 *__restrict__ ids,
-                                        element *__restrict__ y, u32 rows, u32 n, u32 width) {
+// Columns `ids` [n] of x, whose rows lie `stride` elements apart, move to y [rows, width], of whose rows the first n elements
+// are written; x has zeros there.
+extern "C" __global__ void take_columns(element *__restrict__ x, u64 stride, const u32 *__restrict__ ids, element *__restrict__ y,
+                                        u32 rows, u32 n, u32 width) {
     u64 i = (u64)blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= (u64)rows * n) return;
-    y[i / n * width + i % n] = x[i / n * stride + ids[i % n]];
+    element *from = x + i / n * stride + ids[i % n];
+    y[i / n * width + i % n] = *from;
+    *from = from_float<element>(0.0f);
+}
+
+// Columns `ids` [n] of y [rows, vocab] = x [rows, n].
+extern "C" __global__ void replace_columns(const float *__restrict__ x, const u32 *__restrict__ ids, float *__restrict__ y,
+                                           u32 rows, u32 n, u32 vocab) {
+    u64 i = (u64)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < (u64)rows * n) y[i / n * vocab + ids[i % n]] = x[i];
 }

@@ -2,15 +2,14 @@
 //! the loss of a vocabulary of 128,000 would not survive bf16.
 
 use super::arguments::{argument, argument_at, blocks};
-use super::gemm::Matrix;
+use super::gemm::{Gemm, Matrix};
 use super::gpu::{Arg, Gpu, Launch};
 use super::kernels::{Module, Source};
 use super::linear::{self, matrix};
-use crate::contract::{Gradients, HeadRows, Store};
+use crate::contract::{Gradients, Head, HeadRows, Store};
 use crate::device::Device;
 use crate::dtype::Dtype;
 use crate::tensor::Tensor;
-use crate::weight::Weight;
 use std::sync::Arc;
 
 /// Logits that exist at a time while the head trains, 512 MiB: its gradient is read and written for each chunk of them.
@@ -31,13 +30,14 @@ pub(crate) struct Scratch {
     /// Becomes its gradient.
     logits: Tensor,
     loss: Tensor,
-    /// Those columns of the gradient that belong to rows that train by themselves.
+    /// Those columns that belong to rows that stand in for the head's: logits in f32, and their gradient.
+    own_logits: Tensor,
     columns: Tensor,
 }
 
 impl Scratch {
     pub(crate) fn num_bytes(&self) -> usize {
-        [&self.logits, &self.loss, &self.columns].map(Tensor::capacity_bytes).iter().sum()
+        [&self.logits, &self.loss, &self.own_logits, &self.columns].map(Tensor::capacity_bytes).iter().sum()
     }
 }
 
@@ -53,21 +53,53 @@ fn columns_stride(columns: usize, element: Dtype) -> usize {
     columns.next_multiple_of(16 / element.bytes())
 }
 
-/// Bytes of the columns of a chunk that belong to `columns` rows of a head whose others are frozen.
-pub(super) fn columns_bytes(n: usize, vocab: usize, columns: usize, element: Dtype) -> usize {
-    chunk_rows(n, vocab, false) * columns_stride(columns, element) * element.bytes()
+/// Bytes of the columns of a chunk that belong to `columns` rows that stand in for the head's: logits, and their gradient.
+pub(super) fn columns_bytes(n: usize, vocab: usize, columns: usize, element: Dtype) -> [usize; 2] {
+    let rows = chunk_rows(n, vocab, false);
+    [4 * rows * columns, rows * columns_stride(columns, element) * element.bytes()]
+}
+
+/// Columns `own.ids` of the f32 logits `y` [rows, V] = `h` [rows, d] · `own.w`ᵀ; `columns` is a buffer.
+pub(crate) fn replace_logits(
+    gpu: &Arc<Gpu>,
+    h: Matrix<'_>,
+    rows: usize,
+    own: HeadRows<'_>,
+    columns: &mut Tensor,
+    y: &mut Tensor,
+) {
+    let (n, k) = (own.w.rows(), own.w.cols());
+    columns.resize_on(&Device::Cuda(gpu.clone()), Dtype::F32, &[rows, n]);
+    gpu.gemm(&Gemm { m: rows, n, k, alpha: 1.0, a: h, b: matrix(own.w).t(), beta: 0.0, c: matrix(columns) });
+    let ids = gpu.table(own.ids);
+    gpu.launch(&Launch {
+        module: Module::new(Source::CrossEntropy, h.dtype),
+        kernel: "replace_columns",
+        grid: [blocks(rows * n, BLOCK), 1, 1],
+        block: BLOCK,
+        shared: 0,
+        args: &[
+            argument(columns, Dtype::F32),
+            Arg::Buffer(&ids, 0),
+            argument(y, Dtype::F32),
+            Arg::U32(rows as u32),
+            Arg::U32(n as u32),
+            Arg::U32(y.cols() as u32),
+        ],
+    });
 }
 
 pub(crate) fn run(
     gpu: &Arc<Gpu>,
     h: &Tensor,
-    w: &Weight,
+    head: Head<'_>,
     targets: &[u32],
     smoothing: f32,
     scratch: &mut Scratch,
     loss: &mut [f32],
     mut gradients: Option<Gradients<'_>>,
 ) {
+    let Head { w, rows: own } = head;
     let (n, d, vocab, element) = (targets.len(), h.cols(), w.rows(), h.dtype());
     if let Some(g) = &mut gradients {
         g.d_h.resize_like(h, &[n, d]);
@@ -85,6 +117,9 @@ pub(crate) fn run(
         scratch.logits.resize_on(&device, Dtype::F32, &[rows, vocab]);
         let h = matrix(h).at(start * d);
         linear::forward(gpu, h, rows, w, 1.0, None, matrix(&scratch.logits), Store::Overwrite);
+        if let Some(own) = own {
+            replace_logits(gpu, h, rows, own, &mut scratch.own_logits, &mut scratch.logits);
+        }
         let d_arg = if gradients.is_some() { argument(&scratch.logits, Dtype::F32) } else { Arg::Null };
         let block = if vocab < 4096 { 128 } else { 1024 };
         gpu.launch(&Launch {
@@ -107,19 +142,13 @@ pub(crate) fn run(
         if let Some(g) = &mut gradients {
             // A row of the gradient begins where that of the logits does, and is shorter in bf16.
             let d_logits = Matrix::new(scratch.logits.device_buffer(), element, vocab * (4 / element.bytes()));
-            let d_h = matrix(g.d_h).at(start * d);
-            linear::input_gradient(gpu, d_logits, rows, w, 1.0, None, d_h, Store::Overwrite);
-            if let Some(d_w) = g.d_w.as_deref_mut() {
-                linear::weight_gradient(gpu, d_logits, h, rows, 1.0, d_w);
-            }
-            if let Some(HeadRows { ids, d_w }) = &mut g.d_rows {
-                assert_eq!(d_w.shape(), [ids.len(), d], "a gradient for each row");
+            if let Some(HeadRows { ids, .. }) = own {
                 let (count, stride) = (ids.len(), columns_stride(ids.len(), element));
                 scratch.columns.resize_on(&device, element, &[rows, stride]);
                 let ids = gpu.table(ids);
                 gpu.launch(&Launch {
                     module: Module::new(Source::CrossEntropy, element),
-                    kernel: "head_columns",
+                    kernel: "take_columns",
                     grid: [blocks(rows * count, BLOCK), 1, 1],
                     block: BLOCK,
                     shared: 0,
@@ -133,7 +162,19 @@ pub(crate) fn run(
                         Arg::U32(stride as u32),
                     ],
                 });
-                linear::weight_gradient(gpu, matrix(&scratch.columns), h, rows, 1.0, d_w);
+            }
+            let d_h = matrix(g.d_h).at(start * d);
+            linear::input_gradient(gpu, d_logits, rows, w, 1.0, None, d_h, Store::Overwrite);
+            if let Some(d_w) = g.d_w.as_deref_mut() {
+                linear::weight_gradient(gpu, d_logits, h, rows, 1.0, d_w);
+            }
+            if let Some(HeadRows { ids, w }) = own {
+                let (k, a) = (ids.len(), matrix(&scratch.columns));
+                gpu.gemm(&Gemm { m: rows, n: d, k, alpha: 1.0, a, b: matrix(w), beta: 1.0, c: d_h });
+                if let Some(d_rows) = g.d_rows.as_deref_mut() {
+                    assert_eq!(d_rows.shape(), [k, d], "a gradient for each row");
+                    linear::weight_gradient(gpu, a, h, rows, 1.0, d_rows);
+                }
             }
         }
     }

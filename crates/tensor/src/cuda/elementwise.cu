@@ -58,6 +58,16 @@ extern "C" __global__ void rows_gather(const element *__restrict__ x, const u32 
     }
 }
 
+// Row to[i] of y = row from[i] of x, both [.., d]. A block takes one row.
+extern "C" __global__ void copy_rows(const element *__restrict__ x, const u32 *__restrict__ from, element *__restrict__ y,
+                                     const u32 *__restrict__ to, u32 d) {
+    const element *source = x + (u64)from[blockIdx.x] * d;
+    element *target = y + (u64)to[blockIdx.x] * d;
+    for (u32 i = threadIdx.x * WIDTH; i < d; i += blockDim.x * WIDTH) {
+        *reinterpret_cast<uint4 *>(target + i) = *reinterpret_cast<const uint4 *>(source + i);
+    }
+}
+
 // Row groups[3b] of d_table (f32) += the rows of d_x that `order` lists from groups[3b + 1] to groups[3b + 2], in that order:
 // one block for each token that occurs, so that sums have one order.
 extern "C" __global__ void embedding_gradient(const element *__restrict__ d_x, const u32 *__restrict__ groups,

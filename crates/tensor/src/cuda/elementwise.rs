@@ -71,6 +71,30 @@ fn rows(gpu: &Arc<Gpu>, x: &Tensor, index: &[u32], y: &Tensor, scatter: bool) {
     rows_at(gpu, x, &gpu.table(index), index.len(), y, scatter);
 }
 
+/// Row `to[i]` of `y` = row `from[i]` of `x`.
+pub(crate) fn copy_rows(gpu: &Arc<Gpu>, x: &Tensor, from: &[u32], y: &mut Tensor, to: &[u32]) {
+    let (element, d) = (x.dtype(), x.cols());
+    assert!(d.is_multiple_of(16 / element.bytes()) && y.dtype() == element, "rows of {d} elements");
+    if from.is_empty() {
+        return;
+    }
+    let (sources, targets) = (gpu.table(from), gpu.table(to));
+    gpu.launch(&Launch {
+        module: Module::new(Source::Elementwise, element),
+        kernel: "copy_rows",
+        grid: [from.len() as u32, 1, 1],
+        block: row_threads(x),
+        shared: 0,
+        args: &[
+            argument(x, element),
+            Arg::Buffer(&sources, 0),
+            argument(y, element),
+            Arg::Buffer(&targets, 0),
+            Arg::U32(d as u32),
+        ],
+    });
+}
+
 /// The first `num` rows that `index` lists.
 pub(crate) fn rows_at(gpu: &Gpu, x: &Tensor, index: &Buffer, num: usize, y: &Tensor, scatter: bool) {
     let (element, d) = (x.dtype(), x.cols());

@@ -49,11 +49,11 @@ macro_rules! sources {
 sources! {
     Attention "attention" [attention_forward, attention_delta, attention_backward_keys, attention_backward_queries];
     AttentionF32 "attention_f32" [attention_forward, attention_delta, attention_backward_keys, attention_backward_queries];
-    CrossEntropy "cross_entropy" [cross_entropy, head_columns];
+    CrossEntropy "cross_entropy" [cross_entropy, take_columns, replace_columns];
     Decode "decode" [attention_decode, attention_join];
     Dequantize "dequantize" [dequantize_blocks, dequantize_nf4, multiply_blocks, multiply_nf4];
     Elementwise "elementwise" [
-        swiglu_forward, swiglu_backward, rows_gather, embedding_gradient, add_bias, column_sums, dropout,
+        swiglu_forward, swiglu_backward, rows_gather, copy_rows, embedding_gradient, add_bias, column_sums, dropout,
     ];
     Optimizer "optimizer" [adamw, adamw_8bit, sum_of_squares];
     Rmsnorm "rmsnorm" [rmsnorm_forward, rmsnorm_apply, rmsnorm_backward, rmsnorm_weight_gradient];

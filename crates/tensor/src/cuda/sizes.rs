@@ -73,7 +73,7 @@ pub fn loss(n: usize, vocab: usize, head_trains: bool) -> usize {
 
 /// Bytes of what head and loss need besides when `rows` rows of the head train by themselves.
 pub fn loss_rows(n: usize, vocab: usize, rows: usize, element: Dtype) -> usize {
-    allocated(cross_entropy::columns_bytes(n, vocab, rows, element))
+    cross_entropy::columns_bytes(n, vocab, rows, element).map(allocated).iter().sum()
 }
 
 /// Bytes of a matrix of `len` elements in NF4 with doubly quantised scales.

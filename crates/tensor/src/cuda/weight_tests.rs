@@ -2,8 +2,8 @@
 
 use super::lab::labs;
 use crate::ops::adamw_8bit::{self, DeviceMoment, Moment, Sign};
-use crate::ops::linear::{self, Adapter, Store};
-use crate::ops::linear_cross_entropy::{self, Gradients, HeadRows, Scratch};
+use crate::ops::linear::{self, Adapter, HeadRows, Store};
+use crate::ops::linear_cross_entropy::{self, Gradients, Head, Scratch};
 use crate::ops::{adamw, dropout, embedding, grad_norm, rows, sample};
 use crate::quant::BlockType;
 use crate::quant_encode::quantize;
@@ -142,21 +142,22 @@ fn head_and_loss() {
             let weights = (vocab == 13).then_some(&[0.25, 1.0, 0.0, 3.0][..]);
             let (h, w) = (lab.random(&[n, d], 2.0), lab.random(&[vocab, d], 1.0));
             let targets: Vec<u32> = (0..n).map(|_| lab.rng.below(vocab as u32)).collect();
-            let d_own = lab.random(&[3, d], 0.1);
+            let (own, d_own) = (lab.random(&[3, d], 1.0), lab.random(&[3, d], 0.1));
             let mut results = Vec::new();
             for on_device in [false, true] {
                 let place = |t: &Tensor| if on_device { lab.up(t) } else { t.clone() };
-                let (h, w) = (place(&h), Weight::from(place(&w)));
+                let (h, w, own) = (place(&h), Weight::from(place(&w)), place(&own));
                 let (mut scratch, mut loss, mut d_h) = (Scratch::default(), Vec::new(), Tensor::default());
                 let mut d_w = Tensor::zeros_on(&h.device(), Dtype::F32, &[vocab, d]);
-                // Rows that train by themselves get the same, behind what was there.
                 let ids = [0, 3, vocab as u32 - 1];
                 let mut d_own = d_own.to_device(&h.device(), Dtype::F32);
-                let d_rows = Some(HeadRows { ids: &ids, d_w: &mut d_own });
+                let d_rows = Some(&mut d_own);
                 let gradients = Gradients { scale: 0.25, weights, d_h: &mut d_h, d_w: Some(&mut d_w), d_rows };
-                linear_cross_entropy::forward_backward(&h, &w, &targets, smoothing, &mut scratch, &mut loss, gradients);
+                let head = Head { w: &w, rows: Some(HeadRows { ids: &ids, w: &own }) };
+                let run = linear_cross_entropy::forward_backward;
+                run(&h, head, &targets, smoothing, &mut scratch, &mut loss, gradients);
                 let mut only = Vec::new();
-                linear_cross_entropy::forward(&h, &w, &targets, smoothing, &mut scratch, &mut only);
+                linear_cross_entropy::forward(&h, head, &targets, smoothing, &mut scratch, &mut only);
                 assert_eq!(only, loss);
                 results.push((loss, d_h, d_w, d_own));
             }

@@ -35,6 +35,24 @@ pub fn forward_on(table: &Weight, ids: &[u32], device: &Device, dtype: Dtype, x:
     x.write(&rows);
 }
 
+/// Where `ids` [T] is one of `rows` [n], which ascend, that row of `x` [T, d] = the row of `w` [n, d]: rows that stand in for those
+/// of the table. What is elsewhere stays.
+pub fn replace(w: &Tensor, rows: &[u32], ids: &[u32], x: &mut Tensor) {
+    assert_eq!((w.rows(), w.cols(), ids.len()), (rows.len(), x.cols(), x.rows()));
+    let (from, to): (Vec<u32>, Vec<u32>) = occurrences(rows, ids).unzip();
+    if let Some(gpu) = x.gpu().cloned() {
+        return cuda::elementwise::copy_rows(&gpu, w, &from, x, &to);
+    }
+    for (row, t) in from.iter().zip(&to) {
+        x.row_mut(*t as usize).copy_from_slice(w.row(*row as usize));
+    }
+}
+
+/// (index into `rows`, t) of each token of `ids` that is one of `rows`, which ascend.
+fn occurrences<'a>(rows: &'a [u32], ids: &'a [u32]) -> impl Iterator<Item = (u32, u32)> + 'a {
+    ids.iter().zip(0..).filter_map(|(id, t)| Some((rows.binary_search(id).ok()? as u32, t)))
+}
+
 /// `d_table` [V, d] += `d_x` [T, d] at rows `ids` [T].
 pub fn backward(d_x: &Tensor, ids: &[u32], d_table: &mut Tensor) {
     assert_eq!((d_x.rows(), d_x.cols()), (ids.len(), d_table.cols()));
@@ -53,7 +71,7 @@ pub fn backward(d_x: &Tensor, ids: &[u32], d_table: &mut Tensor) {
 /// `d_rows` [n, d] += `d_x` [T, d] where `ids` [T] is one of `rows` [n], which ascend: the gradient of a part of the table.
 pub fn backward_rows(d_x: &Tensor, ids: &[u32], rows: &[u32], d_rows: &mut Tensor) {
     assert_eq!((d_x.rows(), d_x.cols(), rows.len()), (ids.len(), d_rows.cols(), d_rows.rows()));
-    let found = ids.iter().zip(0..).filter_map(|(id, t)| Some((rows.binary_search(id).ok()? as u32, t)));
+    let found = occurrences(rows, ids);
     if let Some(gpu) = d_x.gpu() {
         return cuda::elementwise::embedding_gradient(gpu, d_x, found.collect(), d_rows);
     }
@@ -86,5 +104,8 @@ mod tests {
         let mut d_rows = Tensor::zeros(&[2, 3]);
         backward_rows(&d_x, &ids, &[1, 3], &mut d_rows);
         assert_eq!((d_rows.row(0), d_rows.row(1)), (&[0.0; 3][..], d_table.row(3)));
+        let own = Tensor::from_slice(&[2, 3], &rng.normals(6, 1.0));
+        replace(&own, &[1, 3], &ids, &mut x);
+        assert_eq!([x.row(0), x.row(1), x.row(2), x.row(3)], [own.row(1), table.row(0), own.row(1), table.row(4)]);
     }
 }

@@ -1,7 +1,7 @@
 //! Linear layer with an optional bias and an optional LoRA pair:
 //! y = x Wᵀ + bias + s · (dropout(x) Aᵀ) Bᵀ (Hu et al., "LoRA", 2021). Weights are stored [out, in], A [r, in], B [out, r].
 
-pub use crate::contract::{Adapter, Store, Store as Into};
+pub use crate::contract::{Adapter, HeadRows, Store, Store as Into};
 use crate::cpu::matmul::{FEW_ROWS, Term, gemm, gemm_sum, matmul_nt, matmul_nt_by_row};
 use crate::cpu::view::View;
 use crate::cuda::gemm::Gemm;
@@ -224,6 +224,28 @@ pub(crate) fn weight_gradient_rows(d_y: &[f32], x: &[f32], alpha: f32, d_w: &mut
     let k = x.len() / n.max(1);
     let (a, b) = (View::rows(d_y, m).t(), View::rows(x, n));
     gemm((m, n, k), d_w.data_mut(), n, true, alpha, a, b);
+}
+
+/// Columns `rows.ids` of `y` [T, V] = `x` [T, d] · `rows.w`ᵀ; the others keep what they hold. `columns` [T, n] is a buffer.
+pub fn replace_logits(x: &Tensor, rows: HeadRows<'_>, columns: &mut Tensor, y: &mut Tensor) {
+    let (t, vocab) = (x.rows(), y.cols());
+    assert!(y.rows() == t && rows.ids.iter().all(|id| (*id as usize) < vocab), "rows {:?} of {vocab}", rows.ids);
+    if let Some(gpu) = x.gpu().cloned() {
+        return cuda::cross_entropy::replace_logits(&gpu, matrix(x), t, rows, columns, y);
+    }
+    replace_columns(x.data(), rows, columns, y.data_mut());
+}
+
+/// [`replace_logits`] on the CPU, over slices.
+pub(crate) fn replace_columns(x: &[f32], rows: HeadRows<'_>, columns: &mut Tensor, y: &mut [f32]) {
+    let (n, d) = (rows.w.rows(), rows.w.cols());
+    let t = x.len() / d.max(1);
+    columns.resize(&[t, n]);
+    matmul_nt((t, n, d), columns.data_mut(), false, 1.0, x, rows.w.data());
+    let vocab = y.len() / t.max(1);
+    for (y, columns) in y.chunks_mut(vocab).zip(columns.data().chunks(n)) {
+        rows.ids.iter().zip(columns).for_each(|(id, column)| y[*id as usize] = *column);
+    }
 }
 
 /// Adds `bias` [out] to each row of `y` [T, out].

@@ -3,10 +3,11 @@
 //! The gradients are those of scale · Σ w_n · loss_n, with a weight w_n for each row.
 
 use crate::contract::Store;
-pub use crate::contract::{Gradients, HeadRows};
-use crate::ops::linear::{forward_rows, input_gradient_rows, weight_gradient_rows};
+pub use crate::contract::{Gradients, Head, HeadRows};
+use crate::cpu::matmul::gemm;
+use crate::cpu::view::View;
+use crate::ops::linear::{forward_rows, input_gradient_rows, replace_columns, weight_gradient_rows};
 use crate::tensor::Tensor;
-use crate::weight::Weight;
 use crate::{cpu, cuda};
 
 /// Numbers of a chunk of logits, at most: 128 MB.
@@ -35,41 +36,53 @@ impl Scratch {
     }
 }
 
-/// `loss` [N] = loss (nats) of each row of `h` [N, d] under head `w` [V, d] and `targets` [N], nothing else kept.
-pub fn forward(h: &Tensor, w: &Weight, targets: &[u32], smoothing: f32, scratch: &mut Scratch, loss: &mut Vec<f32>) {
-    run(h, w, targets, smoothing, scratch, loss, None);
+/// `loss` [N] = loss (nats) of each row of `h` [N, d] under `head` and `targets` [N], nothing else kept.
+pub fn forward(
+    h: &Tensor,
+    head: Head<'_>,
+    targets: &[u32],
+    smoothing: f32,
+    scratch: &mut Scratch,
+    loss: &mut Vec<f32>,
+) {
+    run(h, head, targets, smoothing, scratch, loss, None);
 }
 
 /// As [`forward`], and the gradients of `scale` · Σ weight · loss in the same pass over the chunks. `loss` itself stays unweighted.
 pub fn forward_backward(
     h: &Tensor,
-    w: &Weight,
+    head: Head<'_>,
     targets: &[u32],
     smoothing: f32,
     scratch: &mut Scratch,
     loss: &mut Vec<f32>,
     gradients: Gradients<'_>,
 ) {
-    run(h, w, targets, smoothing, scratch, loss, Some(gradients));
+    run(h, head, targets, smoothing, scratch, loss, Some(gradients));
 }
 
 fn run(
     h: &Tensor,
-    w: &Weight,
+    head: Head<'_>,
     targets: &[u32],
     smoothing: f32,
     scratch: &mut Scratch,
     loss: &mut Vec<f32>,
     mut gradients: Option<Gradients<'_>>,
 ) {
+    let Head { w, rows: own } = head;
     let (n, d, vocab) = (targets.len(), h.cols(), w.rows());
     assert!(h.rows() == n && w.cols() == d, "h {:?}, w {:?}, {n} targets", h.shape(), w.shape());
     assert!(targets.iter().all(|t| (*t as usize) < vocab), "a target lies outside the vocabulary of {vocab}");
     let weights = gradients.as_ref().and_then(|g| g.weights);
     assert!(weights.is_none_or(|weights| weights.len() == n), "one weight a row");
+    if let Some(HeadRows { ids, w }) = own {
+        let fits = w.rows() == ids.len() && w.cols() == d && ids.iter().all(|id| (*id as usize) < vocab);
+        assert!(fits, "{:?} for {} rows of a head [{vocab}, {d}]", w.shape(), ids.len());
+    }
     loss.resize(n, 0.0);
     if let Some(gpu) = h.gpu() {
-        return cuda::cross_entropy::run(gpu, h, w, targets, smoothing, &mut scratch.device, loss, gradients);
+        return cuda::cross_entropy::run(gpu, h, head, targets, smoothing, &mut scratch.device, loss, gradients);
     }
     if let Some(g) = &mut gradients {
         g.d_h.resize_like(h, &[n, d]);
@@ -81,27 +94,41 @@ fn run(
         let h = &h.data()[part.clone()];
         scratch.logits.resize(&[rows, vocab]);
         forward_rows(h, w, 1.0, None, scratch.logits.data_mut(), Store::Overwrite);
+        if let Some(own) = own {
+            replace_columns(h, own, &mut scratch.columns, scratch.logits.data_mut());
+        }
         let chunk_loss = &mut loss[start..start + rows];
         let targets = &targets[start..start + rows];
         let scale = gradients.as_ref().map(|g| g.scale);
         let weights = weights.map(|weights| &weights[start..start + rows]);
         cpu::cross_entropy::rows(scratch.logits.data_mut(), vocab, targets, smoothing, scale, weights, chunk_loss);
         if let Some(g) = &mut gradients {
+            if let Some(HeadRows { ids, .. }) = own {
+                take_columns(&mut scratch.logits, ids, &mut scratch.columns);
+            }
             let d_h = &mut g.d_h.data_mut()[part];
             input_gradient_rows(scratch.logits.data(), w, 1.0, None, d_h, Store::Overwrite);
             if let Some(d_w) = g.d_w.as_deref_mut() {
                 weight_gradient_rows(scratch.logits.data(), h, 1.0, d_w);
             }
-            if let Some(HeadRows { ids, d_w }) = &mut g.d_rows {
-                // The columns of these rows, as if the head had no others.
-                scratch.columns.resize(&[rows, ids.len()]);
-                let all = scratch.logits.data().chunks(vocab);
-                for (columns, logits) in scratch.columns.data_mut().chunks_mut(ids.len()).zip(all) {
-                    columns.iter_mut().zip(*ids).for_each(|(column, id)| *column = logits[*id as usize]);
+            if let Some(HeadRows { ids, w }) = own {
+                let (a, b) = (View::rows(scratch.columns.data(), ids.len()), View::rows(w.data(), d));
+                gemm((rows, d, ids.len()), d_h, d, true, 1.0, a, b);
+                if let Some(d_rows) = g.d_rows.as_deref_mut() {
+                    weight_gradient_rows(scratch.columns.data(), h, 1.0, d_rows);
                 }
-                weight_gradient_rows(scratch.columns.data(), h, 1.0, d_w);
             }
         }
+    }
+}
+
+/// Moves the columns `ids` of `logits` to `columns`, and leaves zeros: the head's own rows there have no part in the loss.
+fn take_columns(logits: &mut Tensor, ids: &[u32], columns: &mut Tensor) {
+    let vocab = logits.cols();
+    columns.resize(&[logits.rows(), ids.len()]);
+    let all = logits.data_mut().chunks_mut(vocab);
+    for (columns, logits) in columns.data_mut().chunks_mut(ids.len()).zip(all) {
+        columns.iter_mut().zip(ids).for_each(|(column, id)| *column = std::mem::take(&mut logits[*id as usize]));
     }
 }
 
@@ -110,6 +137,7 @@ mod tests {
     use super::*;
     use crate::ops::finite_difference::{check, check_close, to_f64};
     use crate::rng::Rng;
+    use crate::weight::Weight;
 
     fn naive(h: &[f64], w: &[f64], targets: &[u32], eps: f64, d: usize) -> Vec<f64> {
         h.chunks(d)
@@ -136,12 +164,10 @@ mod tests {
             let (mut scratch, mut loss) = (Scratch::default(), Vec::new());
             let (mut d_h, mut d_w) = (Tensor::default(), Tensor::zeros(&[vocab, d]));
             let weights_given = weighted.then_some(&weights[..]);
-            let ids = [1, vocab as u32 - 1];
-            let mut d_two = Tensor::zeros(&[2, d]);
-            let d_rows = Some(HeadRows { ids: &ids, d_w: &mut d_two });
             let gradients =
-                Gradients { scale: 0.25, weights: weights_given, d_h: &mut d_h, d_w: Some(&mut d_w), d_rows };
-            forward_backward(&h, &w, &targets, eps, &mut scratch, &mut loss, gradients);
+                Gradients { scale: 0.25, weights: weights_given, d_h: &mut d_h, d_w: Some(&mut d_w), d_rows: None };
+            let head = Head { w: &w, rows: None };
+            forward_backward(&h, head, &targets, eps, &mut scratch, &mut loss, gradients);
             let (h64, w64) = (to_f64(h.data()), to_f64(w.tensor().data()));
             let total = |h: &[f64], w: &[f64]| {
                 let loss = naive(h, w, &targets, eps as f64, d);
@@ -150,11 +176,35 @@ mod tests {
             check_close("loss", &loss, &naive(&h64, &w64, &targets, eps as f64, d), 1e-6);
             check("d_h", h.data(), d_h.data(), 1e-5, |h| total(h, &w64));
             check("d_w", w.tensor().data(), d_w.data(), 1e-5, |w| total(&h64, w));
-            for (row, id) in ids.iter().enumerate() {
-                check_close("rows", d_two.row(row), &to_f64(d_w.row(*id as usize)), 1e-6);
-            }
             let mut only = Vec::new();
-            forward(&h, &w, &targets, eps, &mut scratch, &mut only);
+            forward(&h, head, &targets, eps, &mut scratch, &mut only);
+            assert_eq!(only, loss);
+
+            // Rows that stand in for two of the head's, whose own values must not matter.
+            let ids = [1, vocab as u32 - 1];
+            let mut other = w.tensor().clone();
+            let mut own = Tensor::zeros(&[2, d]);
+            for (row, id) in ids.iter().enumerate() {
+                own.row_mut(row).copy_from_slice(w.tensor().row(*id as usize));
+                other.row_mut(*id as usize).fill(7.0);
+            }
+            let other = Weight::Dense(other);
+            let head = Head { w: &other, rows: Some(HeadRows { ids: &ids, w: &own }) };
+            let (mut d_h_again, mut d_two) = (Tensor::default(), Tensor::zeros(&[2, d]));
+            let gradients = Gradients {
+                scale: 0.25,
+                weights: weights_given,
+                d_h: &mut d_h_again,
+                d_w: None,
+                d_rows: Some(&mut d_two),
+            };
+            forward_backward(&h, head, &targets, eps, &mut scratch, &mut only, gradients);
+            check_close("loss", &only, &to_f64(&loss), 1e-6);
+            check_close("d_h", d_h_again.data(), &to_f64(d_h.data()), 1e-5);
+            for (row, id) in ids.iter().enumerate() {
+                check_close("rows", d_two.row(row), &to_f64(d_w.row(*id as usize)), 1e-5);
+            }
+            forward(&h, head, &targets, eps, &mut scratch, &mut loss);
             assert_eq!(only, loss);
         }
     }
@@ -167,15 +217,16 @@ mod tests {
         let w = Weight::Dense(Tensor::from_slice(&[vocab, d], &rng.normals(vocab * d, 1.0)));
         let targets: Vec<u32> = (0..n).map(|_| rng.below(vocab as u32)).collect();
         let (mut scratch, mut loss, mut d_h) = (Scratch::default(), Vec::new(), Tensor::default());
+        let head = Head { w: &w, rows: None };
         let gradients = Gradients { scale: 1.0, weights: None, d_h: &mut d_h, d_w: None, d_rows: None };
-        forward_backward(&h, &w, &targets, 0.0, &mut scratch, &mut loss, gradients);
+        forward_backward(&h, head, &targets, 0.0, &mut scratch, &mut loss, gradients);
         check_close("loss", &loss, &naive(&to_f64(h.data()), &to_f64(w.tensor().data()), &targets, 0.0, d), 1e-6);
         assert_eq!(d_h.shape(), [n, d]);
         let last = d_h.row(n - 1).to_vec();
         let h_last = Tensor::from_slice(&[1, d], h.row(n - 1));
         let mut d_last = Tensor::default();
         let gradients = Gradients { scale: 1.0, weights: None, d_h: &mut d_last, d_w: None, d_rows: None };
-        forward_backward(&h_last, &w, &targets[n - 1..], 0.0, &mut scratch, &mut loss, gradients);
+        forward_backward(&h_last, head, &targets[n - 1..], 0.0, &mut scratch, &mut loss, gradients);
         check_close("last row", &last, &to_f64(d_last.data()), 1e-5);
     }
 }

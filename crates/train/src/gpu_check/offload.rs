@@ -1,11 +1,12 @@
-//! What waits in the processor's memory while a GPU trains, against the same run without it.
+//! Offloading to host memory while a GPU trains, against the same run without it.
 
 use super::{Check, shape};
 use crate::Result;
-use crate::optimizer::{AdamW, AdamWOptions, Optim, gradient_norm};
-use tunesmith_model::{
-    AdapterConfig, Batch, Gradients, LINEAR_NAMES, Llama, LossOptions, Modules, Recompute, Workspace,
-};
+use crate::objective::Objective;
+use crate::optimizer::{AdamWOptions, Optim};
+use crate::step::Trainer;
+use std::sync::Arc;
+use tunesmith_model::{Adapter, AdapterConfig, Batch, LINEAR_NAMES, Llama, Modules, Recompute, Workspace};
 use tunesmith_tensor::{Device, Dtype};
 
 /// Trains with everything on the device and with everything elsewhere that can be, small where every thread is emulated: not a bit may
@@ -29,22 +30,17 @@ pub(super) fn check(device: &Device, dtype: Dtype, small: bool, observe: &mut dy
     {
         let train = |offload: bool| -> Result<Vec<u64>> {
             let leaves = offload && !full;
-            let mut model = Llama::random_on(config.clone(), 1, false, full, leaves, device, dtype);
-            if !full {
-                model.add_adapter(&adapter, 1)?;
-                model.move_to(device, dtype);
-            }
-            let mut optimizer = AdamW::new(&model, AdamWOptions { optim, offload, ..AdamWOptions::default() });
-            let (mut gradients, block) = (Gradients::new(&model), Recompute::Block);
-            let mut ws = if offload { Workspace::parked(block) } else { Workspace::new(block) };
+            let model = Llama::random_on(config.clone(), 1, false, full, leaves, device, dtype);
+            let mut own = if full { None } else { Some(Adapter::new(&model, &adapter, 1)?) };
+            own.iter_mut().for_each(|adapter| adapter.move_to(device, dtype));
+            let block = Recompute::Block;
+            let ws = if offload { Workspace::parked(block) } else { Workspace::new(block) };
+            let options = AdamWOptions { optim, offload, ..AdamWOptions::default() };
+            let mut trainer = Trainer { max_grad_norm: 0.0, ..Trainer::new(Arc::new(model), own, options, ws) };
             let mut seen = Vec::new();
-            for step in 0..3 {
-                gradients.clear();
-                let options =
-                    LossOptions { scale: 1e-3, label_smoothing: 0.0, dropout_seed: None, step, first_token: 0 };
-                seen.push(model.loss_and_gradients(&batch, options, &mut ws, &mut gradients).to_bits());
-                seen.push(gradient_norm(&gradients).to_bits());
-                optimizer.update(&mut model, &gradients, 1e-3, 1.0);
+            for _ in 0..3 {
+                let step = trainer.step(std::slice::from_ref(&batch), &Objective::default(), 1e-3)?;
+                seen.extend([step.loss.sum.to_bits(), step.grad_norm.to_bits()]);
             }
             device.synchronize()?;
             Ok(seen)

@@ -2,10 +2,13 @@
 
 use super::{Check, shape};
 use crate::Result;
-use crate::optimizer::{AdamW, AdamWOptions, Optim, gradient_norm};
+use crate::objective::Objective;
+use crate::optimizer::{AdamWOptions, Optim};
+use crate::step::Trainer;
+use std::sync::Arc;
 use tunesmith_model::memory::PassShape;
 use tunesmith_model::memory::gpu::{OnGpu, dense_bytes, float_bytes, training_bytes};
-use tunesmith_model::{Batch, Gradients, Llama, LossOptions, Recompute, Workspace};
+use tunesmith_model::{Batch, Llama, Recompute, Workspace};
 use tunesmith_tensor::cuda::sizes;
 use tunesmith_tensor::{Device, Dtype};
 
@@ -17,22 +20,18 @@ pub(super) fn check(device: &Device, dtype: Dtype, small: bool, observe: &mut dy
     for recompute in Recompute::ALL {
         let (before, _) = gpu.memory();
         gpu.reset_peak();
-        let mut model = Llama::random_on(config.clone(), 1, false, true, false, device, dtype);
-        let mut optimizer = AdamW::new(&model, AdamWOptions::default());
-        let (mut gradients, mut ws) = (Gradients::new(&model), Workspace::new(recompute));
+        let model = Llama::random_on(config.clone(), 1, false, true, false, device, dtype);
+        let ws = Workspace::new(recompute);
+        let mut trainer = Trainer::new(Arc::new(model), None, AdamWOptions::default(), ws);
         let mut batch = Batch::default();
         let ids: Vec<u32> = (0..tokens).map(|i| i * 7 % vocab).collect();
         batch.push(&ids, &vec![true; ids.len()]);
-        for step in 0..2 {
-            gradients.clear();
-            let options = LossOptions { scale: 1e-3, label_smoothing: 0.0, dropout_seed: None, step, first_token: 0 };
-            model.loss_and_gradients(&batch, options, &mut ws, &mut gradients);
-            gradient_norm(&gradients);
-            optimizer.update(&mut model, &gradients, 1e-3, 1.0);
+        for _ in 0..2 {
+            trainer.step(std::slice::from_ref(&batch), &Objective::default(), 1e-3)?;
         }
         device.synchronize()?;
         let peak = (gpu.memory().1 - before) as f64;
-        let lens: Vec<usize> = model.parameters.iter().map(|p| p.value.len()).collect();
+        let lens: Vec<usize> = trainer.trained().map(|p| p.value.len()).collect();
         let state = |len: &usize| {
             dense_bytes(*len, dtype, true) + float_bytes(*len) + Optim::AdamW.gpu_state_bytes(*len) as u64
         };

@@ -2,15 +2,16 @@
 //! seed, so that nothing but the numbers has to be kept.
 
 use super::{Check, Size};
-use crate::optimizer::{AdamW, AdamWOptions, clip_coefficient, gradient_norm};
+use crate::objective::Objective;
+use crate::optimizer::AdamWOptions;
 use crate::selftest::{of_largest, worst};
+use crate::step::{Step, Trainer};
 use crate::{Error, Result};
 use serde::Deserialize;
 use std::collections::BTreeMap;
 use std::ops::ControlFlow;
-use tunesmith_model::{
-    Batch, Config, Gradients, Llama, LossOptions, Recompute, Sampler, Sampling, Workspace, generate_together,
-};
+use std::sync::Arc;
+use tunesmith_model::{Batch, Config, Llama, Recompute, Sampler, Sampling, Workspace, generate_together};
 use tunesmith_tensor::{Device, Dtype};
 
 const REFERENCE: &str = include_str!("reference.json");
@@ -59,7 +60,7 @@ pub(super) fn check(device: &Device, dtype: Dtype, size: Size, observe: &mut dyn
     let mut batch = Batch::default();
     reference.rows.iter().for_each(|row| batch.push(row, &vec![true; row.len()]));
     let mut ws = Workspace::new(Recompute::Norms);
-    let logits = model.logits(&batch, &mut ws).to_host();
+    let logits = model.logits(&batch, None, &mut ws).to_host();
     let ends = reference.rows.iter().scan(0, |end, row| {
         *end += row.len();
         Some(*end - 1)
@@ -67,21 +68,18 @@ pub(super) fn check(device: &Device, dtype: Dtype, size: Size, observe: &mut dyn
     let got: Vec<f32> = ends.flat_map(|row| logits.row(row).iter().copied().step_by(13)).collect();
     report("logits", of("a row"), of_largest(&got, &reference.logits_every_13th_of_the_last), bound(1e-4, 4e-2));
 
-    let scale = 1.0 / batch.targets.len() as f32;
-    let mut gradients = Gradients::new(&model);
-    let mut optimizer = AdamW::new(&model, AdamWOptions::default());
+    let mut trainer = Trainer::new(Arc::new(model), None, AdamWOptions::default(), ws);
     let steps = if size == Size::Small { 3 } else { reference.curve.len() };
     let (mut errors, mut first) = (Vec::new(), Vec::new());
     for (step, (loss, norm)) in (0..).zip(&reference.curve[..steps]) {
-        gradients.clear();
-        let options = LossOptions { scale, label_smoothing: 0.0, dropout_seed: None, step, first_token: 0 };
-        let got_loss = model.loss_and_gradients(&batch, options, &mut ws, &mut gradients) * f64::from(scale);
-        let got_norm = gradient_norm(&gradients);
+        let Step { loss: got_loss, grad_norm: got_norm } =
+            trainer.step(std::slice::from_ref(&batch), &Objective::default(), 1e-3)?;
+        let got_loss = got_loss.mean();
         errors.extend([got_loss / loss - 1.0, got_norm / norm - 1.0].map(f64::abs));
         if step == 0 {
             report("loss", of("relative"), (got_loss / reference.loss - 1.0).abs(), bound(1e-5, 2e-2));
-            for (parameter, gradient) in model.parameters.iter().zip(&gradients.tensors) {
-                let (Some(want), Some(gradient)) = (reference.gradient_norms.get(&parameter.name), gradient) else {
+            for (parameter, gradient) in trainer.trained().zip(trainer.gradients.trained()) {
+                let Some(want) = reference.gradient_norms.get(&parameter.name) else {
                     // A weight that the reference does not know is a difference too.
                     first.push(f64::NAN);
                     continue;
@@ -90,7 +88,6 @@ pub(super) fn check(device: &Device, dtype: Dtype, size: Size, observe: &mut dyn
                 first.push((squares.sqrt() / want - 1.0).abs());
             }
         }
-        optimizer.update(&mut model, &gradients, 1e-3, clip_coefficient(got_norm, 1.0));
     }
     device.synchronize()?;
     let count = first.len();
@@ -98,13 +95,14 @@ pub(super) fn check(device: &Device, dtype: Dtype, size: Size, observe: &mut dyn
     report("training", of(&format!("{steps} steps")), worst(errors.into_iter()), bound(1e-3, 4e-2));
     if exact {
         // Weights that were not trained, alone and beside another prompt.
-        let mut model = Llama::random(model.config, reference.seed);
+        let mut model = Llama::random(trainer.model.config.clone(), reference.seed);
         model.move_to(device, dtype);
         let Greedy { prompt, new } = &reference.greedy;
         let mut samplers = [Sampler::new(Sampling::default())?, Sampler::new(Sampling::default())?];
         let prompts = [&prompt[..], &prompt[..3]];
         let go_on = |_, _| ControlFlow::Continue(());
-        let texts = generate_together(&model, &prompts, &mut samplers, &[], new.len(), 2, &mut ws, go_on)?;
+        let texts =
+            generate_together(&model, None, &prompts, &mut samplers, &[], new.len(), 2, &mut trainer.workspace, go_on)?;
         let differing =
             texts[0].0.iter().zip(new).filter(|(a, b)| a != b).count() + new.len().abs_diff(texts[0].0.len());
         report("generation", of("greedy tokens that differ"), differing as f64, 0.0);

@@ -2,7 +2,10 @@
 
 use super::{Check, ORDER, batch_of, documents, gradients_of, of_largest, randomise, relative, worst};
 use crate::Result;
-use tunesmith_model::{AdapterConfig, Llama, Modules, Workspace};
+use crate::objective::Objective;
+use crate::step::Trainer;
+use std::sync::Arc;
+use tunesmith_model::{Adapter, AdapterConfig, Llama, Modules, Workspace};
 use tunesmith_tensor::ops::{embedding, linear};
 use tunesmith_tensor::packed_int::{Int8Rows, PackedInt};
 use tunesmith_tensor::quant::{BlockType, all_finite};
@@ -90,13 +93,13 @@ pub(super) fn int8_model(make: &dyn Fn() -> Result<Llama>, observe: &mut dyn FnM
     let mut model = make()?;
     let batch = batch_of(&documents(model.config.vocab_size));
     let mut ws = Workspace::default();
-    let exact = model.logits(&batch, &mut ws).data().to_vec();
+    let exact = model.logits(&batch, None, &mut ws).data().to_vec();
     model.compute_int8(false)?;
     observe(Check {
         model: "8 bits".into(),
         check: "compute int8 = f32 within its rounding",
         compared: "logits, of the largest".into(),
-        error: of_largest(model.logits(&batch, &mut ws).data(), &exact),
+        error: of_largest(model.logits(&batch, None, &mut ws).data(), &exact),
         bound: EIGHT_BITS,
     });
     Ok(())
@@ -121,10 +124,12 @@ pub(super) fn adapters(make: &dyn Fn() -> Result<Llama>, observe: &mut dyn FnMut
                 let packed = encode(parameter.value.tensor());
                 parameter.value = if decode { packed.to_tensor().into() } else { Weight::Packed(packed) };
             }
-            model.add_adapter(&config, 1)?;
-            randomise(&mut model, "lora_B", 0.05);
+            let mut adapter = Adapter::new(&model, &config, 1)?;
+            randomise(&mut adapter.parameters, "lora_B", 0.05);
             let batch = batch_of(&documents(model.config.vocab_size));
-            of.push(gradients_of(&model, &[batch], None, &mut Workspace::default()));
+            let mut trainer = Trainer::for_gradients(Arc::new(model), Some(adapter), Workspace::default());
+            trainer.accumulate(&[batch], &Objective::default())?;
+            of.push(gradients_of(&trainer));
         }
         observe(Check {
             model: kind.map_or("NF4", BlockType::name).to_owned(),

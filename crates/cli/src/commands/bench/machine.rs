@@ -1,6 +1,6 @@
 //! `tunesmith bench`: the peaks of this machine, and what share of them each part of a training step reaches.
 
-use super::{adapter, steps};
+use super::{adapter, random_batches, timed_steps};
 use crate::args::{BenchMachineArgs, BenchMethod, ComputeName};
 use crate::error::{Error, Result};
 use crate::load;
@@ -9,14 +9,17 @@ use crate::terminal;
 use rayon::prelude::*;
 use serde::Serialize;
 use std::hint::black_box;
+use std::sync::Arc;
 use std::time::Instant;
 use tunesmith_model::llama::PASS_TOKENS;
-use tunesmith_model::{Checkpoint, Config, Llama, Storage};
+use tunesmith_model::{Adapter, Checkpoint, Config, Llama, Storage, Workspace};
 use tunesmith_tensor::ops::attention::{Heads, Segment};
 use tunesmith_tensor::ops::{
     adamw, attention, embedding, grad_norm, linear, linear_cross_entropy, rmsnorm, rope, swiglu,
 };
 use tunesmith_tensor::{Int8Weight, Tensor, Weight, pool, rng::Rng};
+use tunesmith_train::optimizer::AdamWOptions;
+use tunesmith_train::step::Trainer;
 
 /// SmolLM2-135M's sizes: what is measured without `--model`, with random weights.
 const SMOLLM2: &str = r#"{"model_type": "llama", "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536,
@@ -94,17 +97,21 @@ pub(super) fn run(args: &BenchMachineArgs, settings: &Settings) -> Result<()> {
     };
     bar.set_message("measuring parts");
     let parts = Step::new(&model.config, args).parts(peaks);
-    match args.method {
-        BenchMethod::Full => model.train_all(),
-        BenchMethod::Lora => model.add_adapter(&adapter(), 0)?,
-    }
+    let own = match args.method {
+        BenchMethod::Full => {
+            model.train_all();
+            None
+        }
+        BenchMethod::Lora => Some(Adapter::new(&model, &adapter(), 0)?),
+    };
     if args.compute == ComputeName::Int8 {
         model.compute_int8(true)?;
     }
     bar.set_message("measuring whole steps");
-    let step_s = steps(&mut model, args.batch, args.seq, 4, super::Recompute::default(), super::Optim::default())
-        .into_iter()
-        .fold(f64::INFINITY, f64::min);
+    let vocab = model.config.vocab_size;
+    let mut trainer = Trainer::new(Arc::new(model), own, AdamWOptions::default(), Workspace::default());
+    let seconds = timed_steps(&mut trainer, random_batches(vocab, args.batch, args.seq).take(4))?;
+    let step_s = seconds.into_iter().fold(f64::INFINITY, f64::min);
     bar.finish_and_clear();
     let report = Report {
         simd: tunesmith_tensor::simd_level(),
@@ -372,7 +379,8 @@ impl<'a> Step<'a> {
                 d_rows: None,
             };
             let (scratch, loss) = (&mut scratch, &mut loss);
-            linear_cross_entropy::forward_backward(black_box(&h), &w, &targets, 0.0, scratch, loss, gradients);
+            let head = linear_cross_entropy::Head { w: &w, rows: None };
+            linear_cross_entropy::forward_backward(black_box(&h), head, &targets, 0.0, scratch, loss, gradients);
         });
         let products = if self.full { 3.0 } else { 2.0 };
         (seconds * self.passes, products * 2.0 * (self.t * d * vocab) as f64 * self.passes)

@@ -10,12 +10,13 @@ use serde_json::Value;
 use std::ops::ControlFlow;
 use std::path::Path;
 use std::time::Instant;
-use tunesmith_model::{End, Llama, Sampler, Sampling, Workspace, generate_together};
+use tunesmith_model::{Adapter, End, Llama, Sampler, Sampling, Workspace, generate_together};
 
 /// A model that is ready, and how it shall write.
 pub(super) struct Job<'a> {
     pub(super) args: &'a GenerateArgs,
     pub(super) llama: &'a Llama,
+    pub(super) adapter: Option<&'a Adapter>,
     pub(super) opened: &'a Opened,
     pub(super) end_tokens: &'a [u32],
     pub(super) interrupt: Interrupt,
@@ -51,7 +52,7 @@ pub(super) fn read_prompts(file: &Path) -> Result<Vec<String>> {
 
 /// Continues `prompts`, whose tokens are `ids`, and prints a line for each.
 pub(super) fn run(job: &Job<'_>, prompts: &[String], ids: &[Vec<u32>], sampling: Sampling) -> Result<()> {
-    let Job { args, llama, opened, end_tokens, interrupt } = job;
+    let Job { args, llama, adapter, opened, end_tokens, interrupt } = job;
     let tokenizer = &opened.tokenizer;
     let mut samplers = Vec::with_capacity(ids.len());
     for line in 0..ids.len() as u64 {
@@ -76,6 +77,7 @@ pub(super) fn run(job: &Job<'_>, prompts: &[String], ids: &[Vec<u32>], sampling:
     interrupt.begin();
     let ended = generate_together(
         llama,
+        *adapter,
         &slices,
         &mut samplers,
         end_tokens,
