@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{SystemTime, UNIX_EPOCH};
 use tunesmith::args::{BenchMethod, ComputeName, RecomputeName};
-use tunesmith::source;
+use tunesmith_hub as hub;
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
@@ -71,8 +71,8 @@ pub(crate) fn run(root: &Path, args: &Args) -> Result<()> {
     if let Some(llama_bench) = &args.llama_bench {
         return llama::run(&binary, llama_bench, args);
     }
-    let settings = source::Settings::from_env().map_err(|e| e.to_string())?;
-    let model = source::resolve(&args.model, &settings, &mut |_| {}).map_err(|e| e.to_string())?;
+    let settings = hub::Settings::from_variables(std::env::vars_os()).map_err(|e| e.to_string())?;
+    let model = hub::resolve(&args.model, &settings, &mut |_| {}).map_err(|e| e.to_string())?;
     if args.short_rows {
         return short_rows::run(root, &binary, &model, &settings, args);
     }
@@ -92,14 +92,14 @@ struct Measured {
 }
 
 /// A command of ours that trains `model`, to be completed.
-fn ours(binary: &Path, model: &source::Resolved) -> Command {
+fn ours(binary: &Path, model: &hub::Resolved) -> Command {
     let mut command = Command::new(binary);
     command.args(["bench", "train", "--json", "-", "--model"]).arg(&model.path);
     command
 }
 
 /// The peer's.
-fn peer(root: &Path, model: &source::Resolved, args: &Args) -> Command {
+fn peer(root: &Path, model: &hub::Resolved, args: &Args) -> Command {
     let mut command = Command::new(&args.python);
     command.arg(root.join("docs/bench/peer_train.py")).arg("--model").arg(&model.path);
     command

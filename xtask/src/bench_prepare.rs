@@ -14,7 +14,8 @@ use std::{
     thread,
     time::{Duration, Instant},
 };
-use tunesmith::{load, source};
+use tunesmith::load;
+use tunesmith_hub as hub;
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
@@ -56,13 +57,13 @@ pub(crate) fn run(root: &Path, args: &Args) -> Result<()> {
     };
     let folder = target_directory(root)?.join("bench-prepare");
     fs::create_dir_all(&folder).map_err(|e| format!("cannot make {}: {e}", folder.display()))?;
-    let settings = source::Settings::from_env().map_err(|e| e.to_string())?;
+    let settings = hub::Settings::from_variables(std::env::vars_os()).map_err(|e| e.to_string())?;
     let data = folder.join(format!("rows-{}.jsonl", args.megabytes));
     if !data.is_file() {
         make(&data, args.megabytes * 1_000_000, &settings)?;
     }
     let tokenizer = folder.join("tokenizer");
-    let opened = load::open(&args.model, None, &settings).map_err(|e| e.to_string())?;
+    let opened = load::open(&args.model, &settings).map_err(|e| e.to_string())?;
     opened.tokenizer.save(&tokenizer).map_err(|e| e.to_string())?;
     let load_before = load_average();
     let (mut best, mut peer): (Option<Ours>, Option<Value>) = (None, None);
@@ -164,8 +165,8 @@ fn ours(binary: &Path, args: &Args, data: &Path, folder: &Path) -> Result<Ours> 
 
 /// Writes rows of real text until the file has `bytes`: in turn a piece of a play of random length, and some movie-review
 /// snippets, drawn anew for each row.
-fn make(path: &Path, bytes: u64, settings: &source::Settings) -> Result<()> {
-    let resolve = |spec: &str| source::resolve(spec, settings, &mut |_| {}).map_err(|e| e.to_string());
+fn make(path: &Path, bytes: u64, settings: &hub::Settings) -> Result<()> {
+    let resolve = |spec: &str| hub::resolve(spec, settings, &mut |_| {}).map_err(|e| e.to_string());
     let mut files: Vec<PathBuf> = fs::read_dir(resolve(PLAYS)?.path)
         .and_then(|entries| entries.map(|entry| entry.map(|entry| entry.path())).collect())
         .map_err(|e| format!("cannot list the plays: {e}"))?;

@@ -3,6 +3,7 @@
 use clap::builder::{OsStringValueParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use std::path::PathBuf;
+use tunesmith_tensor::{DeviceSpec, Dtype};
 
 /// A place on this machine to write to; an address would become a folder of that name.
 fn local_path() -> impl TypedValueParser<Value = PathBuf> {
@@ -83,7 +84,7 @@ pub struct ModelArgs {
 pub struct DeviceArgs {
     /// Where the model runs: cpu, a GPU by its number such as cuda:0, or auto (cuda:0 where it can be used).
     #[arg(long, default_value = "cpu", value_name = "DEVICE")]
-    pub device: String,
+    pub device: DeviceSpec,
     /// Type of weights and activations on a GPU.
     #[arg(long, value_enum, default_value = "bf16")]
     pub dtype: ElementName,
@@ -99,6 +100,15 @@ pub enum ElementName {
     Bf16,
     /// 32 bits.
     F32,
+}
+
+impl From<ElementName> for Dtype {
+    fn from(name: ElementName) -> Self {
+        match name {
+            ElementName::Bf16 => Self::BF16,
+            ElementName::F32 => Self::F32,
+        }
+    }
 }
 
 /// `tunesmith quickstart`
@@ -550,7 +560,7 @@ pub struct GpuCheckArgs {
     /// The GPU: cuda:0, or the number of another. NVIDIA's libraries are looked for in the folders of
     /// TUNESMITH_CUDA_LIBRARIES, in the system, in CUDA_HOME, and in Python environments.
     #[arg(long, default_value = "cuda:0", value_name = "DEVICE")]
-    pub device: String,
+    pub device: DeviceSpec,
     /// Seed of the random inputs; another one every time when not given.
     #[arg(long)]
     pub seed: Option<u64>,
@@ -594,7 +604,7 @@ impl From<RecomputeName> for tunesmith_model::Recompute {
 pub struct GpuBenchArgs {
     /// The GPU: cuda:0, or the number of another.
     #[arg(long, default_value = "cuda:0", value_name = "DEVICE")]
-    pub device: String,
+    pub device: DeviceSpec,
     /// Shapes to measure, of 1B, 3B and 8B; all of them when none is named.
     #[arg(long, value_delimiter = ',', value_name = "NAMES")]
     pub models: Vec<String>,

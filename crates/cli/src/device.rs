@@ -1,86 +1,61 @@
 //! Where to find NVIDIA's libraries, from the environment, and the opening of a GPU by its name.
 
-use crate::args::{DeviceArgs, ElementName};
-use crate::error::{Error, Result};
-use crate::source::Settings;
+use crate::args::DeviceArgs;
 use std::env;
 use std::ffi::OsString;
 use std::path::PathBuf;
-use tunesmith_model::Llama;
+use std::sync::Arc;
+use tunesmith_files::{Error, Result};
+use tunesmith_hub::Settings;
+use tunesmith_infer::Placement;
 use tunesmith_tensor::cuda::archive::Archive;
 use tunesmith_tensor::cuda::{Gpu, Options, Search};
-use tunesmith_tensor::{Device, Dtype};
+use tunesmith_tensor::{Device, DeviceSpec};
 
-/// Opens `cuda:N`.
+/// How GPUs are opened by this program: its libraries, kernels and messages.
 ///
 /// # Errors
-/// When the name is another, or the GPU cannot be used: no driver, no device of that number, a library that is missing.
-pub(crate) fn open(name: &str, settings: &Settings) -> Result<Device> {
-    let number = name.strip_prefix("cuda:").and_then(|number| number.parse().ok());
-    let Some(ordinal) = number else {
-        return Err(Error::Input(format!("device = {name:?}: it must be cuda:0, or the number of another GPU")));
-    };
+/// When the kernels inside the program are damaged.
+pub(crate) fn options(settings: &Settings) -> Result<Options> {
     let archive = Archive::embedded().map_err(|e| Error::Failure(format!("the kernels in this program: {e}")))?;
     let notice = Some((|text| eprintln!("{text}")) as fn(&str));
     let cache = Some(settings.cache.join("kernels"));
-    let options = Options { search: search(|name| env::var_os(name)), cache, archive, notice };
-    let gpu = Gpu::open(ordinal, &options).map_err(tunesmith_train::Error::from)?;
-    Ok(Device::Cuda(gpu))
+    Ok(Options { search: search(|name| env::var_os(name)), cache, archive, notice })
 }
 
-/// What a configuration's `device` stands for; prints what `auto` came to.
+/// Opens what a configuration or an argument names; prints what `auto` came to.
 ///
 /// # Errors
 /// When a GPU that is asked for by its number cannot be used.
-pub(crate) fn choose(name: &str, settings: &Settings) -> Result<Device> {
-    match name {
-        "cpu" => Ok(Device::Cpu),
-        "auto" => match open("cuda:0", settings) {
-            Ok(device) => {
-                eprintln!("device: {}", device.gpu().map_or("cpu", |gpu| gpu.name()));
-                Ok(device)
-            }
-            Err(reason) => {
-                eprintln!("device: cpu, in f32, since cuda:0 cannot be used: {reason}");
-                Ok(Device::Cpu)
-            }
-        },
-        _ => open(name, settings),
+pub(crate) fn open(spec: DeviceSpec, settings: &Settings) -> Result<Device> {
+    let (device, reason) = spec.open(&options(settings)?)?;
+    match (reason, device.gpu()) {
+        (Some(reason), _) => eprintln!("device: cpu, in f32, since cuda:0 cannot be used: {reason}"),
+        (None, Some(gpu)) if spec == DeviceSpec::Auto => eprintln!("device: {}", gpu.name()),
+        _ => {}
     }
+    Ok(device)
 }
 
-/// Whether what the command line says of device and type goes together.
+/// Opens a GPU for a command that needs one.
 ///
 /// # Errors
-/// TF32 where it would change nothing.
-pub(crate) fn check(args: &DeviceArgs) -> Result<()> {
-    let fix = match (args.device.as_str(), args.dtype) {
-        _ if !args.tf32 => return Ok(()),
-        ("cpu", _) => "the processor's products are exact f32; leave it out, or add --device cuda:0 --dtype f32",
-        (_, ElementName::Bf16) => "products in bf16 are not rounded to TF32; leave it out, or add --dtype f32",
-        (_, ElementName::F32) => return Ok(()),
-    };
-    Err(Error::Input(format!("--tf32: {fix}")))
+/// As [`open`]; when it is none.
+pub(crate) fn open_gpu(spec: DeviceSpec, settings: &Settings) -> Result<(Device, Arc<Gpu>)> {
+    let device = open(spec, settings)?;
+    let gpu = device.gpu().cloned();
+    let gpu = gpu.ok_or_else(|| Error::Input(format!("--device {spec}: give a GPU by its number, such as cuda:0")))?;
+    Ok((device, gpu))
 }
 
-/// Moves `llama` to where the command line wants it.
+/// Opens what the command line names, after a look at whether its options go together.
 ///
 /// # Errors
-/// As [`choose`] and [`check`]; also when the model's sizes have no kernels.
-pub(crate) fn place(llama: &mut Llama, args: &DeviceArgs, settings: &Settings) -> Result<()> {
-    check(args)?;
-    let device = choose(&args.device, settings)?;
-    if let Some(gpu) = device.gpu() {
-        gpu.set_tf32(args.tf32);
-        let dtype = match args.dtype {
-            ElementName::Bf16 => Dtype::BF16,
-            ElementName::F32 => Dtype::F32,
-        };
-        llama.check_device(dtype)?;
-        llama.move_to(&device, dtype);
-        device.synchronize().map_err(tunesmith_train::Error::from)?;
-    }
-    Ok(())
+/// As [`open`] and [`Placement::check`].
+pub(crate) fn placement(args: &DeviceArgs, settings: &Settings) -> Result<Placement> {
+    let (dtype, tf32) = (args.dtype.into(), args.tf32);
+    Placement::check(args.device, dtype, tf32)?;
+    Ok(Placement { device: open(args.device, settings)?, dtype, tf32 })
 }
 
 /// Where libraries are looked for: the folders of `TUNESMITH_CUDA_LIBRARIES`, the system, `CUDA_HOME` (or `CUDA_PATH`), and

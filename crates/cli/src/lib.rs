@@ -4,14 +4,13 @@
 pub mod args;
 mod commands;
 mod device;
-pub mod error;
 pub mod load;
-pub mod source;
+mod stop;
 mod terminal;
 
 use args::{Cli, Command};
-use error::{Error, Result};
 use std::process::ExitCode;
+use tunesmith_files::{Error, Result};
 
 /// Runs one command line and turns its result into an exit code: 0, 2 for the user's mistakes, 130 when interrupted,
 /// 1 for other failures.
@@ -19,7 +18,7 @@ pub fn run(cli: Cli) -> ExitCode {
     match dispatch(cli) {
         Ok(code) => code,
         Err(error) => {
-            if !matches!(error, Error::Interrupted) {
+            if !matches!(error, Error::Stopped) {
                 eprintln!("error: {error}");
             }
             ExitCode::from(error.exit_code())
@@ -28,7 +27,7 @@ pub fn run(cli: Cli) -> ExitCode {
 }
 
 fn dispatch(cli: Cli) -> Result<ExitCode> {
-    let mut settings = source::Settings::from_env()?;
+    let mut settings = tunesmith_hub::Settings::from_variables(std::env::vars_os())?;
     settings.offline |= cli.offline;
     let done = |()| ExitCode::SUCCESS;
     match cli.command {

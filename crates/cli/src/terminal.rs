@@ -1,6 +1,7 @@
 //! Progress bars and tables. Bars go to standard error and hide themselves where that is no terminal.
 
 use indicatif::{ProgressBar, ProgressStyle};
+use tunesmith_files::{Observer, Unit};
 
 fn styled(template: &str, what: &str, len: u64) -> ProgressBar {
     let style = ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar());
@@ -9,7 +10,7 @@ fn styled(template: &str, what: &str, len: u64) -> ProgressBar {
 
 /// A bar over bytes.
 pub(crate) fn bytes_bar(what: &str) -> ProgressBar {
-    styled("{msg} {bar:30} {binary_bytes}/{binary_total_bytes} {binary_bytes_per_sec} {eta}", what, 0)
+    styled("{msg} {bar:30} {decimal_bytes}/{decimal_total_bytes} {decimal_bytes_per_sec} {eta}", what, 0)
 }
 
 /// A bar over things that are counted.
@@ -22,46 +23,29 @@ pub(crate) fn training_bar(len: u64) -> ProgressBar {
     styled("{bar:20} {human_pos}/{human_len} {elapsed}<{eta} {msg}", "", len)
 }
 
-/// Bytes in a unit that suits them.
-pub(crate) fn bytes(n: u64) -> String {
-    indicatif::BinaryBytes(n).to_string()
-}
-
-/// A number with thousands separated.
-pub(crate) fn count(n: u64) -> String {
-    indicatif::HumanCount(n).to_string()
-}
-
-/// Rows in columns: the first left-aligned, the others right-aligned.
-pub(crate) fn table(header: &[&str], rows: &[Vec<String>]) -> String {
-    let cells = || std::iter::once(header.iter().map(|s| s.to_string()).collect()).chain(rows.iter().cloned());
-    let mut widths = vec![0; header.len()];
-    for row in cells() {
-        for (width, cell) in widths.iter_mut().zip(&row as &Vec<String>) {
-            *width = (*width).max(cell.chars().count());
+/// Does something with a bar for how far it is.
+pub(crate) fn with_bar<T>(work: impl FnOnce(&mut Observer<'_>) -> T) -> T {
+    let mut bar: Option<(String, ProgressBar)> = None;
+    let done = work(&mut |progress| {
+        if bar.as_ref().is_none_or(|(what, _)| what != progress.what) {
+            if let Some((_, old)) = bar.take() {
+                old.finish_and_clear();
+            }
+            let new = match progress.unit {
+                Unit::Bytes => bytes_bar(progress.what),
+                Unit::Items => count_bar(progress.what, 0),
+            };
+            bar = Some((progress.what.to_owned(), new));
         }
+        if let Some((_, bar)) = &bar {
+            if let Some(total) = progress.total {
+                bar.set_length(total);
+            }
+            bar.set_position(progress.done);
+        }
+    });
+    if let Some((_, bar)) = bar {
+        bar.finish_and_clear();
     }
-    let mut text = String::new();
-    for row in cells() {
-        let padded = row
-            .iter()
-            .zip(&widths)
-            .enumerate()
-            .map(|(i, (cell, width))| if i == 0 { format!("{cell:width$}") } else { format!("{cell:>width$}") });
-        let line = padded.collect::<Vec<_>>().join("  ");
-        text.push_str(line.trim_end());
-        text.push('\n');
-    }
-    text
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn columns_line_up() {
-        let rows = vec![vec!["a".into(), "1".into()], vec!["long".into(), "100".into()]];
-        assert_eq!(table(&["name", "n"], &rows), "name    n\na       1\nlong  100\n");
-    }
+    done
 }

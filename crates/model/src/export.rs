@@ -10,10 +10,11 @@ use serde_json::{Map, Value, json};
 use std::{
     borrow::Cow,
     collections::HashMap,
-    fs::{self, File},
-    io::{self, BufWriter, Write},
+    fs,
+    io::{self, Write},
     path::{Path, PathBuf},
 };
+use tunesmith_files::atomic::{self, create_folder, folder_of, sync_folder, temporary_folder};
 use tunesmith_tensor::Tensor;
 
 /// How the elements of written weights are encoded.
@@ -120,10 +121,9 @@ pub fn save_model<'a>(
         })
     });
     let shards = shards(config, options);
-    let (parent, name) = place(dir)?;
-    fs::create_dir_all(parent).map_err(|e| Error::io("cannot create", parent, e))?;
-    let stage =
-        partial(name, 0o777).tempdir_in(parent).map_err(|e| Error::io("cannot create a folder in", parent, e))?;
+    let (parent, name) = parent_and_name(dir)?;
+    create_folder(parent)?;
+    let stage = temporary_folder(parent, &format!(".{name}."))?;
     let stage_path = stage.path().to_owned();
 
     let mut weight_map = Map::new();
@@ -146,47 +146,17 @@ pub fn save_model<'a>(
     write_json(&stage_path.join("config.json"), &config_json, "\n")?;
     write_json(&stage_path.join("generation_config.json"), &generation_config, "\n")?;
     for (name, content) in options.extra_files {
-        write_file(&stage_path.join(name), content)?;
+        atomic::write(&stage_path.join(name), content)?;
     }
     sync_folder(&stage_path)?;
     swap(stage, dir, parent)
 }
 
 /// The folder that `dir` is in, and its name.
-fn place(dir: &Path) -> Result<(&Path, &str)> {
+fn parent_and_name(dir: &Path) -> Result<(&Path, &str)> {
     match (dir.parent(), dir.file_name().and_then(|name| name.to_str())) {
-        (Some(parent), Some(name)) => Ok((if parent.as_os_str().is_empty() { Path::new(".") } else { parent }, name)),
+        (Some(_), Some(name)) => Ok((folder_of(dir), name)),
         _ => Err(Error::Input(format!("cannot write a model to {}: name a new folder", dir.display()))),
-    }
-}
-
-/// A name beside the final one for what is not complete yet; `mode` is subject to the user's umask.
-fn partial(name: &str, mode: u32) -> PartialName {
-    PartialName { prefix: format!(".{name}."), mode }
-}
-
-struct PartialName {
-    prefix: String,
-    mode: u32,
-}
-
-impl PartialName {
-    fn builder(&self) -> tempfile::Builder<'_, 'static> {
-        let mut builder = tempfile::Builder::new();
-        builder.prefix(self.prefix.as_str()).suffix(".partial");
-        #[cfg(unix)]
-        {
-            use std::os::unix::fs::PermissionsExt;
-            // Temporary files are private by default, but these become the user's model.
-            builder.permissions(fs::Permissions::from_mode(self.mode));
-        }
-        #[cfg(not(unix))]
-        let _ = self.mode;
-        builder
-    }
-
-    fn tempdir_in(&self, parent: &Path) -> io::Result<tempfile::TempDir> {
-        self.builder().tempdir_in(parent)
     }
 }
 
@@ -294,7 +264,7 @@ pub(crate) fn write_safetensors<'a>(
     // Padded so that the data begins aligned.
     header.resize(header.len().next_multiple_of(8), b' ');
 
-    replace_file(path, |out| {
+    atomic::write_with(path, |out| {
         let io = |e| Error::io("cannot write", path, e);
         out.write_all(&(header.len() as u64).to_le_bytes()).map_err(io)?;
         out.write_all(&header).map_err(io)?;
@@ -361,69 +331,12 @@ fn check_range(name: &str, dtype: Dtype, values: &[f32], finite: impl Iterator<I
 pub(crate) fn write_json(path: &Path, value: &Value, end: &str) -> Result<()> {
     let text = serde_json::to_string_pretty(value);
     let text = text.map_err(|e| Error::Failure(format!("cannot encode {}: {e}", path.display())))?;
-    write_file(path, format!("{text}{end}").as_bytes())
-}
-
-/// Writes a file whole.
-pub(crate) fn write_file(path: &Path, content: &[u8]) -> Result<()> {
-    replace_file(path, |out| out.write_all(content).map_err(|e| Error::io("cannot write", path, e)))
-}
-
-/// Writes a file under a temporary name in the same folder, flushes it to the disk and renames it. When anything fails,
-/// the temporary file is removed and what was at `path` stays.
-pub(crate) fn replace_file(path: &Path, write: impl FnOnce(&mut dyn Write) -> Result<()>) -> Result<()> {
-    let io = |e| Error::io("cannot write", path, e);
-    let (parent, name) = place(path)?;
-    let temporary = partial(name, 0o666).builder().tempfile_in(parent).map_err(io)?;
-    let mut out = BufWriter::with_capacity(1 << 18, temporary.as_file());
-    write(&mut out)?;
-    out.into_inner().map_err(|e| io(e.into_error()))?.sync_all().map_err(io)?;
-    temporary.persist(path).map_err(|e| io(e.error))?;
-    sync_folder(parent)
-}
-
-/// Flushes the names in `dir` to the disk.
-pub(crate) fn sync_folder(dir: &Path) -> Result<()> {
-    // Only Unix lets a folder be opened, and only there the flush of a file leaves its name out.
-    #[cfg(unix)]
-    File::open(dir).and_then(|dir| dir.sync_all()).map_err(|e| Error::io("cannot flush", dir, e))?;
-    #[cfg(not(unix))]
-    let _ = dir;
-    Ok(())
+    atomic::write(path, text + end)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn full_disk(out: &mut dyn Write) -> Result<()> {
-        out.write_all(&[1; 1000]).map_err(|e| Error::io("cannot write", Path::new("x"), e))?;
-        Err(Error::io("cannot write", Path::new("x"), io::ErrorKind::StorageFull.into()))
-    }
-
-    #[test]
-    fn a_failed_write_leaves_the_old_file_and_nothing_else() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("weights");
-        write_file(&path, b"old").unwrap();
-        assert!(matches!(replace_file(&path, full_disk), Err(Error::Io { .. })));
-        assert_eq!(fs::read(&path).unwrap(), b"old");
-        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
-        write_file(&path, b"new").unwrap();
-        assert_eq!(fs::read(&path).unwrap(), b"new");
-    }
-
-    #[cfg(unix)]
-    #[test]
-    fn written_files_are_not_private() {
-        use std::os::unix::fs::PermissionsExt;
-        let dir = tempfile::tempdir().unwrap();
-        let (ours, plain) = (dir.path().join("ours"), dir.path().join("plain"));
-        write_file(&ours, b"").unwrap();
-        File::create(&plain).unwrap();
-        let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode();
-        assert_eq!(mode(&ours), mode(&plain));
-    }
 
     #[test]
     fn values_that_do_not_fit_are_refused() {

@@ -1,8 +1,9 @@
 //! Writing GGUF files of architecture `llama`, version 3, tensor by tensor and panel by panel: no matrix is ever whole in
 //! memory.
 
-use crate::{Config, Error, GgufMetadata, Result, RopeScaling, config::llama3_divisor, export::replace_file};
+use crate::{Config, Error, GgufMetadata, Result, RopeScaling, config::llama3_divisor};
 use std::{io::Write, ops::Range, path::Path};
+use tunesmith_files::atomic;
 use tunesmith_tensor::{quant::BlockType, quant_encode::quantize};
 
 const ALIGNMENT: usize = 32;
@@ -52,7 +53,7 @@ pub fn save_gguf(
     let entries = entries(config, options.kind)?;
     let io = |e| Error::io("cannot write", path, e);
     let divisors = rope_divisors(config);
-    replace_file(path, |out| {
+    atomic::write_with(path, |out| {
         let mut header = header(config, &options)?;
         let mut offset = 0;
         let mut tensors = Vec::new();

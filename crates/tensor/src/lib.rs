@@ -27,7 +27,7 @@ mod tensor;
 mod weight;
 pub use cpu::view::threads as num_threads;
 pub use cuda::graph::Recorded;
-pub use device::Device;
+pub use device::{Device, DeviceSpec};
 pub use dtype::Dtype;
 pub use freed::release_freed_memory;
 pub use int8_weight::Int8Weight;

@@ -3,12 +3,13 @@
 mod html;
 
 use crate::{
-    PreparedSplit, PreviewDocument, Reason, Report, Result, Split, SplitReport, Tokenizer, atomic, prepare::Lengths,
-    preview,
+    PreparedSplit, PreviewDocument, Reason, Report, Result, Split, SplitReport, Tokenizer, prepare::Lengths, preview,
 };
+pub use html::escape;
 use html::{bar, bars, percent, table};
-pub use html::{escape, grouped};
-use std::{fmt::Write as _, io::Write as _, path::Path};
+use std::{fmt::Write as _, path::Path};
+use tunesmith_files::atomic;
+use tunesmith_files::table::grouped;
 
 /// Name of the page inside a prepared folder.
 pub const PAGE: &str = "data.html";
@@ -32,7 +33,7 @@ pub fn write_page(folder: &Path, title: &str, report: &Report, tokenizer: &Token
         }
     }
     let page = render(title, report, &samples);
-    atomic::write_file(&folder.join(PAGE), |w| w.write_all(page.as_bytes()))
+    atomic::write(&folder.join(PAGE), page)
 }
 
 /// The page. All text is escaped.

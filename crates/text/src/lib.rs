@@ -3,11 +3,9 @@
 //! In the order of the data's way: [`row`] reads files into rows, [`clean`] cleans them, [`split`] sends each row to train, validation or
 //! test, [`template`] renders conversations, [`tokenizer`] makes token ids, [`sample`] decides which of them are
 //! trained, [`pack`] lays documents into blocks, [`mix`] mixes several data sets, [`shard`] stores them, and [`prepare`](mod@prepare) drives it all.
-mod atomic;
 mod bpe;
 pub mod clean;
 mod data_page;
-mod error;
 pub mod gguf;
 mod input;
 pub mod mix;
@@ -31,8 +29,7 @@ pub mod tokenizer;
 mod fixture;
 
 pub use clean::{CleanOptions, CleanReport, Reason, Same, Step};
-pub use data_page::{PAGE, escape, grouped, write_page};
-pub use error::{Error, Result};
+pub use data_page::{PAGE, escape, write_page};
 pub use gguf::{GgufVocabulary, WordRule};
 pub use input::Encoding;
 pub use mix::{DataSource, SourceReport};
@@ -50,3 +47,4 @@ pub use split::Split;
 pub use stream::StreamDecoder;
 pub use template::{ChatTemplate, Conversation, Message};
 pub use tokenizer::{Encoded, SpecialTokens, Tokenizer};
+pub use tunesmith_files::{Error, Result};

@@ -15,13 +15,16 @@ mod streaming;
 mod train_tokenizer;
 
 use crate::{
-    ChatTemplate, CleanReport, Error, PrepareOptions, Result, Side, SourceReport, Split, Tokenizer, atomic,
-    clean::Cleaner, sample::RowCounts, shard, tokenizer::hex,
+    ChatTemplate, CleanReport, Error, PrepareOptions, Result, Side, SourceReport, Split, Tokenizer, clean::Cleaner,
+    sample::RowCounts, shard,
 };
-use files::{Input, digest};
+use files::Input;
 use serde::{Deserialize, Serialize};
-use sha2::{Digest, Sha256};
-use std::{collections::BTreeMap, fs, io::Write, path::Path};
+use std::{collections::BTreeMap, fs, path::Path};
+use tunesmith_files::{
+    Blame, atomic,
+    hash::{hex, sha256, sha256_of},
+};
 
 pub use balance::Balanced;
 pub use doctor::{Check, Diagnosis, Finding, examine};
@@ -268,7 +271,7 @@ pub fn prepare(
     emit::emit(&job, &scan.fates, &mut report, progress)?;
     let json = serde_json::to_string_pretty(&report)
         .map_err(|e| Error::Failure(format!("the report of prepared data does not serialise: {e}")))?;
-    atomic::write_file(&folder.join(REPORT), |w| writeln!(w, "{json}"))?;
+    atomic::write(&folder.join(REPORT), json + "\n")?;
     Ok(report)
 }
 
@@ -285,22 +288,22 @@ fn key(
         (shard::FORMAT_VERSION, options, tokenizer.fingerprint()?, tokenizer.special_tokens(), template, inputs);
     let bytes = serde_json::to_vec(&parts)
         .map_err(|e| Error::Failure(format!("the key of the prepared data does not serialise: {e}")))?;
-    Ok(Sha256::digest(bytes).into())
+    Ok(sha256(bytes))
 }
 
 /// The report of `folder`, if it holds what `key` stands for and every file is as it was written.
 fn reusable(folder: &Path, key: &[u8; 32]) -> Result<Option<Report>> {
     let mut report = match Report::read(folder) {
         Ok(report) if report.key == hex(key) => report,
-        Ok(_) | Err(Error::Input(_)) => return Ok(None),
-        Err(error) => return Err(error),
+        Err(error) if error.blame() == Blame::Machine => return Err(error),
+        _ => return Ok(None),
     };
     for split in Split::ALL {
         let path = folder.join(shard::file_name(split));
-        match digest(&path) {
-            Ok(digest) if hex(&digest) == report.split(split).sha256 => {}
-            Ok(_) | Err(Error::Input(_)) => return Ok(None),
-            Err(error) => return Err(error),
+        match sha256_of(&path) {
+            Ok(digest) if digest == report.split(split).sha256 => {}
+            Err(error) if error.blame() == Blame::Machine => return Err(error),
+            _ => return Ok(None),
         }
     }
     report.reused = true;

@@ -15,8 +15,8 @@ use crate::{
 };
 use serde::Serialize;
 use serde_json::{Map, Value};
-use sha2::{Digest, Sha256};
 use std::{collections::BTreeMap, path::Path, sync::Arc};
+use tunesmith_files::hash::sha256;
 
 pub use format::RowFormat;
 use prompt::PromptTemplate;
@@ -103,7 +103,7 @@ impl Row {
     pub fn content_hash(&self) -> Result<[u8; 32]> {
         let bytes =
             serde_json::to_vec(&self.kind).map_err(|e| Error::Failure(format!("a row does not serialise: {e}")))?;
-        Ok(Sha256::digest(bytes).into())
+        Ok(sha256(bytes))
     }
 }
 

@@ -5,13 +5,17 @@
 //! its prompt (u32); for each block
 //! and once at the end the index of its first token and of its first document (u64, u64); the names of the files as a JSON
 //! list. Tokens come first so that the file can be written block by block.
-use crate::{Block, Error, Result, Sample, Side, Source, SourceReport, Split, atomic::Pending, pack, prepare};
+use crate::{Block, Error, Result, Sample, Side, Source, SourceReport, Split, pack, prepare};
 use std::{
     collections::HashMap,
     fs::File,
     io::{self, BufWriter, Read, Seek, SeekFrom, Write},
     path::{Path, PathBuf},
     sync::Arc,
+};
+use tunesmith_files::{
+    atomic::{AtomicFile, folder_of},
+    hash::hex,
 };
 
 /// Counted up whenever the same input would give another file.
@@ -108,7 +112,7 @@ fn number(bytes: &[u8]) -> u64 {
 
 /// Writes a shard block by block. The file has its name only when it is complete.
 pub(crate) struct Writer {
-    pending: Pending,
+    pending: AtomicFile,
     header: Header,
     /// What follows the tokens waits in files of its own, since there may be much of it.
     weights: Option<BufWriter<File>>,
@@ -123,12 +127,12 @@ impl Writer {
     pub(crate) fn create(path: &Path, key: [u8; 32], max_length: usize, weighted: bool) -> Result<Self> {
         let max_length = max_length as u64;
         let header = Header { key, weighted, max_length, blocks: 0, documents: 0, tokens: 0, names: 0 };
-        let mut pending = Pending::create(path)?;
-        pending.write(|writer| header.write(writer))?;
+        let mut pending = AtomicFile::create(path)?;
+        pending.fill(|writer| header.write(writer))?;
         let beside = || {
-            tempfile::tempfile_in(path.parent().unwrap_or(Path::new(".")))
+            tempfile::tempfile_in(folder_of(path))
                 .map(BufWriter::new)
-                .map_err(|source| Error::Io { what: format!("cannot write beside {}", path.display()), source })
+                .map_err(|e| Error::own_io("cannot write beside", path, e))
         };
         Ok(Self {
             pending,
@@ -162,7 +166,7 @@ impl Writer {
                 }
             };
             let Self { pending, weights, documents, header, .. } = self;
-            pending.write(|writer| {
+            pending.fill(|writer| {
                 let length = u32::try_from(sample.ids.len()).map_err(io::Error::other)?;
                 documents.write_all(&length.to_le_bytes())?;
                 documents.write_all(&file.to_le_bytes())?;
@@ -201,7 +205,7 @@ impl Writer {
             .map_err(|e| Error::Failure(format!("the names of the data files do not serialise: {e}")))?;
         header.names = names.len() as u64;
         blocks.push((header.tokens, header.documents));
-        pending.write(|writer| {
+        pending.fill(|writer| {
             for waiting in weights.into_iter().chain([documents]) {
                 let mut waiting = waiting.into_inner().map_err(|error| error.into_error())?;
                 waiting.seek(SeekFrom::Start(0))?;
@@ -232,7 +236,7 @@ impl PreparedSplit {
     pub fn open(folder: &Path, split: Split) -> Result<Self> {
         let report = prepare::Report::read(folder)?;
         let mut opened = Self::open_file(&folder.join(file_name(split)))?;
-        if crate::tokenizer::hex(&opened.header.key) != report.key {
+        if hex(&opened.header.key) != report.key {
             return Err(opened.damaged("it belongs to other data than prepared.json beside it"));
         }
         if split == Split::Train {

@@ -8,55 +8,9 @@ use std::{
     path::{Path, PathBuf},
     sync::Arc,
 };
+use tunesmith_files::kind::known_endings;
+pub use tunesmith_files::kind::{Compression, Kind, kind};
 pub(crate) use zipped::Member;
-
-/// What a file of rows is written in, told by its ending.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Kind {
-    /// Plain text.
-    Text,
-    /// One JSON object a line.
-    JsonLines,
-    /// One JSON object a line, or one list of objects.
-    Json,
-    /// Fields separated by commas (or by what the header uses), names in the first line.
-    Csv,
-    /// Fields separated by tabs, names in the first line.
-    Tsv,
-    /// Apache Parquet.
-    Parquet,
-    /// Apache Arrow's IPC format: file or stream.
-    Arrow,
-}
-
-/// How a file is packed, told by its last ending.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Compression {
-    /// Not at all.
-    None,
-    /// `.gz`.
-    Gzip,
-    /// `.zst`.
-    Zstd,
-}
-
-/// Endings and kinds, as they are named in messages.
-const ENDINGS: [(&str, Kind); 9] = [
-    ("txt", Kind::Text),
-    ("jsonl", Kind::JsonLines),
-    ("ndjson", Kind::JsonLines),
-    ("json", Kind::Json),
-    ("csv", Kind::Csv),
-    ("tsv", Kind::Tsv),
-    ("parquet", Kind::Parquet),
-    ("arrow", Kind::Arrow),
-    ("feather", Kind::Arrow),
-];
-
-/// The endings, as messages list them.
-fn known_endings() -> String {
-    ENDINGS.map(|(ending, _)| format!(".{ending}")).join(", ")
-}
 
 /// A file of rows: one on the disk, or one inside an archive.
 #[derive(Clone, Debug)]
@@ -86,36 +40,6 @@ impl DataFile {
     /// The part of the archive that it is.
     pub(crate) fn member(&self) -> Option<&Arc<Member>> {
         self.member.as_ref()
-    }
-}
-
-/// Kind and compression of a file by its name: `data.jsonl.gz` is gzipped JSON lines. Columnar files compress inside, so
-/// packed ones are not read.
-///
-/// # Errors
-/// An ending that is not known; the message lists those that are.
-pub fn kind(path: &Path) -> Result<(Kind, Compression)> {
-    let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default().to_ascii_lowercase();
-    let (inner, compression) = match name.rsplit_once('.') {
-        Some((inner, "gz")) => (inner, Compression::Gzip),
-        Some((inner, "zst")) => (inner, Compression::Zstd),
-        _ => (&name[..], Compression::None),
-    };
-    let ending = inner.rsplit_once('.').map_or("", |(_, ending)| ending);
-    let found = ENDINGS.iter().find(|(known, _)| *known == ending).map(|(_, kind)| *kind);
-    match (found, compression) {
-        (Some(Kind::Parquet | Kind::Arrow), Compression::Gzip | Compression::Zstd) => {
-            Err(Error::Input(format!("{}: .{ending} files are not read packed; unpack it first", path.display())))
-        }
-        (Some(kind), compression) => Ok((kind, compression)),
-        (None, _) => {
-            let known = known_endings();
-            Err(Error::Input(format!(
-                "{}: unknown kind of data; known are {known} (see docs/data.md), and all but .parquet, .arrow and .feather \
-                 also with .gz or .zst, or in a .zip archive",
-                path.display(),
-            )))
-        }
     }
 }
 
@@ -240,6 +164,11 @@ mod tests {
     }
 
     #[test]
+    fn rows_of_columns_have_numbers_of_their_own() {
+        assert!(is_columnar("x.parquet") && !is_columnar("x.csv"));
+    }
+
+    #[test]
     fn folders_patterns_and_files_are_found_once() {
         let folder = tree();
         assert_eq!(names(folder.path(), &[""]).unwrap(), ["a.jsonl", "b.txt", "sub/c.csv.gz"]);
@@ -248,18 +177,6 @@ mod tests {
         fs::create_dir(folder.path().join("only")).unwrap();
         fs::write(folder.path().join("only/rows.json"), "x").unwrap();
         assert_eq!(names(folder.path(), &["only"]).unwrap(), ["only/rows.json"]);
-    }
-
-    #[test]
-    fn kinds_follow_from_endings() {
-        let of = |name: &str| kind(Path::new(name)).unwrap();
-        assert_eq!(of("a/b.TXT"), (Kind::Text, Compression::None));
-        assert_eq!(of("b.ndjson.zst"), (Kind::JsonLines, Compression::Zstd));
-        assert_eq!(of("b.tsv.gz"), (Kind::Tsv, Compression::Gzip));
-        assert_eq!(of("b.feather"), (Kind::Arrow, Compression::None));
-        assert!(kind(Path::new("b.parquet.gz")).unwrap_err().to_string().contains("unpack it first"));
-        assert!(kind(Path::new("b.gz")).is_err() && kind(Path::new("txt")).is_err());
-        assert!(is_columnar("x.parquet") && !is_columnar("x.csv"));
     }
 
     #[test]

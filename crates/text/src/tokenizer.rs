@@ -1,5 +1,5 @@
 //! One tokenizer for training, evaluation, generation and serving, over the `tokenizers` crate.
-use crate::{Error, GgufVocabulary, Result, atomic, bpe::Encoder, gguf, model_file};
+use crate::{Error, GgufVocabulary, Result, bpe::Encoder, gguf, model_file};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize, de::IgnoredAny};
 use serde_json::{Map, Value};
@@ -7,11 +7,11 @@ use sha2::{Digest, Sha256};
 use std::{
     collections::BTreeMap,
     fs,
-    io::Write,
     path::Path,
     sync::{Arc, OnceLock},
 };
 use tokenizers::AddedToken;
+use tunesmith_files::{atomic, hash::hex};
 
 /// The texts of a tokenizer's special tokens, as a chat template sees them.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
@@ -306,7 +306,7 @@ impl Tokenizer {
     /// The files cannot be written.
     pub fn save(&self, folder: &Path) -> Result<()> {
         let json = self.inner.to_string(true).map_err(failure)?;
-        atomic::write_file(&folder.join("tokenizer.json"), |w| w.write_all(json.as_bytes()))?;
+        atomic::write(&folder.join("tokenizer.json"), json)?;
         let mut config = match serde_json::to_value(&self.special) {
             Ok(Value::Object(map)) => map,
             _ => return Err(Error::Failure("the special tokens do not serialise".into())),
@@ -317,9 +317,9 @@ impl Tokenizer {
         }
         config.insert("tokenizer_class".into(), "PreTrainedTokenizerFast".into());
         let text = format!("{:#}\n", Value::Object(config));
-        atomic::write_file(&folder.join("tokenizer_config.json"), |w| w.write_all(text.as_bytes()))?;
+        atomic::write(&folder.join("tokenizer_config.json"), text)?;
         if let Some(template) = &self.chat_template {
-            atomic::write_file(&folder.join("chat_template.jinja"), |w| w.write_all(template.as_bytes()))?;
+            atomic::write(&folder.join("chat_template.jinja"), template)?;
         }
         Ok(())
     }
@@ -337,11 +337,6 @@ impl Tokenizer {
         }
         Ok(hex(&hasher.finalize()))
     }
-}
-
-/// Lower-case hexadecimal.
-pub(crate) fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 fn failure(error: tokenizers::Error) -> Error {

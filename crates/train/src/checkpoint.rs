@@ -4,16 +4,18 @@
 //! of its files, written last: a folder without it, or that contradicts it, is not a checkpoint. There is no state of a random generator to
 //! save: data order and dropout are functions of the seed and the step.
 
-use crate::memory::format_bytes;
 use crate::optimizer::{AdamW, StateTensor};
 use crate::{Error, Result};
 use safetensors::{SafeTensors, tensor::TensorView};
 use serde::{Deserialize, Serialize};
-use sha2::{Digest, Sha256};
 use std::collections::{BTreeMap, HashMap};
 use std::fs::{self, File};
 use std::io::{Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
+use tunesmith_files::{
+    atomic, atomic::create_folder, atomic::folder_of, atomic::sync_file, atomic::sync_folder, atomic::temporary_folder,
+    bytes::format_bytes, hash::sha256_of,
+};
 use tunesmith_model::token_rows::token_rows_name;
 use tunesmith_model::{AdapterFile, Checkpoint, Llama, SaveOptions, save_adapter_with_rows, save_model};
 use tunesmith_tensor::{MappedFile, Tensor};
@@ -113,13 +115,10 @@ fn check_space(to: &Path, needed: u64, free: Option<u64>) -> Result<()> {
 /// # Errors
 /// When there is not enough room, or a file cannot be written; an existing `to` is then as it was.
 pub fn save(to: &Path, mut contents: Contents<'_>) -> Result<()> {
-    let parent = to.parent().unwrap_or(Path::new("."));
-    fs::create_dir_all(parent).map_err(|e| Error::io("cannot create", parent, e))?;
+    let parent = folder_of(to);
+    create_folder(parent)?;
     check_space(to, contents.num_bytes(), free_bytes(parent))?;
-    let temporary = tempfile::Builder::new()
-        .prefix(".saving-")
-        .tempdir_in(parent)
-        .map_err(|e| Error::io("cannot create a temporary folder in", parent, e))?;
+    let temporary = temporary_folder(parent, ".saving-")?;
     let folder = temporary.path().join("checkpoint");
     match contents.model.adapter() {
         Some(config) => {
@@ -138,21 +137,21 @@ pub fn save(to: &Path, mut contents: Contents<'_>) -> Result<()> {
     if let Some((optimizer, state)) = contents.training {
         write_tensors(&folder.join(OPTIMIZER), &optimizer.state(contents.model))?;
         let state = serde_json::to_string_pretty(state).map_err(|e| Error::Failure(format!("{STATE}: {e}")))?;
-        write(&folder.join(STATE), &state)?;
+        atomic::write(&folder.join(STATE), &state)?;
     }
     if let Some(stream) = contents.stream {
         stream.save(&folder)?;
     }
     for (name, text) in &contents.files {
-        write(&folder.join(name), text)?;
+        atomic::write(&folder.join(name), text)?;
     }
     let mut hashes = BTreeMap::new();
     for path in files_of(&folder)? {
-        File::open(&path).and_then(|f| f.sync_all()).map_err(|e| Error::io("cannot sync", &path, e))?;
-        hashes.insert(file_name(&path), sha256(&path)?);
+        sync_file(&path)?;
+        hashes.insert(file_name(&path), sha256_of(&path)?);
     }
     let marker = serde_json::to_string_pretty(&hashes).map_err(|e| Error::Failure(format!("{MARKER}: {e}")))?;
-    write(&folder.join(MARKER), &marker)?;
+    atomic::write(&folder.join(MARKER), &marker)?;
     // A folder cannot be renamed over one that is not empty: the old one steps aside first, and is deleted last.
     let old = temporary.path().join("old");
     if to.exists() {
@@ -160,15 +159,6 @@ pub fn save(to: &Path, mut contents: Contents<'_>) -> Result<()> {
     }
     fs::rename(&folder, to).map_err(|e| Error::io("cannot rename the new checkpoint to", to, e))?;
     sync_folder(parent)
-}
-
-fn write(path: &Path, text: &str) -> Result<()> {
-    let go = || {
-        let mut file = File::create(path)?;
-        std::io::Write::write_all(&mut file, text.as_bytes())?;
-        file.sync_all()
-    };
-    go().map_err(|e| Error::io("cannot write", path, e))
 }
 
 fn write_tensors(path: &Path, tensors: &[StateTensor<'_>]) -> Result<()> {
@@ -182,10 +172,6 @@ fn write_tensors(path: &Path, tensors: &[StateTensor<'_>]) -> Result<()> {
         views.push((tensor.name.as_str(), view));
     }
     safetensors::serialize_to_file(views, None, path).map_err(fail)
-}
-
-fn sync_folder(folder: &Path) -> Result<()> {
-    File::open(folder).and_then(|f| f.sync_all()).map_err(|e| Error::io("cannot sync", folder, e))
 }
 
 fn files_of(folder: &Path) -> Result<Vec<PathBuf>> {
@@ -205,23 +191,6 @@ fn file_name(path: &Path) -> String {
     path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default()
 }
 
-/// SHA-256 of a file, in hexadecimal.
-///
-/// # Errors
-/// When it cannot be read.
-pub fn sha256(path: &Path) -> Result<String> {
-    let mut file = File::open(path).map_err(|e| Error::io("cannot read", path, e))?;
-    let mut hash = Sha256::new();
-    let mut buffer = vec![0; 1 << 20];
-    loop {
-        let n = file.read(&mut buffer).map_err(|e| Error::io("cannot read", path, e))?;
-        if n == 0 {
-            return Ok(hash.finalize().iter().map(|b| format!("{b:02x}")).collect());
-        }
-        hash.update(&buffer[..n]);
-    }
-}
-
 /// The files that a marker lists, with the SHA-256 of each; `None` when `marker` is none.
 pub fn listed(marker: &[u8]) -> Option<BTreeMap<String, String>> {
     let hashes: BTreeMap<String, String> = serde_json::from_slice(marker).ok()?;
@@ -233,7 +202,7 @@ pub fn listed(marker: &[u8]) -> Option<BTreeMap<String, String>> {
 /// Whether `folder` is a whole checkpoint: every file that its marker lists is there with the hash that it had.
 pub fn is_complete(folder: &Path) -> bool {
     let Some(hashes) = fs::read(folder.join(MARKER)).ok().and_then(|marker| listed(&marker)) else { return false };
-    hashes.iter().all(|(name, hash)| sha256(&folder.join(name)).is_ok_and(|h| h == *hash))
+    hashes.iter().all(|(name, hash)| sha256_of(&folder.join(name)).is_ok_and(|h| h == *hash))
 }
 
 /// The checkpoints `step-N` of a run as (N, folder), ascending, whole or not.

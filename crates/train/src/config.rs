@@ -1,13 +1,13 @@
 //! The configuration of a training run: `train CONFIG.toml`, and the `run.toml` that a run leaves behind.
 
-use crate::memory::parse_bytes;
 use crate::{Error, Result, optimizer::Optim, schedule::Schedule};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
+use tunesmith_files::bytes::parse_bytes;
 use tunesmith_model::memory::Offload;
 use tunesmith_model::{LINEAR_NAMES, Recompute, Storage};
-use tunesmith_tensor::Dtype;
+use tunesmith_tensor::{DeviceSpec, Dtype};
 use tunesmith_text::{Preferences, PrepareOptions};
 
 /// Version of this schema; a file that names another one is refused, so that a run never means something else than written.
@@ -31,7 +31,9 @@ pub struct Config {
     pub compute: Compute,
     /// Where the model runs: `cpu`, a GPU by its number such as `cuda:0`, or `auto` (`cuda:0` where it can be used, else the
     /// processor, and which of them is printed).
-    pub device: String,
+    #[serde(with = "as_text")]
+    #[schemars(with = "String")]
+    pub device: DeviceSpec,
     /// Type of weights and activations on a GPU: `bf16` (when not set; trained weights keep all of their f32 beside it) or `f32`.
     /// The processor has f32 only.
     #[schemars(with = "Option<String>")]
@@ -55,6 +57,20 @@ pub struct Config {
     pub samples: SampleConfig,
 }
 
+/// Values that are written as they are printed.
+mod as_text {
+    use serde::{Deserialize, Deserializer, Serializer, de::Error};
+    use std::{fmt::Display, str::FromStr};
+
+    pub(super) fn serialize<T: Display, S: Serializer>(value: &T, to: S) -> Result<S::Ok, S::Error> {
+        to.collect_str(value)
+    }
+
+    pub(super) fn deserialize<'de, T: FromStr<Err = String>, D: Deserializer<'de>>(from: D) -> Result<T, D::Error> {
+        String::deserialize(from)?.parse().map_err(D::Error::custom)
+    }
+}
+
 impl Config {
     /// Type of weights and activations on a GPU.
     pub fn element(&self) -> Dtype {
@@ -73,7 +89,7 @@ impl Default for Config {
             upload: None,
             method: Method::Lora,
             compute: Compute::F32,
-            device: "cpu".to_owned(),
+            device: DeviceSpec::Cpu,
             dtype: None,
             seed: 42,
             memory_limit: None,
@@ -507,18 +523,10 @@ impl Config {
                 return fail(field, value, "rows of added tokens are not rounded to 8 bits; use compute = \"f32\"");
             }
         }
-        let is_gpu = self.device.strip_prefix("cuda:").is_some_and(|number| number.parse::<usize>().is_ok());
-        if !is_gpu && self.device != "cpu" && self.device != "auto" {
-            return fail(
-                "device",
-                format!("{:?}", self.device),
-                "it must be \"cpu\", \"auto\", or a GPU such as \"cuda:0\"",
-            );
-        }
-        if self.device == "cpu" && self.dtype == Some(ElementType::Bf16) {
+        if self.device == DeviceSpec::Cpu && self.dtype == Some(ElementType::Bf16) {
             return fail("dtype", "\"bf16\"".into(), "the processor computes in f32; leave it out, or set a device");
         }
-        if t.tf32 && self.device == "cpu" {
+        if t.tf32 && self.device == DeviceSpec::Cpu {
             let fix =
                 "the processor's products are exact f32; leave it out, or set device = \"cuda:0\" and dtype = \"f32\"";
             return fail("training.tf32", "true".into(), fix);
@@ -527,7 +535,7 @@ impl Config {
             let fix = "products in bf16 are not rounded to TF32; leave it out, or set dtype = \"f32\"";
             return fail("training.tf32", "true".into(), fix);
         }
-        if t.offload != Offload::NONE && self.device == "cpu" {
+        if t.offload != Offload::NONE && self.device == DeviceSpec::Cpu {
             let fix = "everything is in the processor's memory; leave it out, or set device = \"cuda:0\"";
             return fail("training.offload", t.offload.to_string(), fix);
         }
@@ -539,7 +547,7 @@ impl Config {
             let fix = "with method = \"full\" the embedding trains; leave \"embedding\" out";
             return fail("training.offload", t.offload.to_string(), fix);
         }
-        if self.device != "cpu" && self.compute == Compute::Int8 {
+        if self.device != DeviceSpec::Cpu && self.compute == Compute::Int8 {
             return fail(
                 "compute",
                 "\"int8\"".into(),
@@ -618,13 +626,13 @@ mod tests {
             let sets: Vec<String> = sets.iter().map(|s| s.to_string()).collect();
             Config::parse(MINIMAL, "c.toml", &sets)
         };
-        assert_eq!(parse(&[]).unwrap().device, "cpu");
+        assert_eq!(parse(&[]).unwrap().device, DeviceSpec::Cpu);
         assert_eq!(parse(&["device=cuda:1"]).unwrap().element(), Dtype::BF16);
         assert_eq!(parse(&["device=auto", "dtype=f32"]).unwrap().element(), Dtype::F32);
         assert!(!parse(&["device=cuda:0", "dtype=f32"]).unwrap().training.tf32);
         assert!(parse(&["device=cuda:0", "dtype=f32", "training.tf32=true"]).unwrap().training.tf32);
         for (sets, says) in [
-            (&["device=gpu"][..], "device"),
+            (&["device=gpu"][..], "\"gpu\" is no device: it must be"),
             (&["device=cuda:"], "device"),
             (&["dtype=bf16"], "the processor computes in f32"),
             (&["device=cuda:0", "compute=int8"], "compute"),

@@ -38,7 +38,7 @@ impl<'a> Feed<'a> {
         match self {
             // A function of the step.
             Self::Prepared { .. } => Ok(()),
-            Self::Stream { stream, .. } => Ok(stream.restore(checkpoint)?),
+            Self::Stream { stream, .. } => stream.restore(checkpoint),
         }
     }
 
@@ -55,10 +55,10 @@ impl<'a> Feed<'a> {
         match self {
             Self::Prepared { train, order } => {
                 let blocks = order.blocks(step).iter().map(|i| train.block(*i as usize));
-                Ok(blocks.collect::<std::result::Result<_, _>>()?)
+                blocks.collect::<std::result::Result<_, _>>()
             }
             Self::Stream { stream, blocks_per_step } => {
-                Ok((0..*blocks_per_step).map(|_| stream.next_block()).collect::<std::result::Result<_, _>>()?)
+                (0..*blocks_per_step).map(|_| stream.next_block()).collect::<std::result::Result<_, _>>()
             }
         }
     }

@@ -4,13 +4,13 @@
 
 pub mod checkpoint;
 pub mod config;
-mod error;
 pub mod evaluate;
 mod feed;
 pub mod gpu_bench;
 pub mod gpu_check;
 pub mod memory;
 pub mod metrics;
+pub mod open;
 pub mod optimizer;
 mod order;
 pub mod report;
@@ -19,6 +19,7 @@ pub mod selftest;
 pub mod statistics;
 pub mod train;
 pub mod trainer_state;
+pub mod upload;
 pub mod verify;
 
-pub use error::{Error, Result};
+pub use tunesmith_files::{Error, Result};

@@ -8,6 +8,7 @@ use std::{
     io::{self, Write},
     path::{Path, PathBuf},
 };
+use tunesmith_files::atomic;
 
 use serde::{Deserialize, Deserializer, Serialize};
 
@@ -137,7 +138,7 @@ impl MetricsWriter {
             }
         }
         if kept != bytes {
-            write_atomically(path, &kept)?;
+            atomic::write(path, &kept)?;
         }
         let file = OpenOptions::new().append(true).open(path).map_err(|e| Error::io("cannot open", path, e))?;
         Ok(Self { file, path: path.to_owned(), len: kept.len() as u64 })
@@ -202,32 +203,6 @@ fn parse<'a>(bytes: &'a [u8], path: &Path) -> Result<Vec<(&'a [u8], MetricRecord
         }
     }
     Ok(records)
-}
-
-/// Puts `bytes` into `path` as a whole or not at all: a temporary file in the same folder, on the disk before it takes
-/// the name.
-///
-/// # Errors
-/// [`Error::Input`] when the folder is missing; [`Error::Io`].
-pub(crate) fn write_atomically(path: &Path, bytes: &[u8]) -> Result<()> {
-    let failed = |source| Error::io("cannot write", path, source);
-    let folder = match path.parent() {
-        Some(folder) if !folder.as_os_str().is_empty() => folder,
-        _ => Path::new("."),
-    };
-    let mut builder = tempfile::Builder::new();
-    builder.prefix(".tunesmith-");
-    // Temporary files are private by default; what takes the place of an ordinary file has its rights (less the umask).
-    #[cfg(unix)]
-    builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
-    let mut file = builder.tempfile_in(folder).map_err(failed)?;
-    file.write_all(bytes).map_err(failed)?;
-    file.as_file().sync_all().map_err(failed)?;
-    file.persist(path).map_err(|error| failed(error.error))?;
-    // The new name is on the disk only when the folder is; where folders cannot be opened, there is no such call.
-    #[cfg(unix)]
-    File::open(folder).and_then(|folder| folder.sync_all()).map_err(failed)?;
-    Ok(())
 }
 
 #[cfg(test)]
@@ -329,20 +304,6 @@ mod tests {
         // A run whose file is gone starts a new one.
         let mut writer = MetricsWriter::resume(&folder.path().join("new.jsonl"), 3).unwrap();
         writer.write(&note(4, "third")).unwrap();
-    }
-
-    #[cfg(unix)]
-    #[test]
-    fn replaced_files_stay_readable_for_others() {
-        use std::os::unix::fs::PermissionsExt;
-        let folder = tempfile::tempdir().unwrap();
-        let (plain, replaced) = (folder.path().join("plain"), folder.path().join("replaced"));
-        fs::write(&plain, "x").unwrap();
-        write_atomically(&replaced, b"x").unwrap();
-        let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode();
-        assert_eq!(mode(&plain), mode(&replaced));
-        let message = write_atomically(&folder.path().join("no/such"), b"x").unwrap_err().to_string();
-        assert!(message.contains("no such file or folder"), "{message}");
     }
 
     proptest! {

@@ -2,12 +2,13 @@
 //! dark theme, and reads on a phone and on paper.
 
 use std::{fmt::Write as _, path::Path};
+use tunesmith_files::{atomic, bytes::format_bytes};
 
 use serde::Serialize;
 
 use crate::{
     Result,
-    metrics::{MetricRecord, write_atomically},
+    metrics::MetricRecord,
     statistics::{Comparison, Estimate, Verdict},
 };
 
@@ -92,7 +93,7 @@ pub struct ModelFacts {
 /// # Errors
 /// [`crate::Error::Input`] when the folder is missing; [`crate::Error::Io`].
 pub fn write(path: &Path, report: &RunReport) -> Result<()> {
-    write_atomically(path, render(report).as_bytes())
+    atomic::write(path, render(report))
 }
 
 /// The page. All text is escaped; nothing in it is taken from elsewhere when it is opened.
@@ -252,7 +253,7 @@ fn run_facts(metrics: &[MetricRecord]) -> Vec<(&'static str, String)> {
         facts.push(("Median tokens/s", format::compact(*median)));
     }
     if peak > 0 {
-        facts.push(("Peak memory", format::bytes(peak)));
+        facts.push(("Peak memory", format_bytes(peak)));
     }
     facts
 }

@@ -1,14 +1,12 @@
 //! `trainer_state.json` as Hugging Face's `Trainer` writes it, so that tools that plot or compare runs read ours too.
 
 use std::{collections::BTreeMap, fs, path::Path};
+use tunesmith_files::atomic;
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use crate::{
-    Error, Result,
-    metrics::{MetricRecord, write_atomically},
-};
+use crate::{Error, Result, metrics::MetricRecord};
 
 /// One entry of the log history: keys sorted, as Hugging Face writes them.
 pub type LogEntry = BTreeMap<String, Value>;
@@ -198,7 +196,7 @@ impl TrainerState {
     /// # Errors
     /// [`Error::Input`] when the folder is missing; [`Error::Io`].
     pub fn write(&self, path: &Path) -> Result<()> {
-        write_atomically(path, self.to_json()?.as_bytes())
+        atomic::write(path, self.to_json()?)
     }
 
     /// Reads a file of this program or of Hugging Face's `Trainer`.

@@ -4,7 +4,7 @@
 use super::{Args, CELLS, Case, Measured, Pair, RULES, load_average, ours, peer, shown, today};
 use crate::{Result, size::target_directory, write};
 use std::{io::Read, path::Path};
-use tunesmith::source::{self, Resolved, Settings};
+use tunesmith_hub::{self as hub, Resolved, Settings};
 
 /// An archive of the package's training data, and in it movie-review snippets with an id and a score before each,
 /// separated by tabs.
@@ -14,7 +14,7 @@ const SNIPPETS: &str = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt";
 const BLOCKS: (usize, usize) = (4, 512);
 
 pub(super) fn run(root: &Path, binary: &Path, model: &Resolved, settings: &Settings, args: &Args) -> Result<()> {
-    let archive = source::resolve(ARCHIVE, settings, &mut |_| {}).map_err(|e| e.to_string())?;
+    let archive = hub::resolve(ARCHIVE, settings, &mut |_| {}).map_err(|e| e.to_string())?;
     let rows = rows(&member(&archive.path, SNIPPETS)?, args.rows)?;
     let file = target_directory(root)?.join("bench-peer").join("snippets.jsonl");
     write(&file, rows.join("\n") + "\n")?;

@@ -3,7 +3,7 @@
 use super::{Args, CELLS, Case, Pair, RULES, load_average, ours, peer, shown, today};
 use crate::Result;
 use std::path::Path;
-use tunesmith::source::Resolved;
+use tunesmith_hub::Resolved;
 
 /// Reads `BATCHxSEQ`.
 pub(super) fn shape(text: &str) -> Result<(usize, usize)> {

@@ -1,127 +1,52 @@
-//! `tunesmith bench`: speed and memory of training steps, and of what they are made of.
+//! `tunesmith bench`: speed and memory of training steps, of generation, and of what steps are made of.
 
-mod machine;
-
-use crate::args::{Bench, BenchArgs, BenchMethod, BenchTrainArgs, ComputeName, StorageName};
-use crate::error::{Error, Result};
-use crate::load::{self, Opened};
-use crate::source::Settings;
-use serde::Serialize;
+use super::write_json_or;
+use crate::args::StorageName;
+use crate::args::{Bench, BenchArgs, BenchGenerateArgs, BenchMachineArgs, BenchMethod, BenchTrainArgs, ComputeName};
+use crate::load;
+use crate::terminal;
+use std::io::Read;
+use std::process::{Command, Stdio};
 use std::time::Instant;
-use tunesmith_model::{
-    AdapterConfig, Batch, Gradients, LINEAR_NAMES, Llama, LossOptions, Modules, Recompute, Workspace,
-};
-use tunesmith_tensor::rng::Rng;
+use tunesmith_files::{Error, Result};
+use tunesmith_hub::Settings;
+use tunesmith_infer::Opened;
+use tunesmith_lab::bench::{self, Setup};
+use tunesmith_lab::{generation, machine};
+use tunesmith_model::{Batch, Checkpoint, Llama, Storage};
 use tunesmith_text::{PrepareOptions, PreparedSplit, Split};
 use tunesmith_train::evaluate::batch_of;
-use tunesmith_train::optimizer::{AdamW, AdamWOptions, Optim, clip_coefficient, gradient_norm};
 
 pub(crate) fn run(args: &BenchArgs, settings: &Settings) -> Result<()> {
     match &args.what {
         Some(Bench::Train(args)) => train(args, settings),
-        Some(Bench::Generate(args)) => super::bench_generate::run(args, settings),
-        None => machine::run(&args.machine, settings),
+        Some(Bench::Generate(args)) => generate(args, settings),
+        None => parts(&args.machine, settings),
     }
 }
 
-#[derive(Serialize)]
-struct TrainResult {
-    method: &'static str,
-    batch: usize,
-    seq: usize,
-    threads: usize,
-    tokens_per_s: f64,
-    best: f64,
-    peak_rss_gb: Option<f64>,
-    #[serde(flatten, skip_serializing_if = "Option::is_none")]
-    data: Option<DataResult>,
-}
-
-/// What was trained with `--data`: every row once.
-#[derive(Serialize)]
-struct DataResult {
-    rows: usize,
-    steps: usize,
-    tokens: usize,
-    trained_tokens: usize,
-}
-
-/// Full training steps (forward, backward, clipping, AdamW): on random tokens, every position trained, or on the rows of
-/// files, packed as training packs them.
 fn train(args: &BenchTrainArgs, settings: &Settings) -> Result<()> {
-    if args.batch == 0 || args.steps == 0 || args.seq < 2 {
-        return Err(Error::Input("--batch and --steps must be at least 1, --seq at least 2".into()));
-    }
-    let opened: Opened = load::open(&args.model, None, settings)?;
-    if args.method == BenchMethod::Full && args.storage != StorageName::F32 {
-        return Err(Error::Input("--storage is for frozen weights; with --method full leave it at f32".into()));
-    }
-    if args.method == BenchMethod::Full && args.compute == ComputeName::Int8 {
-        return Err(Error::Input("--compute int8 is for frozen weights; with --method full leave it at f32".into()));
-    }
-    let prepared = if args.data.is_empty() { None } else { Some(packed_rows(args, &opened, settings)?) };
-    let mut model = opened.llama(args.storage.into())?;
-    drop(opened);
-    match args.method {
-        BenchMethod::Full => model.train_all(),
-        BenchMethod::Lora => model.add_adapter(&adapter(), 0)?,
-    }
-    if args.compute == ComputeName::Int8 {
-        model.compute_int8(true)?;
-    }
-    let (recompute, optim) = (args.recompute.into(), args.optim.into());
-    let mut result = TrainResult {
-        method: if args.method == BenchMethod::Lora { "lora" } else { "full" },
+    let setup = Setup {
+        full: args.method == BenchMethod::Full,
+        int8: args.compute == ComputeName::Int8,
         batch: args.batch,
         seq: args.seq,
-        threads: super::threads(),
-        tokens_per_s: 0.0,
-        best: 0.0,
-        peak_rss_gb: None,
-        data: None,
+        recompute: args.recompute.into(),
+        optim: args.optim.into(),
     };
-    if let Some((batches, rows)) = prepared {
-        let mut seconds =
-            timed_steps(&mut model, std::iter::once(&batches[0]).chain(&batches).cloned(), recompute, optim);
-        seconds.remove(0);
-        let trained = |batch: &Batch| batch.targets.len();
-        let trained_tokens = batches.iter().map(trained).sum();
-        result.tokens_per_s = trained_tokens as f64 / seconds.iter().sum::<f64>();
-        result.best = batches.iter().zip(&seconds).map(|(b, s)| trained(b) as f64 / s).fold(0.0, f64::max);
-        let tokens = batches.iter().map(Batch::len).sum();
-        result.data = Some(DataResult { rows, steps: batches.len(), tokens, trained_tokens });
-    } else {
-        let mut seconds = steps(&mut model, args.batch, args.seq, args.steps + 1, recompute, optim);
-        seconds.remove(0);
-        seconds.sort_by(f64::total_cmp);
-        let tokens = (args.batch * args.seq) as f64;
-        (result.tokens_per_s, result.best) = (tokens / seconds[seconds.len() / 2], tokens / seconds[0]);
+    setup.check()?;
+    if args.steps == 0 {
+        return Err(Error::Input("--steps must be at least 1".into()));
     }
-    result.peak_rss_gb = super::plan::peak_resident().map(|b| b as f64 / 1e9);
-    if let Some(file) = &args.json {
-        return super::write_json_line(file, &result);
+    if setup.full && args.storage != StorageName::F32 {
+        return Err(Error::Input("--storage is for frozen weights; with --method full leave it at f32".into()));
     }
-    let what = if result.data.is_some() { "trained tokens/s" } else { "tokens/s" };
-    println!(
-        "{} {} x {}: {:.1} {what} (best {:.1}), {} threads",
-        result.method, result.batch, result.seq, result.tokens_per_s, result.best, result.threads
-    );
-    if let Some(data) = &result.data {
-        println!(
-            "{} rows, {} tokens of which {} trained, in {} steps",
-            data.rows, data.tokens, data.trained_tokens, data.steps
-        );
-    }
-    if let Some(gb) = result.peak_rss_gb {
-        println!("peak resident memory {gb:.2} GB");
-    }
-    Ok(())
-}
-
-/// The adapter of the benchmarks: rank 16, alpha 32, all linear layers, no dropout.
-fn adapter() -> AdapterConfig {
-    let target_modules = Modules::List(LINEAR_NAMES.map(String::from).to_vec());
-    AdapterConfig { r: 16, lora_alpha: 32.0, target_modules, ..AdapterConfig::default() }
+    let opened = load::open(&args.model, settings)?;
+    let data = if args.data.is_empty() { None } else { Some(packed_rows(args, &opened, settings)?) };
+    let mut model = load::llama(&opened, args.storage.into())?;
+    drop(opened);
+    let result = bench::train(&setup, &mut model, args.steps, data)?;
+    write_json_or(args.json.as_deref(), &result, || bench::describe(&result))
 }
 
 /// The rows of `--data` in steps of `--batch` blocks of up to `--seq` tokens, and how many rows they are.
@@ -132,58 +57,67 @@ fn packed_rows(args: &BenchTrainArgs, opened: &Opened, settings: &Settings) -> R
         max_length: args.seq,
         ..PrepareOptions::default()
     };
-    let folder = tempfile::tempdir()
-        .map_err(|source| Error::Io { what: "cannot make a temporary folder for the data".into(), source })?;
+    let folder = super::temporary_folder()?;
     let report = super::prepare::prepare(&options, opened, folder.path(), settings)?;
     let split = PreparedSplit::open(folder.path(), Split::Train)?;
-    let blocks = (0..split.len()).map(|i| split.block(i)).collect::<std::result::Result<Vec<_>, _>>()?;
+    let blocks = (0..split.len()).map(|i| split.block(i)).collect::<Result<Vec<_>>>()?;
     let batches = blocks.chunks(args.batch).map(batch_of).collect();
     Ok((batches, report.split(Split::Train).counts.rows))
 }
 
-/// Seconds that each of `num_steps` training steps on random tokens takes.
-pub(crate) fn steps(
-    model: &mut Llama,
-    batch_size: usize,
-    seq: usize,
-    num_steps: usize,
-    recompute: Recompute,
-    optim: Optim,
-) -> Vec<f64> {
-    let mut rng = Rng::new(0, 0);
-    let vocab = model.config.vocab_size as u32;
-    let batches = (0..num_steps).map(|_| {
-        let mut batch = Batch::default();
-        for _ in 0..batch_size {
-            let ids: Vec<u32> = (0..seq).map(|_| rng.below(vocab)).collect();
-            batch.push(&ids, &vec![true; seq]);
-        }
-        batch
-    });
-    timed_steps(model, batches, recompute, optim)
+fn parts(args: &BenchMachineArgs, settings: &Settings) -> Result<()> {
+    let (full, int8) = (args.method == BenchMethod::Full, args.compute == ComputeName::Int8);
+    let setup = Setup { full, int8, batch: args.batch, seq: args.seq, ..Setup::default() };
+    setup.check()?;
+    let bar = terminal::count_bar("reading the model", 0);
+    let read = |spec: &String| {
+        let checkpoint = Checkpoint::open(&load::resolve(spec, settings)?.path)?;
+        Ok::<_, Error>((spec.clone(), Llama::load(&checkpoint, Storage::F32, |_, _| ())?))
+    };
+    let model = args.model.as_ref().map(read).transpose()?;
+    let report = machine::measure(&setup, model, &mut |what| bar.set_message(what.to_owned()));
+    bar.finish_and_clear();
+    let report = report?;
+    write_json_or(args.json.as_deref(), &report, || machine::describe(&report))
 }
 
-/// Seconds that a training step on each of `batches` takes.
-fn timed_steps(
-    model: &mut Llama,
-    batches: impl Iterator<Item = Batch>,
-    recompute: Recompute,
-    optim: Optim,
-) -> Vec<f64> {
-    let options = AdamWOptions { optim, ..AdamWOptions::default() };
-    let mut optimizer = AdamW::new(model, options);
-    let mut gradients = Gradients::new(model);
-    let mut ws = Workspace::new(recompute);
-    let step = |(number, batch): (usize, Batch)| {
-        let start = Instant::now();
-        let scale = 1.0 / batch.targets.len().max(1) as f32;
-        gradients.clear();
-        let options =
-            LossOptions { scale, label_smoothing: 0.0, dropout_seed: None, step: number as u64, first_token: 0 };
-        model.loss_and_gradients(&batch, options, &mut ws, &mut gradients);
-        let norm = gradient_norm(&gradients);
-        optimizer.update(model, &gradients, 2e-4, clip_coefficient(norm, 1.0));
-        start.elapsed().as_secs_f64()
+fn generate(args: &BenchGenerateArgs, settings: &Settings) -> Result<()> {
+    let &BenchGenerateArgs { prompt, new, context, repeat, .. } = args;
+    if prompt == 0 || new == 0 || repeat == 0 {
+        return Err(Error::Input("--prompt, --new and --repeat must be at least 1".into()));
+    }
+    let opened = load::open(&args.model, settings)?;
+    let llama = load::generator(&opened, args.compute, None, None, settings)?;
+    let options = generation::Options { prompt, new, context, repeat };
+    let result = generation::measure(&options, &llama, || first_token_seconds(args, settings))?;
+    write_json_or(args.json.as_deref(), &result, || generation::describe(&result))
+}
+
+/// Starts this program anew to write one token.
+fn first_token_seconds(args: &BenchGenerateArgs, settings: &Settings) -> Result<f64> {
+    let failed = |e: std::io::Error| Error::Io { what: "cannot start this program a second time".into(), source: e };
+    let program = std::env::current_exe().map_err(failed)?;
+    let start = Instant::now();
+    let mut child = Command::new(program)
+        .args(settings.offline.then_some("--offline"))
+        .args(["generate", "--greedy", "--max-new-tokens", "1", "--model", &args.model])
+        .args(args.compute.map(|compute| if compute == ComputeName::F32 { "--compute=f32" } else { "--compute=int8" }))
+        .arg("The capital of France is")
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .map_err(failed)?;
+    let Some(mut out) = child.stdout.take() else {
+        return Err(Error::Failure("the output of a started program cannot be read".into()));
     };
-    batches.enumerate().map(step).collect()
+    let read = out.read(&mut [0]).map_err(failed)?;
+    let seconds = start.elapsed().as_secs_f64();
+    // The rest is read too: a closed pipe would end the program early.
+    std::io::copy(&mut out, &mut std::io::sink()).map_err(failed)?;
+    let status = child.wait().map_err(failed)?;
+    if read == 0 || !status.success() {
+        return Err(Error::Failure(format!("`generate` for the time of a cold start ended with {status}")));
+    }
+    Ok(seconds)
 }

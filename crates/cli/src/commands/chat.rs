@@ -1,11 +1,12 @@
 //! `tunesmith chat`: a conversation in the terminal, or line by line from a pipe.
 
-use super::continuation::{Finish, Interrupt, Writer, sampling, show};
+use super::sampling::{limits, sampling, show};
 use crate::args::ChatArgs;
-use crate::error::{Error, Result};
-use crate::load;
-use crate::source::Settings;
+use crate::{load, stop};
 use std::io::{self, BufRead, IsTerminal};
+use tunesmith_files::{Error, Result};
+use tunesmith_hub::Settings;
+use tunesmith_infer::{Finish, Writer};
 use tunesmith_text::{ChatTemplate, Message, Tokenizer};
 
 const HELP: &str = "\
@@ -60,7 +61,7 @@ struct Conversation {
 impl Conversation {
     fn prompt(&self, template: &ChatTemplate, tokenizer: &Tokenizer) -> Result<Vec<u32>> {
         let messages: Vec<Message> = self.system.iter().chain(&self.turns).cloned().collect();
-        Ok(tokenizer.encode(&template.render(&messages, true)?, false)?)
+        tokenizer.encode(&template.render(&messages, true)?, false)
     }
 
     /// The prompt after the last question. While it leaves fewer than `reserve` of the context's tokens for the answer,
@@ -93,12 +94,13 @@ pub(crate) fn run(args: &ChatArgs, settings: &Settings) -> Result<()> {
     let sampling = sampling(&args.sampling, opened.checkpoint.generation_config())?;
     let end_tokens = opened.end_tokens()?;
     let template = opened.template()?;
-    let interrupt = Interrupt::install()?;
-    let llama = opened.generator(args.compute, args.model.adapter.as_deref(), Some(&args.device), settings)?;
+    stop::install(None)?;
+    let llama = load::generator(&opened, args.compute, args.model.adapter.as_deref(), Some(&args.device), settings)?;
     let context = llama.config.max_position_embeddings;
     // An answer should have room, but a long wish for one must not push the whole conversation out.
     let reserve = args.sampling.max_new_tokens.min(context / 4).max(1);
-    let mut writer = Writer::new(&llama, &opened.tokenizer, end_tokens, &args.sampling, sampling, interrupt)?;
+    let mut writer =
+        Writer::new(&llama, &opened.tokenizer, end_tokens, limits(&args.sampling), sampling, stop::flag())?;
 
     let system = |text: &str| Some(Message::new("system", text));
     let mut conversation = Conversation { system: args.system.as_deref().and_then(system), turns: Vec::new() };
@@ -127,7 +129,7 @@ pub(crate) fn run(args: &ChatArgs, settings: &Settings) -> Result<()> {
                         };
                         eprintln!("the context of {context} tokens is full: the oldest {oldest} forgotten");
                     }
-                    writer.write(&ids, show)
+                    stop::listening(|| writer.write(&ids, show))
                 });
                 match answer {
                     Ok(answer) => {

@@ -2,11 +2,12 @@
 
 use super::{prepare, write_json_line};
 use crate::args::DoctorArgs;
-use crate::error::Result;
 use crate::load;
-use crate::source::Settings;
 use crate::terminal;
 use std::process::ExitCode;
+use tunesmith_files::Result;
+use tunesmith_files::table::grouped;
+use tunesmith_hub::Settings;
 use tunesmith_text::{Check, Diagnosis, examine};
 
 pub(crate) fn run(args: &DoctorArgs, settings: &Settings) -> Result<ExitCode> {
@@ -34,7 +35,7 @@ fn describe(found: &Diagnosis) -> String {
         match found.failed.get(&check) {
             None => text.push_str(&format!("ok      {}\n", check.words())),
             Some(finding) => {
-                let rows = terminal::count(finding.rows as u64);
+                let rows = grouped(finding.rows);
                 text.push_str(&format!("FAILED  {}: not in {rows} rows\n", check.words()));
                 for example in &finding.examples {
                     text.push_str(&format!("        {example}\n"));
@@ -49,7 +50,7 @@ fn describe(found: &Diagnosis) -> String {
         0 => "nothing is wrong".to_owned(),
         failed => format!("{failed} of {} checks failed", Check::ALL.len()),
     };
-    text.push_str(&format!("{} rows looked at; {verdict}\n", terminal::count(found.rows as u64)));
+    text.push_str(&format!("{} rows looked at; {verdict}\n", grouped(found.rows)));
     text
 }
 

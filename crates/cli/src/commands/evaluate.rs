@@ -2,15 +2,19 @@
 
 use crate::args::{ComputeName, EvaluateArgs, SplitName};
 use crate::device;
-use crate::error::{Error, Result};
-use crate::load::{self, Opened};
-use crate::source::Settings;
+use crate::load;
 use crate::terminal;
 use serde::Serialize;
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
+use tunesmith_files::atomic;
+use tunesmith_files::table::{grouped, table};
+use tunesmith_files::{Error, Result};
+use tunesmith_hub::Settings;
+use tunesmith_infer::Opened;
 use tunesmith_model::{Llama, Workspace};
+use tunesmith_tensor::DeviceSpec;
 use tunesmith_text::{PreparedSplit, Report, Split, Tokenizer};
 use tunesmith_train::config::Config;
 use tunesmith_train::evaluate::{continuations, document_losses};
@@ -46,27 +50,26 @@ pub(crate) struct Evaluation {
 }
 
 pub(crate) fn run(args: &EvaluateArgs, settings: &Settings) -> Result<()> {
-    device::check(&args.device)?;
+    if args.compute == ComputeName::Int8 && args.device.device != DeviceSpec::Cpu {
+        return Err(Error::Unsupported("--compute int8 is the CPU's; leave it out, or use --device cpu".into()));
+    }
     let opened = load::open_with_adapter(&args.model, settings)?;
-    let folder = tempfile::tempdir().map_err(|e| Error::io("cannot create a folder in", &std::env::temp_dir(), e))?;
+    let folder = super::temporary_folder()?;
     let split = data(args, &opened, folder.path(), settings)?;
     let prompts = prompts(&split, &opened.tokenizer, args.samples)?;
     let score = |model: &Llama, what: &str| score(model, &opened, &split, &prompts, args.max_new_tokens, what);
 
+    let placement = device::placement(&args.device, settings)?;
+    let on_gpu = placement.device.gpu().is_some();
     let ready = |opened: &Opened, adapter: Option<&str>| -> Result<Llama> {
-        let on_gpu = args.device.device != "cpu";
         let storage = args.storage.into();
-        // With `auto` it may be the processor after all, whose products want f32.
-        let certain = on_gpu && args.device.device != "auto";
-        let storage = if certain { opened.storage_before_gpu(storage, false) } else { storage };
-        let mut model = opened.llama_with(adapter, storage, settings)?;
-        if args.compute == ComputeName::Int8 && on_gpu {
-            return Err(Error::Input("--compute int8 is the processor's; leave it out, or use --device cpu".into()));
-        }
+        let storage = if on_gpu { opened.storage_before_gpu(storage, false) } else { storage };
+        let adapter = load::adapter(adapter, settings)?;
+        let mut model = terminal::with_bar(|observer| opened.load_with(adapter.as_deref(), storage, observer))?;
         if args.compute == ComputeName::Int8 {
             model.compute_int8(false)?;
         }
-        device::place(&mut model, &args.device, settings)?;
+        placement.place(&mut model)?;
         Ok(model)
     };
     let mut model = ready(&opened, args.model.adapter.as_deref())?;
@@ -76,7 +79,7 @@ pub(crate) fn run(args: &EvaluateArgs, settings: &Settings) -> Result<()> {
         Some(score(&model, "scoring the base")?)
     } else if let Some(base) = &args.base {
         drop(model);
-        let other = load::open(base, None, settings)?;
+        let other = load::open(base, settings)?;
         if other.tokenizer.fingerprint()? != opened.tokenizer.fingerprint()? {
             return Err(Error::Input(format!(
                 "{base} and {} have different tokenizers, so their losses a token cannot be compared; evaluate each alone \
@@ -136,7 +139,7 @@ fn html(evaluation: Evaluation, opened: &Opened) -> RunReport {
 /// Writes a value as indented JSON.
 pub(crate) fn write_json(file: &Path, value: &impl Serialize) -> Result<()> {
     let text = serde_json::to_string_pretty(value).map_err(|e| Error::Failure(format!("{}: {e}", file.display())))?;
-    super::write_atomically(file, (text + "\n").as_bytes())
+    atomic::write(file, text + "\n")
 }
 
 /// The rows to score: a split of a prepared folder, or all rows of the files, prepared in `folder`.
@@ -162,7 +165,7 @@ fn data(args: &EvaluateArgs, opened: &Opened, folder: &Path, settings: &Settings
                 "{place} was prepared with another tokenizer than {model}'s; give the files themselves"
             )));
         }
-        return Ok(PreparedSplit::open(folder, split)?);
+        return PreparedSplit::open(folder, split);
     }
     let quoted: Vec<String> = args.data.iter().map(|d| serde_json::Value::from(d.as_str()).to_string()).collect();
     let mut overrides = vec!["model.source=\"-\"".to_owned(), format!("data.train=[{}]", quoted.join(", "))];
@@ -171,7 +174,7 @@ fn data(args: &EvaluateArgs, opened: &Opened, folder: &Path, settings: &Settings
     let config = Config::parse("", "the command line", &overrides)?;
     let report = super::prepare::prepare(&config.data, opened, folder, settings)?;
     print!("{}", super::prepare::describe(&report));
-    Ok(PreparedSplit::open(folder, Split::Train)?)
+    PreparedSplit::open(folder, Split::Train)
 }
 
 /// Beginnings of `n` rows spread over the split: up to the first trained token, or the first 32 tokens of plain text.
@@ -230,7 +233,7 @@ pub(crate) fn score(
 impl Scored {
     /// The paired comparison of two models on the same rows.
     pub(crate) fn against(&self, base: &Self) -> Result<Comparison> {
-        Ok(compare(&base.documents, &self.documents, &Bootstrap::default())?)
+        compare(&base.documents, &self.documents, &Bootstrap::default())
     }
 }
 
@@ -261,12 +264,12 @@ pub(crate) fn describe(evaluation: &Evaluation) -> String {
     let header = ["", "loss (nats/token)", "perplexity", "bits per byte"];
     let mut text = String::new();
     if let Some(c) = &evaluation.comparison {
-        text.push_str(&terminal::table(&header, &[row("base", &c.base), row("tuned", &c.tuned)]));
+        text.push_str(&table(&header, &[row("base", &c.base), row("tuned", &c.tuned)]));
         text.push_str(&format!("difference (tuned - base, same rows): {}\n{}\n", interval(&c.loss_difference), c));
         text.push_str(&counts(&c.tuned));
     }
     if let Some(s) = &evaluation.statistics {
-        text.push_str(&terminal::table(&header, &[row("model", s)]));
+        text.push_str(&table(&header, &[row("model", s)]));
         text.push_str(&counts(s));
     }
     for sample in &evaluation.samples {
@@ -280,6 +283,6 @@ pub(crate) fn describe(evaluation: &Evaluation) -> String {
 }
 
 fn counts(s: &LossStatistics) -> String {
-    let [documents, tokens, bytes] = [s.num_documents, s.num_tokens, s.num_bytes].map(terminal::count);
+    let [documents, tokens, bytes] = [s.num_documents, s.num_tokens, s.num_bytes].map(grouped);
     format!("{documents} documents, {tokens} scored tokens, {bytes} bytes; intervals: 95 % bootstrap over documents\n")
 }

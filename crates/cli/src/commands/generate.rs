@@ -2,13 +2,14 @@
 
 mod many;
 
-use super::continuation::{Finish, Interrupt, Writer, sampling, show};
+use super::sampling::{limits, sampling, show};
 use crate::args::GenerateArgs;
-use crate::error::{Error, Result};
-use crate::load;
-use crate::source::Settings;
+use crate::{load, stop};
 use serde::Serialize;
 use std::io::{self, Read};
+use tunesmith_files::{Error, Result};
+use tunesmith_hub::Settings;
+use tunesmith_infer::{Finish, Writer};
 use tunesmith_text::Message;
 
 /// A prompt and what followed it, as printed in JSON.
@@ -55,24 +56,25 @@ pub(crate) fn run(args: &GenerateArgs, settings: &Settings) -> Result<()> {
     let end_tokens = opened.end_tokens()?;
     let encode = |prompt: &String| {
         if !args.chat {
-            return Ok(opened.tokenizer.encode(prompt, true)?);
+            return opened.tokenizer.encode(prompt, true);
         }
         let system = args.system.as_ref().map(|text| Message::new("system", text));
         let messages: Vec<Message> = system.into_iter().chain([Message::new("user", prompt)]).collect();
-        Ok::<_, Error>(opened.tokenizer.encode(&opened.template()?.render(&messages, true)?, false)?)
+        opened.tokenizer.encode(&opened.template()?.render(&messages, true)?, false)
     };
     let ids = prompts.iter().map(encode).collect::<Result<Vec<Vec<u32>>>>()?;
 
-    let interrupt = Interrupt::install()?;
+    stop::install(None)?;
     let adapter = args.model.adapter.as_deref();
-    let llama = opened.generator(args.compute, adapter, Some(&args.device), settings)?;
+    let llama = load::generator(&opened, args.compute, adapter, Some(&args.device), settings)?;
     if args.prompts.is_some() {
-        let job = many::Job { args, llama: &llama, opened: &opened, end_tokens: &end_tokens, interrupt };
+        let job = many::Job { args, llama: &llama, opened: &opened, end_tokens: &end_tokens };
         return many::run(&job, &prompts, &ids, sampling);
     }
     let (prompt, ids) = (&prompts[0], &ids[0]);
-    let mut writer = Writer::new(&llama, &opened.tokenizer, end_tokens, &args.sampling, sampling, interrupt)?;
-    let new = writer.write(ids, |piece| if args.json { Ok(()) } else { show(piece) })?;
+    let mut writer =
+        Writer::new(&llama, &opened.tokenizer, end_tokens, limits(&args.sampling), sampling, stop::flag())?;
+    let new = stop::listening(|| writer.write(ids, |piece| if args.json { Ok(()) } else { show(piece) }))?;
     if args.json {
         let generated = Generated {
             prompt,
@@ -87,7 +89,7 @@ pub(crate) fn run(args: &GenerateArgs, settings: &Settings) -> Result<()> {
         show("\n")?;
         eprintln!("{} tokens, {:.1} tokens/s, after a prompt of {}", new.ids.len(), new.tokens_per_s, ids.len());
     }
-    if new.finish == Finish::Interrupted { Err(Error::Interrupted) } else { Ok(()) }
+    if new.finish == Finish::Interrupted { Err(Error::Stopped) } else { Ok(()) }
 }
 
 /// All of standard input, without the line break that ends it: an editor or `echo` put it there, not the writer.

@@ -2,12 +2,13 @@
 
 use super::merge::text_files;
 use crate::args::{InitArgs, InitDtype};
-use crate::error::{Error, Result};
 use crate::load;
-use crate::source::Settings;
 use crate::terminal;
 use std::borrow::Cow;
 use std::ops::Range;
+use tunesmith_files::table::grouped;
+use tunesmith_files::{Error, Result};
+use tunesmith_hub::Settings;
 use tunesmith_model::{Config, Dtype, GgufOptions, SaveOptions, initial_rows, save_gguf, save_model};
 use tunesmith_tensor::{Tensor, quant::BlockType};
 use tunesmith_text::Tokenizer;
@@ -87,7 +88,7 @@ pub(crate) fn run(args: &InitArgs, settings: &Settings) -> Result<()> {
     }
     bar.finish_and_clear();
     let without = if given.is_none() { ", without a tokenizer (--tokenizer SOURCE takes one over)" } else { "" };
-    println!("{}: {} random weights{without}", args.out.display(), terminal::count(config.num_params() as u64));
+    println!("{}: {} random weights{without}", args.out.display(), grouped(config.num_params()));
     Ok(())
 }
 

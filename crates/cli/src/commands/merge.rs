@@ -1,14 +1,17 @@
 //! `tunesmith merge`: an adapter into its base model, as a Hugging Face folder.
 
 use crate::args::{DtypeName, MergeArgs, ModelArgs};
-use crate::error::{Error, Result};
-use crate::load::{self, Opened};
-use crate::source::{Bucket, Settings};
+use crate::load;
 use crate::terminal;
 use std::borrow::Cow;
 use std::fs::{self, File};
 use std::path::Path;
 use tempfile::TempDir;
+use tunesmith_files::bytes::format_bytes;
+use tunesmith_files::table::grouped;
+use tunesmith_files::{Error, Result};
+use tunesmith_hub::{Bucket, Settings};
+use tunesmith_infer::Opened;
 use tunesmith_model::token_rows::{TOKEN_MODULES, grown, vocabulary_for};
 use tunesmith_model::{AdapterFile, Config, Dtype, SaveOptions, save_model};
 use tunesmith_tensor::ops::linear;
@@ -90,10 +93,10 @@ pub(crate) fn run(args: &MergeArgs, settings: &Settings) -> Result<()> {
     println!(
         "{}: {} weights ({}, {}), {} of them changed by {}; {} tensors and the tokenizer",
         args.out.display(),
-        terminal::count(params as u64),
+        grouped(params),
         dtype.name(),
-        terminal::bytes((params * dtype.bytes()) as u64),
-        terminal::count(changed(&adapter) as u64),
+        format_bytes((params * dtype.bytes()) as u64),
+        grouped(changed(&adapter)),
         args.adapter,
         names.len(),
     );
@@ -145,7 +148,7 @@ fn changed(adapter: &AdapterFile) -> usize {
 
 /// The tokenizer's files, so that they are in the folder from its first moment on.
 pub(super) fn text_files(tokenizer: &Tokenizer) -> Result<Vec<(String, Vec<u8>)>> {
-    let folder = tempfile::tempdir().map_err(|e| Error::io("cannot create a folder in", &std::env::temp_dir(), e))?;
+    let folder = super::temporary_folder()?;
     tokenizer.save(folder.path())?;
     let cannot = |e| Error::io("cannot read", folder.path(), e);
     let mut files = Vec::new();

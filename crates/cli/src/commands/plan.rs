@@ -2,13 +2,15 @@
 
 use crate::args::PlanArgs;
 use crate::device;
-use crate::error::{Error, Result};
-use crate::load::{self, Opened};
-use crate::source::{Settings, UPLOAD_MEMORY};
-use crate::terminal;
+use crate::load;
 use serde::Serialize;
 use std::path::Path;
 use std::time::Instant;
+use tunesmith_files::table::grouped;
+use tunesmith_files::{Error, Result};
+use tunesmith_files::{atomic, bytes::format_bytes};
+use tunesmith_hub::{Settings, UPLOAD_MEMORY};
+use tunesmith_infer::Opened;
 use tunesmith_model::memory::gpu::dense_bytes;
 use tunesmith_model::memory::{AdapterRank, Offload, adapter_ranks};
 use tunesmith_model::token_rows::token_indices;
@@ -18,9 +20,9 @@ use tunesmith_tensor::{Device, num_threads, rng::Rng};
 use tunesmith_text::{Message, PreparedSplit, Report, Split};
 use tunesmith_train::checkpoint::{self, free_bytes};
 use tunesmith_train::config::{Compute, Config, Method};
-use tunesmith_train::memory::{Choice, DRIVER, DataShape, Host, Inputs, Place, Plan, format_bytes};
+use tunesmith_train::memory::{Choice, DRIVER, DataShape, Host, Inputs, Place, Plan};
 use tunesmith_train::optimizer::{AdamW, AdamWOptions};
-use tunesmith_train::train::adapter_config;
+use tunesmith_train::train::{Start, adapter_config};
 
 /// What a process gains between opening a model and its last step besides planned buffers: code that is touched, stacks of
 /// threads, the log of the run.
@@ -33,11 +35,7 @@ pub(crate) fn run(args: &PlanArgs, settings: &Settings) -> Result<()> {
     let folder = config.output_dir.join("data");
     let data = super::prepare::prepare(&config.data, &opened, &folder, settings)?;
     // A plan needs no GPU, only the time of a step does.
-    let device = match config.device.as_str() {
-        "cpu" => Ok(Device::Cpu),
-        "auto" => device::choose("auto", settings),
-        name => device::open(name, settings),
-    };
+    let device = device::open(config.device, settings);
     let on_gpu = !matches!(device, Ok(Device::Cpu));
     let facts = Facts::gather(&config, &opened, &data, &folder, on_gpu)?;
     let settled = facts.settle(&config, false)?;
@@ -60,7 +58,7 @@ pub(crate) fn run(args: &PlanArgs, settings: &Settings) -> Result<()> {
             if file.as_os_str() == "-" {
                 println!("{text}");
             } else {
-                super::write_atomically(file, (text + "\n").as_bytes())?;
+                atomic::write(file, text + "\n")?;
             }
         }
     }
@@ -141,7 +139,7 @@ impl Facts {
             other_weights = other_weights.map(|(other, _)| (other, on(other).0));
         }
         let model = opened.model();
-        let mut adapter = adapter_config(config, &opened.start())?;
+        let mut adapter = adapter_config(config, &Start::of(opened))?;
         if let Some(adapter) = adapter.as_mut().filter(|_| !opened.new_tokens.is_empty()) {
             adapter.trainable_token_indices = token_indices(&model, &opened.new_tokens);
         }
@@ -277,7 +275,7 @@ impl Facts {
     pub(crate) fn check_room(&self, settled: &Settled, gpu: &Gpu) -> Result<()> {
         let Some(free) = gpu.free_memory() else { return Ok(()) };
         let inputs = self.inputs(&settled.config, &self.model);
-        Ok(inputs.check_room(&settled.plan, gpu.name(), free as u64)?)
+        inputs.check_room(&settled.plan, gpu.name(), free as u64)
     }
 
     /// Seconds of a step, of the whole training and of all evaluations, from passes through one and two blocks of the
@@ -360,7 +358,7 @@ impl Facts {
             seconds[0] = start.elapsed().as_secs_f64();
             let start = Instant::now();
             optimizer.update(&mut llama, &gradients, 0.0, 1.0);
-            device.synchronize().map_err(tunesmith_train::Error::from)?;
+            device.synchronize()?;
             seconds[1] = start.elapsed().as_secs_f64();
             let start = Instant::now();
             llama.loss(&batch, 0.0, &mut ws);
@@ -456,7 +454,7 @@ impl Output {
             row(
                 "weights",
                 m.weights,
-                format!("{} weights, {}", terminal::count(opened.checkpoint.config().num_params() as u64), kept),
+                format!("{} weights, {}", grouped(opened.checkpoint.config().num_params()), kept),
             ),
             row("adapters", m.adapters, String::new()),
             row("gradients", m.gradients, String::new()),
@@ -511,7 +509,7 @@ impl Output {
                 t.tokens_per_s,
                 opened.checkpoint.config().num_hidden_layers,
                 duration(t.training_s),
-                terminal::count(t.max_steps),
+                grouped(t.max_steps),
                 duration(t.evaluations_s),
             ));
         }
@@ -552,13 +550,6 @@ fn resident() -> u64 {
     // What preparing data has freed would otherwise count.
     tunesmith_tensor::release_freed_memory();
     memory_stats::memory_stats().map_or(0, |m| m.physical_mem as u64)
-}
-
-/// Largest resident memory of this process so far, in bytes, where the system tells (Linux).
-pub(crate) fn peak_resident() -> Option<u64> {
-    let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let line = status.lines().find_map(|l| l.strip_prefix("VmHWM:"))?;
-    line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok().map(|kb| kb * 1024)
 }
 
 #[cfg(test)]

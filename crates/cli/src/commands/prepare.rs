@@ -1,12 +1,14 @@
 //! `tunesmith prepare`, and the preparation that every command with data goes through.
 
 use crate::args::PrepareArgs;
-use crate::error::{Error, Result};
-use crate::load::{self, Opened};
-use crate::source::{self, Settings};
+use crate::load;
 use crate::terminal;
 use indicatif::ProgressBar;
 use std::path::Path;
+use tunesmith_files::table::{grouped, table};
+use tunesmith_files::{Error, Result};
+use tunesmith_hub::Settings;
+use tunesmith_infer::Opened;
 use tunesmith_text::{
     Balance, Balanced, PAGE, PrepareOptions, PrepareProgress, PreparedSplit, PreviewToken, Report, Side, SourceReport,
     Split, preview,
@@ -44,23 +46,12 @@ pub(crate) fn run(args: &PrepareArgs, settings: &Settings) -> Result<()> {
 /// Reads a configuration file.
 pub(crate) fn load_config(file: &Path, overrides: &[String]) -> Result<Config> {
     let text = std::fs::read_to_string(file).map_err(|e| Error::io("cannot read", file, e))?;
-    Ok(Config::parse(&text, &file.display().to_string(), overrides)?)
+    Config::parse(&text, &file.display().to_string(), overrides)
 }
 
-/// Fetches what the data options name by `hf:`, `s3://` and the like, and puts the local paths in their place.
+/// `options` with local paths for what they name elsewhere, with a bar for what is downloaded.
 pub(crate) fn local(options: &PrepareOptions, settings: &Settings) -> Result<PrepareOptions> {
-    let mut options = options.clone();
-    for (split, places) in options.places_mut() {
-        for place in std::mem::take(places) {
-            if source::is_remote(&place) {
-                let found = load::data_files(&place, split.name(), settings)?;
-                places.extend(found.iter().map(|path| path.display().to_string()));
-            } else {
-                places.push(place);
-            }
-        }
-    }
-    Ok(options)
+    terminal::with_bar(|observer| tunesmith_train::open::data(options, settings, observer))
 }
 
 /// Prepares the data of `options` in `out`, with a bar.
@@ -97,7 +88,7 @@ pub(crate) fn show(bar: &ProgressBar, progress: PrepareProgress) {
             bar.set_position(bytes_done);
         }
         PrepareProgress::Tokenizing { bytes_done, bytes, tokens } => {
-            bar.set_message(format!("tokenising: {} tokens", terminal::count(tokens)));
+            bar.set_message(format!("tokenising: {} tokens", grouped(tokens)));
             bar.set_length(bytes);
             bar.set_position(bytes_done);
         }
@@ -115,7 +106,7 @@ pub(crate) fn show(bar: &ProgressBar, progress: PrepareProgress) {
 }
 
 fn number(n: usize) -> String {
-    terminal::count(n as u64)
+    grouped(n)
 }
 
 /// What the files hold: format, rows and keys.
@@ -160,7 +151,7 @@ pub(crate) fn describe(report: &Report) -> String {
         })
         .collect();
     let header = ["split", "rows", "documents", "blocks", "tokens", "trained", "longest row"];
-    let mut text = terminal::table(&header, &rows);
+    let mut text = table(&header, &rows);
     for split in Split::ALL {
         let c = &report.split(split).counts;
         if c.overlong_rows > 0 {
@@ -235,7 +226,7 @@ fn mixture(report: &Report) -> String {
         std::iter::once(source.name.clone()).chain(numbers).chain([format!("{share:.1} %")]).collect()
     };
     let rows: Vec<Vec<String>> = report.sources.iter().map(row).collect();
-    terminal::table(&["source", "rows", "tokens", "blocks", "blocks an epoch", "share"], &rows)
+    table(&["source", "rows", "tokens", "blocks", "blocks an epoch", "share"], &rows)
 }
 
 /// The values and groups of each split.

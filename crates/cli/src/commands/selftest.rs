@@ -2,14 +2,15 @@
 
 use super::write_json_line;
 use crate::args::SelftestArgs;
-use crate::error::{Error, Result};
 use crate::load;
-use crate::source::Settings;
 use crate::terminal;
 use serde_json::json;
 use std::path::Path;
 use std::process::ExitCode;
 use std::time::Instant;
+use tunesmith_files::Result;
+use tunesmith_files::table;
+use tunesmith_hub::Settings;
 use tunesmith_model::{Checkpoint, Llama};
 use tunesmith_train::selftest::{self, Check};
 
@@ -22,8 +23,7 @@ pub(crate) fn run(args: &SelftestArgs, settings: &Settings) -> Result<ExitCode> 
         bar.inc(1);
         checks.push(check);
     };
-    let folder = tempfile::tempdir()
-        .map_err(|source| Error::Io { what: "cannot make a temporary folder for the self-test".into(), source })?;
+    let folder = super::temporary_folder()?;
     match &args.model {
         None => selftest::on_small_models(folder.path(), &mut observe)?,
         Some(spec) => {
@@ -42,7 +42,7 @@ pub(crate) fn run(args: &SelftestArgs, settings: &Settings) -> Result<ExitCode> 
             if failed == 0 { "all passed".to_owned() } else { format!("{failed} FAILED") },
             start.elapsed().as_secs_f64(),
             tunesmith_tensor::simd_level(),
-            super::threads(),
+            rayon::current_num_threads(),
         );
     }
     if let Some(file) = &args.json {
@@ -74,7 +74,7 @@ pub(super) fn table(checks: &[Check]) -> String {
         vec![check.check.to_owned(), format!("{compared:<width$}"), error, bound, verdict.to_owned()]
     };
     let rows: Vec<Vec<String>> = checks.iter().zip(&compared).map(row).collect();
-    terminal::table(&["check", &format!("{:<width$}", "compared"), "error", "bound", ""], &rows)
+    table::table(&["check", &format!("{:<width$}", "compared"), "error", "bound", ""], &rows)
 }
 
 #[cfg(test)]

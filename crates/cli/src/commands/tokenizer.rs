@@ -2,10 +2,12 @@
 
 use super::prepare::{self, load_config};
 use crate::args::{TokenizerTrainArgs, WordRuleName};
-use crate::error::{Error, Result};
-use crate::source::Settings;
 use crate::terminal;
 use std::fs;
+use tunesmith_files::bytes::format_bytes;
+use tunesmith_files::table::grouped;
+use tunesmith_files::{Error, Result};
+use tunesmith_hub::Settings;
 use tunesmith_text::{SpecialTokens, TokenizerOptions, WordRule};
 use tunesmith_train::config::Config;
 
@@ -44,9 +46,9 @@ pub(crate) fn train(args: &TokenizerTrainArgs, settings: &Settings) -> Result<()
     println!(
         "{}: {} tokens, learned from {} rows ({})",
         out.display(),
-        terminal::count(size as u64),
-        terminal::count(trained.rows as u64),
-        terminal::bytes(trained.bytes)
+        grouped(size),
+        grouped(trained.rows),
+        format_bytes(trained.bytes)
     );
     if size < args.vocab_size {
         println!(
@@ -70,7 +72,7 @@ fn config(args: &TokenizerTrainArgs) -> Result<Config> {
         Some(file) => load_config(file, &overrides),
         None => {
             overrides.push("model.source=none".into());
-            Ok(Config::parse("", "the command line", &overrides)?)
+            Config::parse("", "the command line", &overrides)
         }
     }
 }

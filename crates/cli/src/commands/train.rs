@@ -1,36 +1,39 @@
 //! `tunesmith train`: load, prepare, train, compare, report.
 
 use super::evaluate::{self, Evaluation};
-use super::plan::{Facts, Settled, peak_resident};
-use super::upload::{Upload, Uploader};
+use super::plan::{Facts, Settled};
 use crate::args::TrainArgs;
 use crate::device;
-use crate::error::{Error, Result};
-use crate::load::{self, Opened};
-use crate::source::Settings;
-use crate::terminal;
+use crate::load;
+use crate::{stop, terminal};
 use indicatif::ProgressBar;
 use serde::Serialize;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
+use tunesmith_files::Observer;
+use tunesmith_files::table::grouped;
+use tunesmith_files::{Error, Result};
+use tunesmith_files::{
+    atomic,
+    bytes::format_bytes,
+    hash::{sha256_hex, sha256_of},
+};
+use tunesmith_hub::Settings;
+use tunesmith_infer::Opened;
 use tunesmith_model::{AdapterFile, Llama, Storage};
 use tunesmith_tensor::Device;
 use tunesmith_text::{PreparedSplit, Report, Split};
-use tunesmith_train::checkpoint::sha256;
 use tunesmith_train::config::{Compute, Config, Method};
-use tunesmith_train::memory::format_bytes;
+use tunesmith_train::memory::peak_resident;
 use tunesmith_train::metrics::{MetricRecord, read_metrics};
 use tunesmith_train::report::{self, ModelFacts, RunReport, SplitCounts};
-use tunesmith_train::train::{Event, Job, Outcome, prepare_model, train};
+use tunesmith_train::train::{Event, Job, Outcome, Start, prepare_model, train};
+use tunesmith_train::upload::{Upload, UploadEvent, Uploader};
 
 /// Tokens of a side-by-side sample in the report.
 const SAMPLE_TOKENS: usize = 80;
 /// Side-by-side samples in the report.
 const NUM_SAMPLES: usize = 3;
-
-/// Set by the first Ctrl-C; the second one ends the program at once.
-static STOP: AtomicBool = AtomicBool::new(false);
 
 pub(crate) fn run(args: &TrainArgs, settings: &Settings) -> Result<()> {
     let config = super::prepare::load_config(&args.config, &args.set)?;
@@ -63,8 +66,9 @@ pub(crate) fn train_and_report(config: &Config, opened: &Opened, resume: bool, s
         opened.template()?;
     }
     // Before the data, which may take long.
-    let device = device::choose(&config.device, settings)?;
-    let upload = Upload::open(config, resume, settings)?;
+    let device = device::open(config.device, settings)?;
+    let upload =
+        terminal::with_bar(|bar| Upload::open(config, resume, settings, &mut |event| show_upload(event, bar)))?;
     let data_folder = dir.join("data");
     let data = super::prepare::prepare(&config.data, opened, &data_folder, settings)?;
     print!("{}", super::prepare::describe(&data));
@@ -84,8 +88,17 @@ pub(crate) fn train_and_report(config: &Config, opened: &Opened, resume: bool, s
     let uploads = upload.map(Upload::start).transpose()?;
     let done = train_and_compare(&settled, opened, &device, &data, &data_folder, resume, uploads.as_ref());
     match uploads {
-        Some(uploads) => uploads.finish(done),
+        Some(uploads) => uploads.finish(done, &mut |event| show_upload(event, &mut |_| ())),
         None => done,
+    }
+}
+
+/// Shows what the copy in a bucket has to say; `bar` takes how far a download is.
+fn show_upload(event: UploadEvent<'_>, bar: &mut Observer<'_>) {
+    match event {
+        UploadEvent::Progress(progress) => bar(progress),
+        UploadEvent::Note(text) => println!("{text}"),
+        UploadEvent::Warning(text) => eprintln!("warning: {text}"),
     }
 }
 
@@ -105,8 +118,8 @@ fn train_and_compare(
         Some(_) => opened.storage_before_gpu(config.model.storage, config.method == Method::Full),
         None => config.model.storage,
     };
-    let mut model = opened.llama(storage)?;
-    prepare_model(config, &opened.start(), &mut model)?;
+    let mut model = load::llama(opened, storage)?;
+    prepare_model(config, &Start::of(opened), &mut model)?;
     let num_trained = model.num_trained();
     let outcome = run_loop(config, opened, &mut model, device, data, data_folder, resume, uploads)?;
     if !outcome.finished {
@@ -116,16 +129,16 @@ fn train_and_compare(
             outcome.max_steps,
             outcome.weights.display()
         );
-        return Err(Error::Interrupted);
+        return Err(Error::Stopped);
     }
     if config.compute == Compute::Int8 {
         // What was trained is compared as it will be used: in f32. One model in memory at a time.
         drop(model);
-        model = opened.llama(config.model.storage)?;
+        model = load::llama(opened, config.model.storage)?;
         model.attach_adapter(AdapterFile::open(&outcome.weights)?, false)?;
     }
     let evaluation = compare(config, opened, model, data, data_folder)?;
-    device.synchronize().map_err(tunesmith_train::Error::from)?;
+    device.synchronize()?;
     if let Some((_, evaluation)) = &evaluation {
         print!("\n{}", evaluate::describe(evaluation));
         evaluate::write_json(&dir.join("evaluation.json"), evaluation)?;
@@ -165,13 +178,13 @@ fn write_run_files(config: &Config, opened: &Opened, data: &Report, resume: bool
         let changed: Vec<&str> = toml.lines().filter(|line| !old.lines().any(|l| l == *line)).collect();
         eprintln!("note: the configuration has changed since the run began: {}", changed.join("; "));
     }
-    super::write_atomically(&file, toml.as_bytes())?;
-    let files = opened.files();
+    atomic::write(&file, &toml)?;
+    let files = opened.checkpoint.files();
     let bar = terminal::count_bar("hashing the model's files", files.len() as u64);
     let mut weights = BTreeMap::new();
     for path in files {
         let name = path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
-        weights.insert(name, sha256(&path)?);
+        weights.insert(name, sha256_of(&path)?);
         bar.inc(1);
     }
     bar.finish_and_clear();
@@ -180,9 +193,9 @@ fn write_run_files(config: &Config, opened: &Opened, data: &Report, resume: bool
         model: opened.origin.clone(),
         weights,
         tokenizer: opened.tokenizer.fingerprint()?,
-        chat_template: opened.template.as_ref().map(|t| super::sha256_of(t.source().as_bytes())),
+        chat_template: opened.template.as_ref().map(|t| sha256_hex(t.source())),
         data: data.key.clone(),
-        config: super::sha256_of(toml.as_bytes()),
+        config: sha256_hex(&toml),
     };
     evaluate::write_json(&dir.join("lock.json"), &lock)
 }
@@ -197,13 +210,7 @@ fn run_loop(
     resume: bool,
     uploads: Option<&Uploader>,
 ) -> Result<Outcome> {
-    // A handler that is there already (a second training in one process) does the same.
-    let _ = ctrlc::set_handler(|| {
-        if STOP.swap(true, Ordering::Relaxed) {
-            std::process::exit(130);
-        }
-        eprintln!("\nstopping after this step and saving; press Ctrl-C again to stop at once");
-    });
+    stop::install(Some("\nstopping after this step and saving; press Ctrl-C again to stop at once"))?;
     let end_tokens = opened.end_tokens()?;
     let job = Job {
         config,
@@ -216,12 +223,12 @@ fn run_loop(
         data: data_folder,
         data_key: &data.key,
         resume,
-        stop: &STOP,
+        stop: stop::flag(),
     };
     let mut watcher = Watcher { bar: ProgressBar::hidden(), max_steps: 0, printed: 0, uploads };
-    let outcome = train(job, &mut |event| watcher.see(event));
+    let outcome = stop::listening(|| train(job, &mut |event| watcher.see(event)));
     watcher.bar.finish_and_clear();
-    Ok(outcome?)
+    outcome
 }
 
 /// Shows a run on the terminal: a bar with the last step, a line for everything else. Without a terminal, a line for
@@ -256,10 +263,9 @@ impl Watcher<'_> {
                 self.bar.set_position(step);
                 // What was done before a resume says nothing about this run's speed.
                 self.bar.reset_eta();
-                let parameters = terminal::count(num_trained_parameters as u64);
-                let on = num_blocks.map_or("data that is read as it goes on".into(), |n| {
-                    format!("{} blocks", terminal::count(n as u64))
-                });
+                let parameters = grouped(num_trained_parameters);
+                let on =
+                    num_blocks.map_or("data that is read as it goes on".into(), |n| format!("{} blocks", grouped(n)));
                 let from = if step > 0 { format!(" from step {step}") } else { String::new() };
                 self.line(&format!("training {parameters} weights on {on} for {max_steps} steps{from}"));
             }
@@ -280,7 +286,7 @@ impl Watcher<'_> {
             MetricRecord::Train { step, loss, learning_rate, grad_norm, tokens_per_s, rss_bytes, .. } => {
                 let text = format!(
                     "loss {loss:.4} lr {learning_rate:.2e} |g| {grad_norm:.3} {tokens_per_s:.0} tok/s {}",
-                    terminal::bytes(*rss_bytes)
+                    format_bytes(*rss_bytes)
                 );
                 self.bar.set_position(*step);
                 let due = self.printed + (self.max_steps / 100).max(1);
@@ -326,7 +332,7 @@ fn compare(
             // One of the two in memory at a time.
             let device = model.device();
             drop(model);
-            let mut base = opened.llama(Storage::F32)?;
+            let mut base = load::llama(opened, Storage::F32)?;
             base.add_tokens(&opened.new_tokens)?;
             base.move_to(&device, dtype);
             score(&base, "scoring the base model")?

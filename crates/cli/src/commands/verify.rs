@@ -2,13 +2,13 @@
 
 use super::evaluate::write_json;
 use crate::args::{MethodName, VerifyArgs};
-use crate::error::{Error, Result};
 use crate::load;
-use crate::source::Settings;
-use crate::terminal;
 use serde_json::json;
 use std::path::Path;
 use std::process::ExitCode;
+use tunesmith_files::table;
+use tunesmith_files::{Error, Result};
+use tunesmith_hub::Settings;
 use tunesmith_model::{AdapterFile, Checkpoint, Llama, Storage};
 use tunesmith_train::verify::{Check, Reference, read_curve, verify_curve, verify_reference};
 
@@ -48,7 +48,7 @@ fn against_reference(args: &VerifyArgs, file: &Path, settings: &Settings) -> Res
     if let Some(adapter) = adapter {
         llama.attach_adapter(adapter, false)?;
     }
-    Ok(verify_reference(&mut llama, &reference)?)
+    verify_reference(&mut llama, &reference)
 }
 
 fn against_curve(
@@ -100,7 +100,7 @@ fn against_curve(
         Some(adapter) => llama.attach_adapter(adapter, true)?,
         None => llama.train_all(),
     }
-    Ok(verify_curve(&mut llama, &batches, &curve, args.weight_decay, args.label_smoothing)?)
+    verify_curve(&mut llama, &batches, &curve, args.weight_decay, args.label_smoothing)
 }
 
 fn open_adapter(args: &VerifyArgs, settings: &Settings) -> Result<Option<AdapterFile>> {
@@ -114,7 +114,7 @@ fn load_llama(args: &VerifyArgs, settings: &Settings) -> Result<Llama> {
         return Err(Error::Input("--chat-template has no use here: verify compares numbers, not texts".into()));
     }
     let checkpoint = Checkpoint::open(&load::resolve(&args.model.model, settings)?.path)?;
-    Ok(Llama::load(&checkpoint, Storage::F32, |_, _| ())?)
+    Llama::load(&checkpoint, Storage::F32, |_, _| ())
 }
 
 /// The `show` largest differences, measured by their tolerances; what is not a number comes first.
@@ -134,7 +134,7 @@ fn table(checks: &[Check], show: usize) -> String {
         ]
     };
     let rows: Vec<Vec<String>> = sorted.iter().take(show).map(row).collect();
-    terminal::table(&["largest differences", "relative", "tolerance", "of it", ""], &rows)
+    table::table(&["largest differences", "relative", "tolerance", "of it", ""], &rows)
 }
 
 #[cfg(test)]

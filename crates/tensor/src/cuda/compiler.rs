@@ -3,10 +3,13 @@
 use super::error::Error;
 use super::kernels::Module;
 use super::library::{Library, Search, functions};
-use sha2::{Digest, Sha256};
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::path::Path;
 use std::ptr;
+use tunesmith_files::{
+    atomic,
+    hash::{hex, sha256},
+};
 
 functions! {
     /// The functions of NVRTC that are used.
@@ -124,33 +127,18 @@ impl Compiler {
             return Ok(bytes);
         }
         let bytes = self.compile(module, architecture)?;
-        write_renamed(&path, &bytes)?;
+        atomic::write(&path, &bytes).map_err(|e| Error::Cache { path: path.clone(), what: e.to_string() })?;
         Ok(bytes)
     }
 
     /// Name of a module in the cache: whatever could change the code is in it.
     fn key(&self, module: &Module, architecture: &str) -> String {
-        let mut hash = Sha256::new();
-        hash.update(format!("{architecture} {:?} {OPTIONS:?}\n{}", self.version, module.text()));
-        let hash: String = hash.finalize().iter().take(12).map(|b| format!("{b:02x}")).collect();
-        format!("{}-{architecture}-{hash}", module.name())
+        let hash = sha256(format!("{architecture} {:?} {OPTIONS:?}\n{}", self.version, module.text()));
+        format!("{}-{architecture}-{}", module.name(), hex(&hash[..12]))
     }
 }
 
 /// Hash of a module's source with the options that it is compiled with.
 pub(super) fn source_hash(module: &Module) -> String {
-    let hash = Sha256::digest(format!("{OPTIONS:?}\n{}", module.text()));
-    hash.iter().take(16).map(|b| format!("{b:02x}")).collect()
-}
-
-/// Writes a file under a temporary name and renames it.
-pub(super) fn write_renamed(path: &Path, bytes: &[u8]) -> Result<(), Error> {
-    let failed = |e: std::io::Error| Error::Cache { path: path.to_path_buf(), what: e.to_string() };
-    if let Some(folder) = path.parent() {
-        std::fs::create_dir_all(folder).map_err(failed)?;
-    }
-    let temporary = path.with_extension(format!("{}.tmp", std::process::id()));
-    let mut file = std::fs::File::create(&temporary).map_err(failed)?;
-    std::io::Write::write_all(&mut file, bytes).and_then(|()| file.sync_all()).map_err(failed)?;
-    std::fs::rename(&temporary, path).map_err(failed)
+    hex(&sha256(format!("{OPTIONS:?}\n{}", module.text()))[..16])
 }

@@ -8,13 +8,13 @@ use super::kernels::Module;
 use super::work::{KernelCall, Operand, Product, allocated, locked};
 use crate::dtype::Dtype;
 use half::bf16;
-use sha2::{Digest, Sha256};
 use std::alloc::{Layout, alloc, dealloc};
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::ffi::{c_char, c_void};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::{Arc, LazyLock, Mutex};
+use tunesmith_files::hash::{hex, sha256};
 
 const HEADER: &str = include_str!("emulator.h");
 /// Bytes of a guard zone, before and behind a buffer.
@@ -427,8 +427,7 @@ impl Emulator {
             "-fno-exceptions",
             "-U_FORTIFY_SOURCE",
         ];
-        let hash: String =
-            Sha256::digest(format!("{FLAGS:?}{text}")).iter().take(12).map(|b| format!("{b:02x}")).collect();
+        let hash = hex(&sha256(format!("{FLAGS:?}{text}"))[..12]);
         let path = self.folder.join(format!("{}-{hash}.so", module.name()));
         if path.exists() {
             return Ok(path);

@@ -95,3 +95,15 @@ pub enum Error {
         what: String,
     },
 }
+
+impl From<Error> for tunesmith_files::Error {
+    fn from(error: Error) -> Self {
+        let message = error.to_string();
+        match error {
+            Error::NoDevice { .. } => Self::NotFound(message),
+            Error::Missing { .. } | Error::TooOld { .. } | Error::TooSmall { .. } => Self::Unsupported(message),
+            Error::OutOfMemory { .. } | Error::OutOfHostMemory { .. } => Self::DoesNotFit(message),
+            Error::Call { .. } | Error::Compile { .. } | Error::Cache { .. } => Self::Device(message),
+        }
+    }
+}

@@ -1,6 +1,7 @@
 //! Pieces of the page: numbers, tables, bars, a histogram. Whatever is given as text is escaped here, cells of tables are not.
 use crate::prepare::Lengths;
 use std::{fmt::Write as _, ops::Range};
+use tunesmith_files::table::grouped;
 
 /// `text` with the five characters escaped that mean something in HTML, in text and in quoted attributes alike.
 pub fn escape(text: &str) -> String {
@@ -34,19 +35,6 @@ pub(super) fn visible(text: &str) -> String {
         }
     }
     shown
-}
-
-/// 1234567 as `1,234,567`.
-pub fn grouped(number: usize) -> String {
-    let digits = number.to_string();
-    let mut text = String::with_capacity(digits.len() + digits.len() / 3);
-    for (i, digit) in digits.chars().enumerate() {
-        if i > 0 && (digits.len() - i).is_multiple_of(3) {
-            text.push(',');
-        }
-        text.push(digit);
-    }
-    text
 }
 
 /// A share in percent, with a digit after the point where that says something.

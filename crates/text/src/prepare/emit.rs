@@ -1,20 +1,18 @@
 //! The second way through the rows: tokens, blocks, and the rows that could not be used.
 use super::{
     PrepareProgress, REJECTS, Report, SplitReport, files,
-    files::{DataSet, Input, Numbered, digest},
+    files::{DataSet, Input, Numbered},
     nothing_in,
     scan::Fate,
 };
 use crate::{
     ChatTemplate, Error, OnBadRow, PrepareOptions, Result, Sample, SourceReport, Split, Tokenizer,
-    atomic::Pending,
     clean::Cleaner,
     mix,
     pack::Packer,
     row::{self, BadRow, RowKind, place},
     sample::{self, RowCounts, SampleOptions, Side},
     shard,
-    tokenizer::hex,
 };
 use rayon::prelude::*;
 use std::{
@@ -24,6 +22,7 @@ use std::{
     path::Path,
     sync::atomic::{AtomicU64, Ordering},
 };
+use tunesmith_files::{atomic::AtomicFile, hash::sha256_of};
 
 /// Tokens of a split that wait to be packed: enough to fill blocks well, little to hold.
 const WINDOW: usize = 4 << 20;
@@ -176,7 +175,7 @@ pub(super) fn emit(
     }
     for (split, packer) in Split::ALL.into_iter().zip(packers) {
         report.split_mut(split).blocks = packer.finish()?;
-        report.split_mut(split).sha256 = hex(&digest(&job.folder.join(shard::file_name(split)))?);
+        report.split_mut(split).sha256 = sha256_of(&job.folder.join(shard::file_name(split)))?;
     }
     rejects.finish(job.folder)
 }
@@ -300,7 +299,7 @@ fn changed(job: &Job<'_>, row: &Numbered) -> Error {
 
 /// `rejects.jsonl`, made when there is a first one.
 struct Rejects {
-    pending: Option<Pending>,
+    pending: Option<AtomicFile>,
     rows: usize,
 }
 
@@ -311,9 +310,9 @@ impl Rejects {
         let entry = serde_json::json!({"file": file, "line": bad.line, "error": what, "row": bad.content});
         let pending = match &mut self.pending {
             Some(pending) => pending,
-            none => none.insert(Pending::create(&folder.join(REJECTS))?),
+            none => none.insert(AtomicFile::create(&folder.join(REJECTS))?),
         };
-        pending.write(|writer| writeln!(writer, "{entry}"))
+        pending.fill(|writer| writeln!(writer, "{entry}"))
     }
 
     /// Gives the file its name, or removes one of an earlier time.

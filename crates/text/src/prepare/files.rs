@@ -4,13 +4,10 @@ use crate::{
     Error, PrepareOptions, Result, RowOptions, Split, mix,
     read::{self, RawRow},
     source::{self, DataFile},
-    tokenizer::hex,
 };
-use sha2::{Digest, Sha256};
 use std::{
     collections::HashMap,
-    fs::{self, File, Metadata},
-    io::{self, Read},
+    fs::{self, Metadata},
     ops::Range,
     path::{Path, PathBuf},
     sync::{
@@ -21,6 +18,7 @@ use std::{
     thread,
     time::SystemTime,
 };
+use tunesmith_files::hash::sha256_of;
 
 /// Rows are worked on in groups of about this many bytes: enough to keep all cores busy, little to hold at once.
 const GROUP_BYTES: usize = 8 << 20;
@@ -39,7 +37,7 @@ pub(super) struct Input {
     /// Bytes to read, of the file or of its part of an archive.
     pub(super) bytes: u64,
     /// Of the file or of the archive that holds it; none of one that is read as training goes on.
-    pub(super) digest: Option<[u8; 32]>,
+    pub(super) digest: Option<String>,
     size: u64,
     modified: Option<SystemTime>,
 }
@@ -48,7 +46,7 @@ impl Input {
     /// What stands for the content in a key: its hash, or size and time where it is not read beforehand.
     pub(super) fn identity(&self) -> String {
         match &self.digest {
-            Some(digest) => hex(digest),
+            Some(digest) => digest.clone(),
             None => {
                 let since = self.modified.and_then(|time| time.duration_since(SystemTime::UNIX_EPOCH).ok());
                 format!("{} bytes, {} ns", self.bytes, since.map_or(0, |since| since.as_nanos()))
@@ -123,11 +121,11 @@ pub(super) fn inputs(sets: &[DataSet], progress: &mut dyn FnMut(PrepareProgress)
         let metadata = metadata(file.path())?;
         let streamed = split == Some(Split::Train) && sets[source].options.streaming;
         // The members of an archive follow one another.
-        let digest = match inputs.last().filter(|before| before.file.path() == file.path()).map(|before| before.digest)
-        {
+        let before = inputs.last().filter(|before| before.file.path() == file.path());
+        let digest = match before.map(|before| before.digest.clone()) {
             _ if streamed => None,
             Some(Some(before)) => Some(before),
-            _ => Some(digest(file.path())?),
+            _ => Some(sha256_of(file.path())?),
         };
         inputs.push(Input {
             source,
@@ -142,21 +140,6 @@ pub(super) fn inputs(sets: &[DataSet], progress: &mut dyn FnMut(PrepareProgress)
     }
     progress(PrepareProgress::Reading { files_done: files, files });
     Ok(inputs)
-}
-
-/// SHA-256 of a file.
-pub(super) fn digest(path: &Path) -> Result<[u8; 32]> {
-    let cannot = |error| Error::io("cannot read", path, error);
-    let mut file = File::open(path).map_err(cannot)?;
-    let (mut hasher, mut buffer) = (Sha256::new(), vec![0; 256 << 10]);
-    loop {
-        match file.read(&mut buffer) {
-            Ok(0) => return Ok(hasher.finalize().into()),
-            Ok(count) => hasher.update(&buffer[..count]),
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) => return Err(cannot(error)),
-        }
-    }
 }
 
 /// A row with its place among all rows of all files.

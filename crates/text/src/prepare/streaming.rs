@@ -7,7 +7,7 @@
 use super::files::{self, DataSet, Input, Numbered};
 use crate::{
     Block, ChatTemplate, Error, OnBadRow, PrepareOptions, PreparedSplit, Result, RowFormat, Sample, SampleOptions,
-    Split, Tokenizer, atomic,
+    Split, Tokenizer,
     clean::{self, Cleaner, Same},
     pack::Waiting,
     read::{self, RawRow, RawRows},
@@ -19,10 +19,10 @@ use serde::{Deserialize, Serialize};
 use std::{
     collections::{HashSet, VecDeque},
     fs,
-    io::Write,
     path::Path,
     sync::Arc,
 };
+use tunesmith_files::atomic;
 
 /// Rows that are worked on at a time, on all cores.
 const GROUP_ROWS: usize = 256;
@@ -329,7 +329,7 @@ impl<'a> BlockStream<'a> {
         let position = Position { ready: self.ready.len(), ..self.position.clone() };
         let json = serde_json::to_string_pretty(&position)
             .map_err(|e| Error::Failure(format!("{STATE} does not serialise: {e}")))?;
-        atomic::write_file(&folder.join(STATE), |w| writeln!(w, "{json}"))
+        atomic::write(&folder.join(STATE), json + "\n")
     }
 
     /// About how many bytes [`BlockStream::save`] writes.

@@ -3,6 +3,7 @@ use crate::{
     Balance, OnBadRow, Overlong, Preferences, PreparedSplit, Reason, Same, Side, Step, TextRows, TrainOn,
     fixture::{chatml, tokenizer},
 };
+use std::io::Write;
 use std::path::PathBuf;
 
 struct Bench {

@@ -176,7 +176,7 @@ mod tests {
 
     fn refusal(path: &Path) -> String {
         match listed(path) {
-            Err(Error::Input(text)) => text,
+            Err(error) if error.exit_code() == 2 => error.to_string(),
             other => panic!("{other:?}"),
         }
     }

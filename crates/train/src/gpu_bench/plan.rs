@@ -2,10 +2,11 @@
 
 use super::Case;
 use crate::config::{Config, Method, TrainingArguments};
-use crate::memory::{Choice, DataShape, Inputs, Place, Plan, format_bytes};
+use crate::memory::{Choice, DataShape, Inputs, Place, Plan};
 use crate::optimizer::Optim;
 use serde::Serialize;
 use std::fmt;
+use tunesmith_files::bytes::format_bytes;
 use tunesmith_model::Recompute;
 use tunesmith_model::memory::Offload;
 use tunesmith_model::memory::gpu::{OnGpu, embedding_bytes, generation_bytes, weight_bytes};

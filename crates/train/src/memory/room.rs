@@ -1,9 +1,10 @@
 //! What a run on a GPU takes besides its buffers: the driver's share of the GPU, and the process's own memory.
 
-use super::{Choice, Inputs, Place, Plan, at_least, format_bytes};
+use super::{Choice, Inputs, Place, Plan, at_least};
 use crate::config::Method;
 use crate::{Error, Result};
 use serde::Serialize;
+use tunesmith_files::bytes::format_bytes;
 use tunesmith_model::memory::{Offload, gpu};
 use tunesmith_tensor::cuda::sizes;
 
@@ -103,7 +104,7 @@ impl Inputs<'_> {
                 c.offload,
                 format_bytes(plan.total - context)
             ));
-            return Err(Error::Input(message));
+            return Err(Error::DoesNotFit(message));
         }
         let least = plan.total;
         message.push_str(&format!(
@@ -115,7 +116,7 @@ impl Inputs<'_> {
             message.push_str("; ");
             message.push_str(&suggestion);
         }
-        Err(Error::Input(message))
+        Err(Error::DoesNotFit(message))
     }
 }
 
@@ -201,7 +202,7 @@ mod tests {
             // Settings that compute the same with less; they fit, and the limit chooses them.
             let free = needed - 2_000_000;
             let refused = inputs.check_room(&plan, "a GPU", free).unwrap_err();
-            assert!(matches!(refused, Error::Input(_)), "{refused:?}");
+            assert!(matches!(refused, Error::DoesNotFit(_)), "{refused:?}");
             let text = refused.to_string();
             let set = text.split("memory_limit = \"").nth(1).unwrap().split("MB").next().unwrap();
             let fitted = inputs.fit(set.parse::<u64>().unwrap() * 1_000_000).unwrap();

@@ -4,7 +4,7 @@ pub(super) use tunesmith_text::escape;
 
 /// 1234567 as `1,234,567`.
 pub(super) fn grouped(number: u64) -> String {
-    tunesmith_text::grouped(number as usize)
+    tunesmith_files::table::grouped(number)
 }
 
 /// 1234567 as `1.23 M`; below 10,000 in full.
@@ -15,21 +15,6 @@ pub(super) fn compact(number: f64) -> String {
         }
     }
     if number >= 1.0 { grouped(number.round() as u64) } else { significant(number, 2) }
-}
-
-/// Bytes as `1.95 GiB`.
-pub(super) fn bytes(number: u64) -> String {
-    let mut value = number as f64;
-    let mut units = ["bytes", "KiB", "MiB", "GiB", "TiB"].into_iter();
-    let mut unit = units.next().unwrap_or_default();
-    for next in units {
-        if value < 1024.0 {
-            break;
-        }
-        value /= 1024.0;
-        unit = next;
-    }
-    if unit == "bytes" { format!("{number} bytes") } else { format!("{} {unit}", significant(value, 3)) }
 }
 
 /// Seconds as `42 s`, `3 min 05 s` or `2 h 07 min`.
@@ -108,7 +93,6 @@ mod tests {
             ["0", "9,999", "12.3 k", "4.88 M", "135 M"],
             [0.0, 9999.0, 12345.0, 4.884e6, 134.6e6].map(compact)[..]
         );
-        assert_eq!(["17 bytes", "1.50 KiB", "1.95 GiB"], [17, 1536, 2_093_796_557].map(bytes)[..]);
         assert_eq!(["4 s", "3 min 05 s", "2 h 07 min"], [4.2, 185.0, 7620.0].map(duration)[..]);
         assert_eq!(
             ["2.35", "0.0123", "123", "\u{2212}2.00", "\u{2013}"],

@@ -1,15 +1,16 @@
 //! Continuing every prompt of a file, several at once.
 
-use super::super::continuation::{Finish, GrowingText, Interrupt};
 use super::{Generated, show_json};
 use crate::args::GenerateArgs;
-use crate::error::{Error, Result};
-use crate::load::Opened;
+use crate::stop;
 use crate::terminal;
 use serde_json::Value;
 use std::ops::ControlFlow;
 use std::path::Path;
+use std::sync::atomic::Ordering;
 use std::time::Instant;
+use tunesmith_files::{Error, Result};
+use tunesmith_infer::{Finish, GrowingText, Opened};
 use tunesmith_model::{End, Llama, Sampler, Sampling, Workspace, generate_together};
 
 /// A model that is ready, and how it shall write.
@@ -18,7 +19,6 @@ pub(super) struct Job<'a> {
     pub(super) llama: &'a Llama,
     pub(super) opened: &'a Opened,
     pub(super) end_tokens: &'a [u32],
-    pub(super) interrupt: Interrupt,
 }
 
 /// The prompts of `file`, one a line.
@@ -51,7 +51,7 @@ pub(super) fn read_prompts(file: &Path) -> Result<Vec<String>> {
 
 /// Continues `prompts`, whose tokens are `ids`, and prints a line for each.
 pub(super) fn run(job: &Job<'_>, prompts: &[String], ids: &[Vec<u32>], sampling: Sampling) -> Result<()> {
-    let Job { args, llama, opened, end_tokens, interrupt } = job;
+    let Job { args, llama, opened, end_tokens } = job;
     let tokenizer = &opened.tokenizer;
     let mut samplers = Vec::with_capacity(ids.len());
     for line in 0..ids.len() as u64 {
@@ -66,25 +66,17 @@ pub(super) fn run(job: &Job<'_>, prompts: &[String], ids: &[Vec<u32>], sampling:
         if let Err(error) = texts[number].push(id) {
             failed = Some(error);
         }
-        if failed.is_some() || interrupt.wanted() {
+        if failed.is_some() || stop::flag().load(Ordering::Relaxed) {
             return ControlFlow::Break(End::All);
         }
         if texts[number].stopped { ControlFlow::Break(End::This) } else { ControlFlow::Continue(()) }
     };
     let slices: Vec<&[u32]> = ids.iter().map(Vec::as_slice).collect();
     let (start, mut ws) = (Instant::now(), Workspace::default());
-    interrupt.begin();
-    let ended = generate_together(
-        llama,
-        &slices,
-        &mut samplers,
-        end_tokens,
-        args.sampling.max_new_tokens,
-        args.batch,
-        &mut ws,
-        on_token,
-    );
-    interrupt.end();
+    let max_new_tokens = args.sampling.max_new_tokens;
+    let ended = stop::listening(|| {
+        generate_together(llama, &slices, &mut samplers, end_tokens, max_new_tokens, args.batch, &mut ws, on_token)
+    });
     bar.finish_and_clear();
     let results = ended?;
     if let Some(error) = failed {
@@ -108,5 +100,5 @@ pub(super) fn run(job: &Job<'_>, prompts: &[String], ids: &[Vec<u32>], sampling:
     }
     let (speed, count) = (new_tokens as f64 / seconds, prompts.len());
     eprintln!("{count} prompts, {new_tokens} new tokens, {speed:.1} tokens/s with the reading of the prompts");
-    if interrupted { Err(Error::Interrupted) } else { Ok(()) }
+    if interrupted { Err(Error::Stopped) } else { Ok(()) }
 }
