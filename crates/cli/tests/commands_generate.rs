@@ -7,7 +7,8 @@ mod tiny;
 use serde_json::Value;
 use std::ops::ControlFlow;
 use tiny::{Ran, refused, run, run_with};
-use tunesmith_model::{Checkpoint, KvCache, Llama, Sampler, Sampling, Storage, Workspace, generate};
+use tunesmith_infer::{Request, Sampler, Sampling, complete};
+use tunesmith_model::{Checkpoint, Llama, Storage};
 use tunesmith_text::{ChatTemplate, Message, Tokenizer};
 
 const PROMPT: &str = "To be, or not to be";
@@ -37,11 +38,8 @@ fn greedy_is_what_the_engine_computes() {
         let tokenizer = Tokenizer::from_folder(model.path()).unwrap();
         let llama = Llama::load(&Checkpoint::open(model.path()).unwrap(), Storage::F32, |_, _| ()).unwrap();
         let prompt = tokenizer.encode(PROMPT, true).unwrap();
-        let mut cache = KvCache::new(&llama.config, 256);
-        let mut sampler = Sampler::new(Sampling::default()).unwrap();
-        let go_on = |_| ControlFlow::Continue(());
-        let mut ws = Workspace::default();
-        let (want, _) = generate(&llama, &prompt, &mut cache, &mut sampler, &[2], 40, &mut ws, go_on).unwrap();
+        let request = Request::new(&prompt, Sampler::new(Sampling::default()).unwrap(), &[2], 40);
+        let want = complete(&llama, vec![request], 1, |_, _| ControlFlow::Continue(())).unwrap().remove(0).ids;
         assert_eq!(ids(&found["ids"]), want);
         assert_eq!(found["prompt"], PROMPT);
         assert_eq!(found["prompt_tokens"], prompt.len());

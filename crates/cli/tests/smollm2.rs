@@ -14,9 +14,9 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, OnceLock};
 use tunesmith::load::{self, Opened};
 use tunesmith::source::Settings;
+use tunesmith_infer::{Request, Sampler, Sampling, complete};
 use tunesmith_model::{
-    AdapterConfig, AdapterFile, Batch, Gradients, KvCache, Llama, LossOptions, Sampler, Sampling, Storage, Workspace,
-    generate, save_adapter,
+    AdapterConfig, AdapterFile, Batch, Gradients, Llama, LossOptions, Storage, Workspace, save_adapter,
 };
 use tunesmith_tensor::Tensor;
 use tunesmith_text::Message;
@@ -170,16 +170,13 @@ fn greedy_continuations_token_by_token() {
     assert_eq!(list(&facts["greedy"]).len(), 5);
     let template = real.opened.template.as_ref().unwrap();
     let end_tokens = real.opened.end_tokens().unwrap();
-    let mut ws = Workspace::default();
     for case in list(&facts["greedy"]) {
         let messages = [Message::new("user", case["prompt"].as_str().unwrap())];
         let prompt = real.opened.tokenizer.encode(&template.render(&messages, true).unwrap(), false).unwrap();
         assert_eq!(prompt, ids(&case["prompt_ids"]));
-        let mut cache = KvCache::new(&real.llama.config, prompt.len() + 48);
-        let mut sampler = Sampler::new(Sampling::default()).unwrap();
-        let go_on = |_| ControlFlow::Continue(());
-        let (new, _) =
-            generate(&real.llama, &prompt, &mut cache, &mut sampler, &end_tokens, 48, &mut ws, go_on).unwrap();
+        let request = Request::new(&prompt, Sampler::new(Sampling::default()).unwrap(), &end_tokens, 48);
+        let go_on = |_, _| ControlFlow::Continue(());
+        let new = complete(&real.llama, vec![request], 1, go_on).unwrap().remove(0).ids;
         assert_eq!(new, ids(&case["new_ids"]), "{}", case["prompt"]);
         assert_eq!(real.opened.tokenizer.decode(&new, false).unwrap(), case["text"].as_str().unwrap());
     }

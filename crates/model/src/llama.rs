@@ -3,11 +3,10 @@
 //! Shape suffixes: t tokens of the micro-batch, d hidden size, f intermediate size, h query heads · head size, k key/value
 //! heads · head size, r LoRA rank, n positions that carry loss.
 
-mod decode;
+pub(crate) mod infer;
 mod inputs;
 mod layer;
 mod placement;
-pub(crate) mod together;
 
 use crate::memory::Offload;
 use crate::token_rows::TokenRows;
@@ -200,12 +199,9 @@ pub struct Workspace {
     rstd_n: Tensor,
     normed_nd: Tensor,
     logits: Tensor,
-    /// A copy of the logits of a model on a GPU.
-    host_logits: Tensor,
     losses: Vec<f32>,
     head: linear_cross_entropy::Scratch,
     back: BackwardBuffers,
-    generation: decode::Buffers,
 }
 
 #[derive(Debug, Default)]
@@ -252,8 +248,7 @@ impl Workspace {
         let two = [d_act_tf, d_o_th, d_q_th, d_k_tk, d_v_tk, d_xa_tr, d_dropped];
         let tensors = inputs.num_bytes() + one.into_iter().chain(two).map(Tensor::capacity_bytes).sum::<usize>();
         let layers = self.layers.iter().map(layer).sum::<usize>() + self.made.iter().map(made).sum::<usize>();
-        let generation = self.generation.num_bytes();
-        tensors + layers + generation + self.angles.num_bytes() + self.head.num_bytes() + 4 * self.losses.capacity()
+        tensors + layers + self.angles.num_bytes() + self.head.num_bytes() + 4 * self.losses.capacity()
     }
 
     /// Buffers for passes of a model on `device`: as [`Workspace::parked`] where that is a GPU and `offload` says so.
@@ -262,11 +257,6 @@ impl Workspace {
             Some(_) if offload.activations => Self::parked(recompute),
             _ => Self::new(recompute),
         }
-    }
-
-    /// Whether generation on a GPU goes by a record of its last pass.
-    pub fn is_recorded(&self) -> bool {
-        self.generation.recorded.is_recorded()
     }
 
     /// Loss (nats) of each position of the last batch that carries loss, in the order of [`Batch::loss_rows`].

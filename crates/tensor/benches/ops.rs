@@ -6,18 +6,17 @@
 
 use divan::counter::{BytesCount, ItemsCount};
 use divan::{Bencher, black_box};
-use half::f16;
 use tunesmith_tensor::ops::attention::{Heads, Segment};
-use tunesmith_tensor::ops::attention_decode::{Element, KeyValues};
+use tunesmith_tensor::ops::attention_paged::{Chunk, Slots};
 use tunesmith_tensor::ops::linear::{Adapter, Into};
 use tunesmith_tensor::ops::{
-    adamw, adamw_8bit, attention, attention_decode, dropout, embedding, grad_norm, linear, linear_cross_entropy,
-    products, rmsnorm, rope, rows, sample, swiglu,
+    adamw, adamw_8bit, attention, dropout, embedding, grad_norm, linear, linear_cross_entropy, products, rmsnorm, rope,
+    rows, sample, swiglu,
 };
 use tunesmith_tensor::packed_int::Int8Rows;
 use tunesmith_tensor::quant::{BlockType, dequantize};
 use tunesmith_tensor::rng::Rng;
-use tunesmith_tensor::{Bytes, Int8Weight, Packed, Tensor, Weight};
+use tunesmith_tensor::{Bytes, Device, Dtype, Int8Weight, PAGE, Packed, PagedCache, Tensor, Weight};
 
 /// Tokens.
 const T: usize = 512;
@@ -149,52 +148,53 @@ fn attention_backward(bencher: Bencher<'_, '_>, (num, length): (usize, usize)) {
     });
 }
 
-/// New tokens of four sequences, each behind 512 that are cached.
-#[divan::bench(args = [1, 32])]
-fn attention_forward_cached(bencher: Bencher<'_, '_>, new: usize) {
-    const CACHED: usize = 512;
-    let keys = CACHED + new;
-    let q = random(&[4 * new, HEADS.q_cols()]);
-    let [k, v] = [(); 2].map(|()| random(&[4 * keys, HEADS.kv_cols()]));
-    let segments: Vec<Segment> =
-        (0..4).map(|i| Segment { queries: i * new..(i + 1) * new, keys: i * keys..(i + 1) * keys }).collect();
-    let mut o = Tensor::default();
-    let flops = ItemsCount::new(2 * 2 * HEADS.q_cols() * 4 * new * (CACHED + new.div_ceil(2)));
-    let run = || attention::forward_cached(black_box(&q), &k, &v, &segments, HEADS, &mut o);
-    bencher.counter(flops).bench_local(run);
-}
-
 /// Tokens in the cache of one sequence.
 const CONTEXT: usize = 4096;
 
-/// One token behind [`CONTEXT`] others: reads the cache.
-#[divan::bench(types = [f32, f16])]
-fn attention_decode_forward<E: Element>(bencher: Bencher<'_, '_>) {
+/// A cache of [`CONTEXT`] tokens for each of `sequences` and `new` more, and a pass over the new ones.
+fn cached(half: bool, sequences: usize, new: usize) -> (PagedCache, Slots, [Tensor; 3]) {
+    let pages = (CONTEXT + new).div_ceil(PAGE);
+    let mut cache = match half {
+        true => PagedCache::f16(HEADS, 1, sequences * pages),
+        false => PagedCache::new(&Device::Cpu, Dtype::F32, HEADS, 1, sequences * pages),
+    };
+    let mut slots = Slots::default();
+    let table = |i: usize| (i * pages..(i + 1) * pages).map(|page| page as u32).collect::<Vec<_>>();
     let [k, v] = [(); 2].map(|()| random(&[CONTEXT, HEADS.kv_cols()]));
-    let mut cache = KeyValues::<E>::new(HEADS);
-    cache.write(0, &k, &v);
-    let (q, mut o, mut scratch) =
-        (random(&[1, HEADS.q_cols()]), Tensor::default(), attention_decode::Scratch::default());
-    let read = BytesCount::new(2 * CONTEXT * HEADS.kv_cols() * size_of::<E>());
-    let run = || attention_decode::forward(black_box(&q), &cache, CONTEXT, &mut o, &mut scratch);
-    bencher.counter(read).bench_local(run);
+    for i in 0..sequences {
+        slots.set(&cache, vec![Chunk { rows: 0..CONTEXT, past: 0, pages: table(i) }]);
+        slots.write(&mut cache, 0, &k, &v);
+    }
+    let chunk = |i: usize| Chunk { rows: i * new..(i + 1) * new, past: CONTEXT, pages: table(i) };
+    slots.set(&cache, (0..sequences).map(chunk).collect());
+    let cols = [HEADS.q_cols(), HEADS.kv_cols(), HEADS.kv_cols()];
+    (cache, slots, cols.map(|cols| random(&[sequences * new, cols])))
 }
 
-#[divan::bench(types = [f32, f16])]
-fn attention_decode_write<E: Element>(bencher: Bencher<'_, '_>) {
-    let [k, v] = [(); 2].map(|()| random(&[T, HEADS.kv_cols()]));
-    let mut cache = KeyValues::<E>::new(HEADS);
-    let moved = BytesCount::new(2 * T * HEADS.kv_cols() * (size_of::<f32>() + size_of::<E>()));
-    bencher.counter(moved).bench_local(|| cache.write(0, black_box(&k), &v));
+/// One token of one or several sequences after [`CONTEXT`] others: reads the cache.
+#[divan::bench(args = [(false, 1), (true, 1), (true, 16)])]
+fn attention_paged_decode(bencher: Bencher<'_, '_>, (half, sequences): (bool, usize)) {
+    let (cache, mut slots, [q, ..]) = cached(half, sequences, 1);
+    let mut o = Tensor::default();
+    let element = if half { 2 } else { 4 };
+    let read = BytesCount::new(sequences * 2 * CONTEXT * HEADS.kv_cols() * element);
+    bencher.counter(read).bench_local(|| slots.attend(&cache, 0, black_box(&q), None, &mut o));
 }
 
-#[divan::bench(types = [f32, f16])]
-fn attention_decode_read<E: Element>(bencher: Bencher<'_, '_>) {
-    let [mut k, mut v] = [(); 2].map(|()| random(&[T, HEADS.kv_cols()]));
-    let mut cache = KeyValues::<E>::new(HEADS);
-    cache.write(0, &k, &v);
-    let moved = BytesCount::new(2 * T * HEADS.kv_cols() * (size_of::<f32>() + size_of::<E>()));
-    bencher.counter(moved).bench_local(|| black_box(&cache).read(T, &mut k, &mut v));
+/// A part of a prompt after [`CONTEXT`] tokens: gathers keys and values.
+#[divan::bench(args = [false, true])]
+fn attention_paged_prefill(bencher: Bencher<'_, '_>, half: bool) {
+    let (cache, mut slots, [q, k, v]) = cached(half, 1, 512);
+    let mut o = Tensor::default();
+    let flops = ItemsCount::new(2 * 2 * HEADS.q_cols() * 512 * (CONTEXT + 256));
+    bencher.counter(flops).bench_local(|| slots.attend(&cache, 0, black_box(&q), Some((&k, &v)), &mut o));
+}
+
+#[divan::bench(args = [false, true])]
+fn attention_paged_write(bencher: Bencher<'_, '_>, half: bool) {
+    let (mut cache, slots, [_, k, v]) = cached(half, 1, T);
+    let moved = BytesCount::new(2 * T * HEADS.kv_cols() * if half { 6 } else { 8 });
+    bencher.counter(moved).bench_local(|| slots.write(&mut cache, 0, black_box(&k), &v));
 }
 
 #[divan::bench]

@@ -60,6 +60,32 @@ impl Segment {
     }
 }
 
+/// Tokens of a page of a KV cache: the lanes of a 512-bit vector of f32, in which the keys of a page stand side by side.
+pub const PAGE: usize = 16;
+
+/// New tokens of one sequence in a pass.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Chunk {
+    /// Their rows of q, k and v.
+    pub rows: Range<usize>,
+    /// Tokens of the sequence before them.
+    pub past: usize,
+    /// The block table of the sequence: the page of each [`PAGE`] of its tokens.
+    pub pages: Vec<u32>,
+}
+
+impl Chunk {
+    /// Keys that the last of the tokens sees.
+    pub(crate) fn num_keys(&self) -> usize {
+        self.past + self.rows.len()
+    }
+
+    /// The slot of each of the first [`Chunk::num_keys`] tokens from `first` on: its row among all rows of the cache.
+    pub(crate) fn slots(&self, first: usize) -> impl Iterator<Item = u32> {
+        (first..self.num_keys()).map(|t| self.pages[t / PAGE] * PAGE as u32 + (t % PAGE) as u32)
+    }
+}
+
 /// Which mask: a probability of dropping, a seed for the run, and a stream for (step, layer, module).
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Mask {

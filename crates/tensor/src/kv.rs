@@ -1,19 +1,23 @@
-//! Keys and values of one sequence in host memory, as f32 or f16; read by `ops/attention_decode.rs`.
+//! The KV cache: keys and values of all layers in pages of [`PAGE`] tokens. Which pages belong to a sequence, in which order, is
+//! its block table, which whoever hands out pages keeps ("PagedAttention", Kwon et al., 2023).
 
-use crate::{contract::Heads, tensor::Tensor};
+use crate::contract::{Heads, PAGE};
+use crate::device::Device;
+use crate::dtype::Dtype;
+use crate::tensor::Tensor;
 use bytemuck::{Pod, Zeroable};
 use half::{f16, slice::HalfFloatSliceExt};
 use rayon::prelude::*;
 use std::marker::PhantomData;
 
-/// Keys that stand side by side, element by element: the lanes of a 512-bit vector of f32.
-pub(crate) const TILE: usize = 16;
-
 /// Keys of which one task makes a partial result.
 pub(crate) const RUN: usize = 256;
 
-/// A number as a cache keeps it.
-pub trait Element: Pod + Send + Sync {
+/// Pages that a CPU allocates at a time.
+const SLAB: usize = 16;
+
+/// A number as a cache of the CPU keeps it.
+pub(crate) trait Element: Pod + Send + Sync {
     /// `x` as such numbers: calls `put` with pieces of them, in order, and where each begins.
     fn narrow(x: &[f32], put: impl FnMut(usize, &[Self]));
 
@@ -70,120 +74,194 @@ impl Element for f16 {
 #[repr(C, align(64))]
 struct Line([u8; 64]);
 
-/// Keys and values of one layer for the tokens of one sequence, as numbers of type `E`. Memory grows with the tokens, [`RUN`]
-/// at a time.
-#[derive(Clone, Debug)]
-pub struct KeyValues<E> {
-    pub(crate) heads: Heads,
-    pub(crate) per_head: Vec<HeadCache>,
+/// The pages of one layer in host memory. A slab has for each key/value head the keys of [`SLAB`] pages, each [D, PAGE], and then
+/// their values, each [PAGE, D]: consecutive pages lie as one sequence would without pages. Memory grows with the pages that are
+/// written.
+pub(crate) struct HostPages<E> {
+    slabs: Vec<Vec<Line>>,
     elements: PhantomData<E>,
 }
 
-/// The cache of one key/value head.
-#[derive(Clone, Default)]
-pub(crate) struct HeadCache {
-    /// Keys: tiles of [`TILE`] tokens, each [D, TILE].
-    k: Vec<Line>,
-    /// Values: [tokens, D].
-    v: Vec<Line>,
-}
-
-impl std::fmt::Debug for HeadCache {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "HeadCache({} bytes)", (self.k.len() + self.v.len()) * size_of::<Line>())
-    }
-}
-
-impl HeadCache {
-    pub(crate) fn k<E: Element>(&self) -> &[E] {
-        bytemuck::cast_slice(&self.k)
+impl<E: Element> HostPages<E> {
+    /// Elements of the keys (or values) of one head in a slab.
+    fn half(heads: Heads) -> usize {
+        SLAB * PAGE * heads.head_dim
     }
 
-    pub(crate) fn v<E: Element>(&self) -> &[E] {
-        bytemuck::cast_slice(&self.v)
-    }
-}
-
-impl<E: Element> KeyValues<E> {
-    /// An empty cache.
-    pub fn new(heads: Heads) -> Self {
-        Self { heads, per_head: vec![HeadCache::default(); heads.num_kv_heads], elements: PhantomData }
+    fn slab(&self, slab: usize) -> &[E] {
+        bytemuck::cast_slice(&self.slabs[slab])
     }
 
-    /// Writes `k` and `v` [T, K·D] as tokens `at..at + T`; what was there or behind is forgotten.
+    /// Keys [D, PAGE] and values [PAGE, D] of a head in `page`.
     ///
     /// # Panics
-    /// When the tokens before `at` were never written.
-    pub fn write(&mut self, at: usize, k: &Tensor, v: &Tensor) {
-        let (num_tokens, d) = (k.rows(), self.heads.head_dim);
-        assert!(k.shape() == v.shape() && k.cols() == self.heads.kv_cols(), "k {:?}, v {:?}", k.shape(), v.shape());
-        assert!(at <= self.room(), "token {at} behind {} that are there", self.room());
-        let lines = ((at + num_tokens).next_multiple_of(RUN) * d * size_of::<E>()).div_ceil(size_of::<Line>());
-        let write_head = |(head, cache): (usize, &mut HeadCache)| {
-            for buffer in [&mut cache.k, &mut cache.v] {
-                if lines > buffer.len() {
-                    buffer.reserve_exact(lines - buffer.len());
-                    buffer.resize(lines, Line::zeroed());
+    /// When the page was never written.
+    pub(crate) fn page(&self, page: u32, head: usize, heads: Heads) -> (&[E], &[E]) {
+        let (half, len) = (Self::half(heads), PAGE * heads.head_dim);
+        let at = head * 2 * half + page as usize % SLAB * len;
+        let slab = self.slab(page as usize / SLAB);
+        (&slab[at..at + len], &slab[at + half..at + half + len])
+    }
+
+    /// Writes `k` and `v` [T, K·D] as the tokens from `first` on of a sequence with these `pages`.
+    fn write(&mut self, heads: Heads, first: usize, pages: &[u32], k: &[f32], v: &[f32]) {
+        let (cols, d, half) = (heads.kv_cols(), heads.head_dim, Self::half(heads));
+        let num_tokens = k.len() / cols;
+        let slab_of = |token: usize| pages[token / PAGE] as usize / SLAB;
+        let (mut token, end) = (first, first + num_tokens);
+        while token < end {
+            // The tokens that follow in the same slab.
+            let slab = slab_of(token);
+            let behind = (token..end).find(|t| slab_of(*t) != slab).unwrap_or(end);
+            if self.slabs.len() <= slab {
+                self.slabs.resize_with(slab + 1, Vec::new);
+            }
+            let lines = (heads.num_kv_heads * 2 * half * size_of::<E>()).div_ceil(size_of::<Line>());
+            if self.slabs[slab].is_empty() {
+                self.slabs[slab] = bytemuck::zeroed_vec(lines);
+            }
+            let elements: &mut [E] = bytemuck::cast_slice_mut(&mut self.slabs[slab]);
+            let write_head = |(head, out): (usize, &mut [E])| {
+                let (keys, values) = out.split_at_mut(half);
+                for t in token..behind {
+                    let (page, lane) = (pages[t / PAGE] as usize % SLAB, t % PAGE);
+                    let columns = (t - first) * cols + head * d..(t - first) * cols + (head + 1) * d;
+                    let tile = &mut keys[page * PAGE * d..][..PAGE * d];
+                    E::narrow(&k[columns.clone()], |at, part| {
+                        for (i, x) in part.iter().enumerate() {
+                            tile[(at + i) * PAGE + lane] = *x;
+                        }
+                    });
+                    let row = &mut values[(page * PAGE + lane) * d..][..d];
+                    E::narrow(&v[columns], |at, part| row[at..at + part.len()].copy_from_slice(part));
                 }
+            };
+            let all_heads = heads.num_kv_heads * 2 * half;
+            if behind - token < PAGE {
+                elements[..all_heads].chunks_exact_mut(2 * half).enumerate().for_each(write_head);
+            } else {
+                elements[..all_heads].par_chunks_exact_mut(2 * half).enumerate().for_each(write_head);
             }
-            let keys: &mut [E] = bytemuck::cast_slice_mut(&mut cache.k);
-            let values: &mut [E] = bytemuck::cast_slice_mut(&mut cache.v);
-            for t in 0..num_tokens {
-                let token = at + t;
-                let columns = head * d..(head + 1) * d;
-                let (tile, lane) = (&mut keys[token / TILE * TILE * d..][..TILE * d], token % TILE);
-                E::narrow(&k.row(t)[columns.clone()], |first, part| {
-                    for (i, x) in part.iter().enumerate() {
-                        tile[(first + i) * TILE + lane] = *x;
-                    }
-                });
-                let row = &mut values[token * d..(token + 1) * d];
-                E::narrow(&v.row(t)[columns], |first, part| row[first..first + part.len()].copy_from_slice(part));
-            }
-        };
-        if num_tokens < TILE {
-            self.per_head.iter_mut().enumerate().for_each(write_head);
-        } else {
-            self.per_head.par_iter_mut().enumerate().for_each(write_head);
+            token = behind;
         }
     }
 
-    /// The first `num_tokens` keys and values as rows of `k` and `v` [at least `num_tokens`, K·D]; further rows stay.
-    ///
-    /// # Panics
-    /// When there are not as many tokens or rows.
-    pub fn read(&self, num_tokens: usize, k: &mut Tensor, v: &mut Tensor) {
-        let (cols, d) = (self.heads.kv_cols(), self.heads.head_dim);
-        assert!(num_tokens <= self.room() && k.rows().min(v.rows()) >= num_tokens, "{num_tokens} tokens");
-        assert!(k.cols() == cols && v.cols() == cols);
-        let (k, v) = (&mut k.data_mut()[..num_tokens * cols], &mut v.data_mut()[..num_tokens * cols]);
-        let tiles = k.par_chunks_mut(TILE * cols).zip(v.par_chunks_mut(TILE * cols));
-        tiles.enumerate().for_each(|(tile, (k, v))| {
+    /// The first tokens of a sequence with these `pages` as rows of `k` and `v` [tokens, K·D].
+    pub(crate) fn read(&self, heads: Heads, pages: &[u32], k: &mut [f32], v: &mut [f32]) {
+        let (cols, d) = (heads.kv_cols(), heads.head_dim);
+        let rows = k.par_chunks_mut(PAGE * cols).zip(v.par_chunks_mut(PAGE * cols));
+        rows.zip(pages).for_each(|((k, v), page)| {
             let num_rows = k.len() / cols;
-            for (head, cache) in self.per_head.iter().enumerate() {
-                let mut line = [0.0; TILE];
-                for (i, lanes) in cache.k::<E>()[tile * TILE * d..][..TILE * d].chunks_exact(TILE).enumerate() {
+            for head in 0..heads.num_kv_heads {
+                let (keys, values) = self.page(*page, head, heads);
+                let mut line = [0.0; PAGE];
+                for (i, lanes) in keys.chunks_exact(PAGE).enumerate() {
                     E::widen(lanes, &mut line);
                     for (t, x) in line[..num_rows].iter().enumerate() {
                         k[t * cols + head * d + i] = *x;
                     }
                 }
-                let values = cache.v::<E>()[tile * TILE * d..].chunks_exact(d);
-                for (row, value) in v.chunks_exact_mut(cols).zip(values) {
+                for (row, value) in v.chunks_exact_mut(cols).zip(values.chunks_exact(d)) {
                     E::widen(value, &mut row[head * d..(head + 1) * d]);
                 }
             }
         });
     }
 
-    /// Tokens that the memory held now has room for.
-    pub(crate) fn room(&self) -> usize {
-        self.per_head.first().map_or(0, |cache| cache.k::<E>().len() / self.heads.head_dim)
+    fn bytes(&self) -> usize {
+        self.slabs.iter().map(|slab| slab.capacity() * size_of::<Line>()).sum()
+    }
+}
+
+/// Keys and values of every layer, in the precision that the cache was made for.
+pub(crate) enum Layers {
+    F32(Vec<HostPages<f32>>),
+    F16(Vec<HostPages<f16>>),
+    /// Rows [num_pages · PAGE, K·D] of keys and of values on a GPU, in the type of its activations.
+    Device(Vec<(Tensor, Tensor)>),
+}
+
+/// A cache of `num_pages` pages, on one device.
+pub struct PagedCache {
+    pub(crate) heads: Heads,
+    pub(crate) layers: Layers,
+    num_pages: usize,
+}
+
+impl std::fmt::Debug for PagedCache {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "PagedCache({} pages, {} bytes)", self.num_pages, self.bytes())
+    }
+}
+
+/// No page of each layer.
+fn empty<E>(num_layers: usize) -> Vec<HostPages<E>> {
+    (0..num_layers).map(|_| HostPages { slabs: Vec::new(), elements: PhantomData }).collect()
+}
+
+impl PagedCache {
+    /// A cache on `device`: on the CPU in f32, so that generation computes what a pass over the complete text computes, in memory that
+    /// is allocated as pages are written; on a GPU in `dtype`, in memory that is allocated at once.
+    pub fn new(device: &Device, dtype: Dtype, heads: Heads, num_layers: usize, num_pages: usize) -> Self {
+        if *device == Device::Cpu {
+            return Self { heads, layers: Layers::F32(empty(num_layers)), num_pages };
+        }
+        let rows = || {
+            let mut rows = Tensor::default();
+            rows.resize_on(device, dtype, &[num_pages * PAGE, heads.kv_cols()]);
+            rows
+        };
+        Self { heads, layers: Layers::Device((0..num_layers).map(|_| (rows(), rows())).collect()), num_pages }
+    }
+
+    /// A cache on the CPU in f16: half the memory and half the reading, in the precision of weights of 8 bits.
+    pub fn f16(heads: Heads, num_layers: usize, num_pages: usize) -> Self {
+        Self { heads, layers: Layers::F16(empty(num_layers)), num_pages }
+    }
+
+    /// Number of pages.
+    pub fn num_pages(&self) -> usize {
+        self.num_pages
+    }
+
+    /// Adds pages until there are `num_pages`; what is cached stays.
+    pub fn grow(&mut self, num_pages: usize) {
+        if num_pages <= self.num_pages {
+            return;
+        }
+        if let Layers::Device(layers) = &mut self.layers {
+            for rows in layers.iter_mut().flat_map(|(k, v)| [k, v]) {
+                let mut larger = Tensor::default();
+                larger.resize_like(rows, &[num_pages * PAGE, rows.cols()]);
+                larger.copy_rows(0, rows, rows.rows());
+                *rows = larger;
+            }
+        }
+        self.num_pages = num_pages;
     }
 
     /// Bytes of memory held.
     pub fn bytes(&self) -> usize {
-        self.per_head.iter().map(|cache| (cache.k.capacity() + cache.v.capacity()) * size_of::<Line>()).sum()
+        match &self.layers {
+            Layers::F32(layers) => layers.iter().map(HostPages::bytes).sum(),
+            Layers::F16(layers) => layers.iter().map(HostPages::bytes).sum(),
+            Layers::Device(layers) => layers.iter().map(|(k, v)| k.capacity_bytes() + v.capacity_bytes()).sum(),
+        }
+    }
+
+    /// Where keys and values are on a GPU.
+    pub fn addresses(&self) -> impl Iterator<Item = u64> {
+        let device = if let Layers::Device(layers) = &self.layers { &layers[..] } else { &[] };
+        device.iter().flat_map(|(k, v)| [k.address(), v.address()])
+    }
+
+    /// Writes rows `k` and `v` of one sequence to host memory.
+    pub(crate) fn write_host(&mut self, layer: usize, first: usize, pages: &[u32], k: &[f32], v: &[f32]) {
+        match &mut self.layers {
+            Layers::F32(layers) => layers[layer].write(self.heads, first, pages, k, v),
+            Layers::F16(layers) => layers[layer].write(self.heads, first, pages, k, v),
+            Layers::Device(_) => panic!("the cache is on a GPU"),
+        }
     }
 }
 

@@ -2,7 +2,8 @@
 
 use crate::{Error, Result, statistics::DocumentLoss};
 use std::ops::{ControlFlow, Range};
-use tunesmith_model::{Batch, Llama, Sampler, Sampling, Workspace, generate_together};
+use tunesmith_infer::{Request, Sampler, Sampling, complete};
+use tunesmith_model::{Batch, Llama, Workspace};
 use tunesmith_tensor::Device;
 use tunesmith_text::{Block, PreparedSplit, Side};
 
@@ -86,13 +87,8 @@ pub fn mean_loss(documents: &[DocumentLoss]) -> (f64, u64) {
     (documents.iter().map(|d| d.loss_sum).sum::<f64>() / tokens.max(1) as f64, tokens)
 }
 
-/// Prompts that are continued at once on a GPU. On the processor one after the other: samples shall not need more memory than one.
-pub(crate) const PLACES: usize = 16;
-
-/// Most sequences that [`continuations`] of `prompts` prompts holds at once.
-pub fn places(device: &Device, prompts: usize) -> usize {
-    if *device == Device::Cpu { 1 } else { prompts.clamp(1, PLACES) }
-}
+/// Prompts that are continued at once on a GPU. On the CPU one after the other: samples shall not need more memory than one.
+pub(crate) const AT_ONCE: usize = 16;
 
 /// Up to `max_new_tokens` tokens that `model` puts behind each of `prompts`, for the eye. Drawn with one fixed seed, so that samples of
 /// different weights differ by the weights alone; not the most likely tokens, because small models repeat themselves with these.
@@ -104,14 +100,13 @@ pub fn continuations(
     prompts: &[&[u32]],
     end_tokens: &[u32],
     max_new_tokens: usize,
-    ws: &mut Workspace,
 ) -> Result<Vec<Vec<u32>>> {
     let options =
         Sampling { do_sample: true, temperature: 0.7, top_p: 0.9, repetition_penalty: 1.1, ..Sampling::default() };
-    let samplers = prompts.iter().map(|_| Sampler::new(options.clone()));
-    let mut samplers = samplers.collect::<std::result::Result<Vec<_>, _>>()?;
-    let go_on = |_, _| ControlFlow::Continue(());
-    let places = places(&model.device(), prompts.len());
-    let texts = generate_together(model, prompts, &mut samplers, end_tokens, max_new_tokens, places, ws, go_on)?;
-    Ok(texts.into_iter().map(|(ids, _)| ids).collect())
+    let sampler = Sampler::new(options)?;
+    let request = |prompt: &&[u32]| Request::new(prompt, sampler.clone(), end_tokens, max_new_tokens);
+    let at_once = if model.device() == Device::Cpu { 1 } else { AT_ONCE };
+    let completions =
+        complete(model, prompts.iter().map(request).collect(), at_once, |_, _| ControlFlow::Continue(()))?;
+    Ok(completions.into_iter().map(|completion| completion.ids).collect())
 }

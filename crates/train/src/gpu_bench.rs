@@ -8,12 +8,12 @@ use crate::optimizer::{AdamW, AdamWOptions, Optim, clip_coefficient, gradient_no
 use crate::{Error, Result};
 use serde::Serialize;
 use std::time::Instant;
+use tunesmith_infer::{Engine, Event, Request, Sampler, Sampling};
 use tunesmith_model::memory::Offload;
 use tunesmith_model::{AdapterConfig, Batch, Config, Gradients, Llama, LossOptions, Modules, Recompute, Workspace};
 use tunesmith_tensor::cuda::sizes;
 use tunesmith_tensor::ops::linear::{self, Into};
-use tunesmith_tensor::ops::sample::{self, Choice, Scratch};
-use tunesmith_tensor::{Device, Dtype, Tensor, rng::Rng};
+use tunesmith_tensor::{Device, Dtype, PAGE, Tensor, rng::Rng};
 
 /// Bytes that the quantised 8B model should need at most.
 const QLORA_BYTES: u64 = 5_500_000_000;
@@ -143,26 +143,36 @@ pub fn measure_decode(
     let mut rng = Rng::new(3, 0);
     let prompts: Vec<Vec<u32>> =
         (0..sequences).map(|_| (0..context).map(|_| rng.below(config.vocab_size as u32)).collect()).collect();
-    let (mut cache, mut ws) = (model.new_sequences(sequences, context + new), Workspace::default());
-    let (greedy, mut scratch) =
-        (vec![Choice { repetition_penalty: 1.0, history: &[], draw: None }; sequences], Scratch::default());
-    let parts: Vec<(usize, &[u32])> = prompts.iter().enumerate().map(|(i, p)| (i, p.as_slice())).collect();
-    let mut tokens = sample::rows(model.feed(&parts, &mut cache, &mut ws), &greedy, &mut scratch);
-    device.synchronize()?;
-    let mut start = Instant::now();
-    // Until buffers have their sizes and the pass is recorded.
-    let warm = 3.min(new - 1);
-    for i in 0..new {
-        if i == warm {
-            device.synchronize()?;
-            start = Instant::now();
-        }
-        let parts: Vec<(usize, &[u32])> = tokens.chunks(1).enumerate().collect();
-        tokens = sample::rows(model.feed(&parts, &mut cache, &mut ws), &greedy, &mut scratch);
+    let num_pages = (context + new - 1).div_ceil(PAGE);
+    let mut engine = Engine::new(&model, sequences, sequences * num_pages);
+    let sampler = Sampler::new(Sampling::default())?;
+    for prompt in prompts {
+        engine.submit(Request::new(&prompt, sampler.clone(), &[], new))?;
     }
     device.synchronize()?;
-    let seconds = start.elapsed().as_secs_f64() / (new - warm) as f64;
-    let tokens_per_s = sequences as f64 / seconds;
+    let (mut start, mut complete_steps, mut tokens) = (Instant::now(), 0, 0);
+    // Until all prompts are read, buffers have their sizes and the pass is captured.
+    let warm = 3.min(new - 1);
+    while !engine.is_idle() {
+        let mut of_step = 0;
+        for (_, event) in engine.step() {
+            match event {
+                Event::Token(_) => of_step += 1,
+                Event::Finished(_) => {}
+                Event::Failed(error) => return Err(error.into()),
+            }
+        }
+        if complete_steps >= warm {
+            tokens += of_step;
+        }
+        if of_step == sequences {
+            complete_steps += 1;
+            if complete_steps == warm {
+                start = Instant::now();
+            }
+        }
+    }
+    let tokens_per_s = tokens as f64 / start.elapsed().as_secs_f64();
     // Of the embedding a few rows are read, unless it is the head too.
     let weights: usize = model.parameters.iter().map(|p| p.value.num_bytes()).sum();
     let embedding = if config.tie_word_embeddings { 0 } else { config.vocab_size * config.hidden_size * dtype.bytes() };

@@ -10,13 +10,16 @@ mod weights;
 use crate::optimizer::{AdamW, AdamWOptions, Optim, clip_coefficient, gradient_norm};
 use crate::selftest::{Check, small, worst};
 use crate::{Error, Result};
-use tunesmith_model::{AdapterConfig, Batch, Config, Gradients, KvCache, Llama, LossOptions, Recompute, Workspace};
+use tunesmith_model::{
+    AdapterConfig, Batch, Config, Gradients, InferWorkspace, Llama, LossOptions, Recompute, Tokens, Workspace,
+};
 use tunesmith_tensor::ops::attention::{Heads, Segment};
+use tunesmith_tensor::ops::attention_paged::{Chunk, Slots};
 use tunesmith_tensor::ops::linear::{Adapter, Into};
 use tunesmith_tensor::ops::{
     attention, dropout, embedding, grad_norm, linear, linear_cross_entropy, rmsnorm, rope, rows, sample, swiglu,
 };
-use tunesmith_tensor::{Device, Dtype, Packed, Tensor, Weight, rng::Rng};
+use tunesmith_tensor::{Device, Dtype, PAGE, Packed, PagedCache, Tensor, Weight, rng::Rng};
 
 /// How large the inputs are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -237,9 +240,13 @@ impl Lab<'_> {
             })?;
             let last = vec![self.random(&[2, heads.q_cols()]), inputs[1].clone(), inputs[2].clone()];
             self.compare("attention over a cache", &format!("output, {t} keys"), last, |x| {
-                let mut o = Tensor::default();
-                let segments = [Segment { queries: 0..2, keys: 0..t }];
-                attention::forward_cached(&x[0], &x[1], &x[2], &segments, heads, &mut o);
+                let (mut slots, mut o) = (Slots::default(), Tensor::default());
+                let pages: Vec<u32> = (0..t.div_ceil(PAGE) as u32).rev().collect();
+                let mut cache = PagedCache::new(&x[0].device(), x[0].dtype(), heads, 1, pages.len());
+                slots.set(&cache, vec![Chunk { rows: 0..t, past: 0, pages: pages.clone() }]);
+                slots.write(&mut cache, 0, &x[1], &x[2]);
+                slots.set(&cache, vec![Chunk { rows: 0..2, past: t - 2, pages }]);
+                slots.attend(&cache, 0, &x[0], None, &mut o);
                 vec![o]
             })?;
         }
@@ -376,16 +383,13 @@ fn models(device: &Device, dtype: Dtype, size: Size, observe: &mut dyn FnMut(Che
     }
     let mut model = small("biased")?;
     let prompt: Vec<u32> = (0..20).map(|i| i * 13 % 260).collect();
-    let mut ws = Workspace::default();
-    let mut logits = |model: &Llama| {
-        let mut cache = KvCache::new(&model.config, prompt.len());
-        let first = model.decode(&prompt[..17], &mut cache, &mut ws).to_vec();
-        [
-            first,
-            model.decode(&prompt[17..19], &mut cache, &mut ws).to_vec(),
-            model.decode(&prompt[19..], &mut cache, &mut ws).to_vec(),
-        ]
-        .concat()
+    let logits = |model: &Llama| {
+        let (mut cache, mut ws) = (model.new_cache(2), InferWorkspace::default());
+        let mut part = |new: std::ops::Range<usize>| {
+            let part = Tokens { ids: &prompt[new.clone()], past: new.start, pages: &[1, 0], logits: true };
+            model.infer(&[part], &mut cache, &mut ws).to_host().data().to_vec()
+        };
+        [part(0..17), part(17..19), part(19..20)].concat()
     };
     let want = logits(&model);
     model.move_to(device, dtype);
@@ -393,27 +397,31 @@ fn models(device: &Device, dtype: Dtype, size: Size, observe: &mut dyn FnMut(Che
     device.synchronize()?;
     let bound = if dtype == Dtype::F32 { F32_BOUND } else { 3e-2 };
     report("generation", "logits after a prompt and behind its cache", crate::selftest::of_largest(&got, &want), bound);
-    let [want, got] = [false, true].map(|recorded| tokens_of_three(&model, recorded));
+    let [want, got] = [false, true].map(|captured| tokens_of_three(&model, captured));
     device.synchronize()?;
     let differing = want.iter().zip(&got).filter(|(a, b)| a.to_bits() != b.to_bits()).count();
-    report("recorded passes", "logits of 3 sequences that differ from those without a record", differing as f64, 0.0);
+    report("captured passes", "logits of 3 sequences that differ from those without a capture", differing as f64, 0.0);
     Ok(())
 }
 
-/// Logits behind three prompts and behind eight tokens of each, together; from a record as soon as there can be one, or never.
-fn tokens_of_three(model: &Llama, recorded: bool) -> Vec<f32> {
+/// Logits after three prompts and after eight tokens of each, together; replayed as soon as they can be, or never.
+fn tokens_of_three(model: &Llama, captured: bool) -> Vec<f32> {
     let prompts: Vec<Vec<u32>> = [5, 20, 11].map(|n| (0..n).map(|i| i * 13 % 260).collect()).to_vec();
-    let (mut sequences, mut ws) = (model.new_sequences(prompts.len(), 40), Workspace::default());
+    let (mut cache, mut ws) = (model.new_cache(9), InferWorkspace::default());
     let mut all = Vec::new();
     for step in 0..9u32 {
         let next: Vec<[u32; 1]> = (0..3).map(|i| [(17 * step + 29 * i) % 260]).collect();
-        let parts = prompts.iter().zip(&next).enumerate();
-        let parts: Vec<(usize, &[u32])> =
-            parts.map(|(i, (prompt, next))| (i, if step == 0 { &prompt[..] } else { &next[..] })).collect();
-        all.extend_from_slice(model.feed(&parts, &mut sequences, &mut ws).to_host().data());
-        if !recorded {
-            ws = Workspace::default();
+        let part = |i: usize| match step {
+            0 => Tokens { ids: &prompts[i], past: 0, pages: &PAGES[i], logits: true },
+            _ => Tokens { ids: &next[i], past: prompts[i].len() + step as usize - 1, pages: &PAGES[i], logits: true },
+        };
+        all.extend_from_slice(model.infer(&[0, 1, 2].map(part), &mut cache, &mut ws).to_host().data());
+        if !captured {
+            ws = InferWorkspace::default();
         }
     }
     all
 }
+
+/// The pages of three sequences.
+const PAGES: [[u32; 3]; 3] = [[0, 3, 6], [1, 4, 7], [8, 5, 2]];

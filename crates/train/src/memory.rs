@@ -8,7 +8,7 @@ mod room;
 pub use room::{DRIVER, Host, HostPlan};
 
 use crate::config::{Compute, Config, Method};
-use crate::evaluate::PLACES;
+use crate::evaluate::AT_ONCE;
 use crate::optimizer::Optim;
 use crate::order::Order;
 use crate::{Error, Result};
@@ -293,7 +293,7 @@ impl Inputs<'_> {
             }
             Place::Gpu { dtype, largest_quantised } => {
                 let on = self.on_gpu(dtype, largest_quantised, trained.len(), false);
-                evaluation + gpu::generation_bytes(model, self.adapter, prompts.clamp(1, PLACES), (prompt, new), on)
+                evaluation + gpu::generation_bytes(model, self.adapter, prompts.clamp(1, AT_ONCE), (prompt, new), on)
             }
         });
         let loading_peak = self.baseline + weights + self.loading;

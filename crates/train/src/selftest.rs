@@ -11,10 +11,10 @@ use std::borrow::Cow;
 use std::path::Path;
 use std::slice::from_ref;
 use tunesmith_model::{
-    AdapterConfig, AdapterFile, Batch, Checkpoint, Config, Gradients, KvCache, Llama, LossOptions, Modules, Recompute,
-    SaveOptions, Workspace, save_adapter, save_model,
+    AdapterConfig, AdapterFile, Batch, Checkpoint, Config, Gradients, InferWorkspace, Llama, LossOptions, Modules,
+    Recompute, SaveOptions, Tokens, Workspace, save_adapter, save_model,
 };
-use tunesmith_tensor::{Tensor, rng::Rng};
+use tunesmith_tensor::{PAGE, Tensor, rng::Rng};
 use tunesmith_text::{GgufVocabulary, Tokenizer};
 
 /// One comparison.
@@ -92,7 +92,7 @@ pub fn on_model(name: &str, model: &mut Llama, folder: &Path, observe: &mut dyn 
     batch.push(&whole, &vec![true; whole.len()]);
     let mut cached = Vec::new();
     let mut full = Vec::new();
-    let steps = cached_logits(model, &whole, &mut ws);
+    let steps = cached_logits(model, &whole);
     let logits = model.logits(&batch, &mut ws);
     for (position, row) in &steps {
         cached.extend_from_slice(row);
@@ -323,14 +323,16 @@ fn gradients_of(model: &Llama, batches: &[Batch], dropout_seed: Option<u64>, ws:
 
 /// Logits after `ids` were fed to a cache up to there, with the positions at which they were taken: half of the tokens at
 /// once, then three, two, and the rest one by one.
-fn cached_logits(model: &Llama, ids: &[u32], ws: &mut Workspace) -> Vec<(usize, Vec<f32>)> {
-    let mut cache = KvCache::new(&model.config, ids.len());
+fn cached_logits(model: &Llama, ids: &[u32]) -> Vec<(usize, Vec<f32>)> {
+    let pages: Vec<u32> = (0..ids.len().div_ceil(PAGE) as u32).collect();
+    let (mut cache, mut ws) = (model.new_cache(pages.len()), InferWorkspace::default());
     let mut chunks = [ids.len() / 2, 3, 2].into_iter();
-    let mut found = Vec::new();
-    while cache.len() < ids.len() {
-        let end = cache.len() + chunks.next().unwrap_or(1);
-        let logits = model.decode(&ids[cache.len()..end], &mut cache, ws).to_vec();
-        found.push((end - 1, logits));
+    let (mut found, mut past) = (Vec::new(), 0);
+    while past < ids.len() {
+        let end = past + chunks.next().unwrap_or(1);
+        let part = Tokens { ids: &ids[past..end], past, pages: &pages, logits: true };
+        found.push((end - 1, model.infer(&[part], &mut cache, &mut ws).to_host().data().to_vec()));
+        past = end;
     }
     found
 }

@@ -434,7 +434,6 @@ impl<'a, 'o> Run<'a, 'o> {
             &samples.prompts,
             self.job.end_tokens,
             samples.max_new_tokens,
-            &mut self.ws,
         )?;
         for (prompt, text) in samples.prompts.iter().zip(texts) {
             let record = MetricRecord::Sample { step: self.state.step, prompt: prompt.clone(), text };
@@ -570,7 +569,6 @@ pub fn sample_texts(
     prompts: &[String],
     end_tokens: &[u32],
     max_new_tokens: usize,
-    ws: &mut Workspace,
 ) -> Result<Vec<String>> {
     let encode = |prompt: &String| match template {
         Some(template) => tokenizer.encode(&template.render(&[Message::new("user", prompt)], true)?, false),
@@ -578,6 +576,6 @@ pub fn sample_texts(
     };
     let ids = prompts.iter().map(encode).collect::<std::result::Result<Vec<_>, _>>()?;
     let slices: Vec<&[u32]> = ids.iter().map(Vec::as_slice).collect();
-    let new = continuations(model, &slices, end_tokens, max_new_tokens, ws)?;
+    let new = continuations(model, &slices, end_tokens, max_new_tokens)?;
     Ok(new.iter().map(|new| tokenizer.decode(new, true)).collect::<std::result::Result<_, _>>()?)
 }

@@ -66,7 +66,7 @@ fn measured(config: &Config, checkpoint: &Checkpoint, adapter: Option<&AdapterCo
     };
     let training = peak();
     let prompt: Vec<u32> = (0..SAMPLES.1 as u32).collect();
-    continuations(&model, &vec![&prompt[..]; SAMPLES.0], &[], SAMPLES.2, &mut ws).unwrap();
+    continuations(&model, &vec![&prompt[..]; SAMPLES.0], &[], SAMPLES.2).unwrap();
     [training, peak()]
 }
 

@@ -2,10 +2,8 @@
 #![allow(clippy::unwrap_used, clippy::print_stdout)]
 
 use std::path::{Path, PathBuf};
-use tunesmith_model::{
-    AdapterFile, Batch, Checkpoint, Gradients, KvCache, Llama, LossOptions, Sampler, Sampling, Storage, Workspace,
-    generate,
-};
+use tunesmith_infer::{Request, Sampler, Sampling, complete};
+use tunesmith_model::{AdapterFile, Batch, Checkpoint, Gradients, Llama, LossOptions, Storage, Workspace};
 use tunesmith_train::verify::{self, Check, Reference};
 
 const MODELS: [&str; 2] = ["tiny-llama2", "tiny-llama3"];
@@ -177,11 +175,9 @@ fn greedy_continuation_with_and_without_the_cache() {
         let want: Vec<u32> =
             facts(model)["greedy"].as_array().unwrap().iter().map(|i| i.as_u64().unwrap() as u32).collect();
         let mut ws = Workspace::default();
-        let mut cache = KvCache::new(&llama.config, want.len());
-        let mut sampler = Sampler::new(Sampling::default()).unwrap();
-        let go_on = |_| std::ops::ControlFlow::Continue(());
-        let (new, _) = generate(&llama, &want[..16], &mut cache, &mut sampler, &[], 24, &mut ws, go_on).unwrap();
-        assert_eq!(new, want[16..]);
+        let request = Request::new(&want[..16], Sampler::new(Sampling::default()).unwrap(), &[], 24);
+        let go_on = |_, _| std::ops::ControlFlow::Continue(());
+        assert_eq!(complete(&llama, vec![request], 1, go_on).unwrap()[0].ids, want[16..]);
         // The same positions in one pass, without a cache.
         let mut batch = Batch::default();
         batch.push(&want, &vec![true; want.len()]);

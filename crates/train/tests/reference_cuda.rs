@@ -6,10 +6,11 @@ mod distance;
 
 use distance::distance;
 use std::path::{Path, PathBuf};
+use tunesmith_infer::{Engine, Request, Sampler, Sampling, complete};
 use tunesmith_model::memory::Offload;
 use tunesmith_model::{
-    AdapterConfig, AdapterFile, Batch, Checkpoint, Config, GgufOptions, Gradients, KvCache, Llama, LossOptions,
-    Modules, Recompute, Sampler, Sampling, Storage, Workspace, generate, generate_together, initial_rows, save_gguf,
+    AdapterConfig, AdapterFile, Batch, Checkpoint, Config, GgufOptions, Gradients, Llama, LossOptions, Modules,
+    Recompute, Storage, Workspace, initial_rows, save_gguf,
 };
 use tunesmith_tensor::cuda::{Gpu, sizes};
 use tunesmith_tensor::quant::BlockType;
@@ -206,39 +207,32 @@ fn greedy_continuation_with_the_cache() {
     let mut llama = load(model, Storage::F32);
     let device = device();
     llama.move_to(&device, Dtype::F32);
-    let mut ws = Workspace::default();
-    let mut cache = KvCache::new(&llama.config, want.len());
-    let mut sampler = Sampler::new(Sampling::default()).unwrap();
-    let go_on = |_| std::ops::ControlFlow::Continue(());
-    let (new, _) = generate(&llama, &want[..16], &mut cache, &mut sampler, &[], 24, &mut ws, go_on).unwrap();
+    let mut engine = Engine::new(&llama, 1, 3);
+    let request = Request::new(&want[..16], Sampler::new(Sampling::default()).unwrap(), &[], 24);
+    let new = engine.complete(vec![request], |_, _| std::ops::ControlFlow::Continue(())).unwrap();
     device.synchronize().unwrap();
-    assert_eq!(new, want[16..]);
-    assert!(ws.is_recorded());
+    assert_eq!(new[0].ids, want[16..]);
+    assert!(engine.is_captured());
 }
 
-/// What each of `prompts` becomes on the processor, on its own.
+/// What each of `prompts` becomes on the CPU, on its own.
 fn alone(llama: &Llama, prompts: &[&[u32]], options: &Sampling, new: usize) -> Vec<Vec<u32>> {
-    let mut ws = Workspace::default();
-    let mut texts = Vec::new();
-    for (prompt, mut sampler) in prompts.iter().zip(samplers(prompts.len(), options)) {
-        let mut cache = KvCache::new(&llama.config, prompt.len() + new);
-        let go_on = |_| std::ops::ControlFlow::Continue(());
-        texts.push(generate(llama, prompt, &mut cache, &mut sampler, &[], new, &mut ws, go_on).unwrap().0);
-    }
-    texts
-}
-
-fn samplers(num: usize, options: &Sampling) -> Vec<Sampler> {
-    let seeded = |i| Sampler::new(Sampling { seed: options.seed + i as u64, ..options.clone() }).unwrap();
-    (0..num).map(seeded).collect()
-}
-
-fn together(llama: &Llama, prompts: &[&[u32]], options: &Sampling, new: usize, places: usize) -> Vec<Vec<u32>> {
-    let (mut samplers, mut ws) = (samplers(prompts.len(), options), Workspace::default());
     let go_on = |_, _| std::ops::ControlFlow::Continue(());
-    let texts = generate_together(llama, prompts, &mut samplers, &[], new, places, &mut ws, go_on).unwrap();
-    assert_eq!(ws.is_recorded(), llama.device() != Device::Cpu, "the last passes are alike");
-    texts.into_iter().map(|(ids, _)| ids).collect()
+    let requests = requests(prompts, options, new).into_iter();
+    requests.map(|request| complete(llama, vec![request], 1, go_on).unwrap().remove(0).ids).collect()
+}
+
+fn requests(prompts: &[&[u32]], options: &Sampling, new: usize) -> Vec<Request> {
+    let seeded = |i| Sampler::new(Sampling { seed: options.seed + i, ..options.clone() }).unwrap();
+    prompts.iter().zip(0..).map(|(prompt, i)| Request::new(prompt, seeded(i), &[], new)).collect()
+}
+
+fn together(llama: &Llama, prompts: &[&[u32]], options: &Sampling, new: usize, at_once: usize) -> Vec<Vec<u32>> {
+    let mut engine = Engine::new(llama, at_once, 100);
+    let go_on = |_, _| std::ops::ControlFlow::Continue(());
+    let texts = engine.complete(requests(prompts, options, new), go_on).unwrap();
+    assert_eq!(engine.is_captured(), llama.device() != Device::Cpu, "the last passes are alike");
+    texts.into_iter().map(|completion| completion.ids).collect()
 }
 
 /// Prompts of unequal length together on the device: the tokens that each becomes alone on the processor, the most likely ones

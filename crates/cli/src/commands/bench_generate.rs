@@ -10,8 +10,9 @@ use serde::Serialize;
 use std::io::Read;
 use std::process::{Command, Stdio};
 use std::time::Instant;
-use tunesmith_model::{Llama, Workspace};
-use tunesmith_tensor::ops::sample;
+use tunesmith_infer::{Engine, Event, Request, Sampler, Sampling};
+use tunesmith_model::Llama;
+use tunesmith_tensor::PAGE;
 use tunesmith_tensor::rng::Rng;
 
 #[derive(Serialize)]
@@ -38,14 +39,14 @@ pub(super) fn run(args: &BenchGenerateArgs, settings: &Settings) -> Result<()> {
         return Err(Error::Input("--prompt, --new and --repeat must be at least 1".into()));
     }
     let opened = load::open(&args.model, None, settings)?;
-    let longest = args.prompt.max(args.context + args.new);
+    let longest = (args.prompt + 1).max(args.context + args.new);
     let context = opened.checkpoint.config().max_position_embeddings;
     if longest > context {
         return Err(Error::Input(format!("{longest} tokens are more than the model's context of {context}")));
     }
     let llama = opened.generator(args.compute, None, None, settings)?;
-    let mut prefill = measure(args.repeat, |ws| prompt_seconds(&llama, args.prompt, ws));
-    let mut decode = measure(args.repeat, |ws| decode_seconds(&llama, args.context, args.new, ws));
+    let mut prefill = measure(args.repeat, || Ok(seconds(&llama, args.prompt, 0)?.0))?;
+    let mut decode = measure(args.repeat, || Ok(seconds(&llama, args.context.max(1), args.new)?.1))?;
     let peak = peak_resident();
     let mut first = Vec::with_capacity(args.repeat);
     for _ in 0..args.repeat {
@@ -84,36 +85,31 @@ pub(super) fn run(args: &BenchGenerateArgs, settings: &Settings) -> Result<()> {
 }
 
 /// `repeat` measurements after one that is thrown away.
-fn measure(repeat: usize, once: impl Fn(&mut Workspace) -> f64) -> Vec<f64> {
-    let mut ws = Workspace::default();
-    once(&mut ws);
-    (0..repeat).map(|_| once(&mut ws)).collect()
+fn measure(repeat: usize, once: impl Fn() -> Result<f64>) -> Result<Vec<f64>> {
+    once()?;
+    (0..repeat).map(|_| once()).collect()
 }
 
-fn random_ids(llama: &Llama, num: usize) -> Vec<u32> {
+/// Seconds until the first token after a random prompt of `prompt` tokens, and for `new` further ones.
+fn seconds(llama: &Llama, prompt: usize, new: usize) -> Result<(f64, f64)> {
     let mut rng = Rng::new(0, 0);
-    (0..num).map(|_| rng.below(llama.config.vocab_size as u32)).collect()
-}
-
-fn prompt_seconds(llama: &Llama, num: usize, ws: &mut Workspace) -> f64 {
-    let mut cache = llama.new_cache(num);
-    let ids = random_ids(llama, num);
+    let ids: Vec<u32> = (0..prompt).map(|_| rng.below(llama.config.vocab_size as u32)).collect();
+    let request = Request::new(&ids, Sampler::new(Sampling::default())?, &[], new + 1);
+    let mut engine = Engine::new(llama, 1, (prompt + new).div_ceil(PAGE));
     let start = Instant::now();
-    llama.decode(&ids, &mut cache, ws);
-    start.elapsed().as_secs_f64()
-}
-
-fn decode_seconds(llama: &Llama, context: usize, new: usize, ws: &mut Workspace) -> f64 {
-    let mut cache = llama.new_cache(context + new);
-    if context > 0 {
-        llama.decode(&random_ids(llama, context), &mut cache, ws);
+    engine.submit(request)?;
+    let mut first = None;
+    while !engine.is_idle() {
+        for (_, event) in engine.step() {
+            match event {
+                Event::Token(_) => first = first.or_else(|| Some(start.elapsed().as_secs_f64())),
+                Event::Finished(_) => {}
+                Event::Failed(error) => return Err(error.into()),
+            }
+        }
     }
-    let mut next = 1;
-    let start = Instant::now();
-    for _ in 0..new {
-        next = sample::largest(llama.decode(&[next], &mut cache, ws));
-    }
-    start.elapsed().as_secs_f64()
+    let first = first.unwrap_or_default();
+    Ok((first, start.elapsed().as_secs_f64() - first))
 }
 
 /// Starts this program anew to write one token.

@@ -9,7 +9,8 @@ use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
-use tunesmith_model::{FinishReason, KvCache, Llama, Sampler, Sampling, Workspace, generate};
+use tunesmith_infer::{Completion, End, Engine, FinishReason, Request, Sampler, Sampling};
+use tunesmith_model::Llama;
 use tunesmith_text::{StreamDecoder, Tokenizer};
 
 /// Ctrl-C: stops the text that is being generated; where none is, or when pressed again, leaves the program at once.
@@ -98,18 +99,14 @@ pub(crate) struct Continuation {
     pub(crate) tokens_per_s: f64,
 }
 
-/// A model that writes: its sampler goes on drawing from text to text, and its cache keeps what two prompts share.
+/// A model that writes: its sampler goes on drawing from text to text, and its engine keeps what two prompts share.
 pub(crate) struct Writer<'a> {
-    llama: &'a Llama,
+    engine: Engine<&'a Llama>,
     tokenizer: &'a Tokenizer,
     end_tokens: Vec<u32>,
     max_new_tokens: usize,
     stop: Vec<String>,
     sampler: Sampler,
-    cache: KvCache,
-    /// The tokens whose keys and values `cache` holds.
-    cached: Vec<u32>,
-    ws: Workspace,
     interrupt: Interrupt,
 }
 
@@ -123,51 +120,42 @@ impl<'a> Writer<'a> {
         interrupt: Interrupt,
     ) -> Result<Self> {
         Ok(Self {
-            llama,
+            engine: Engine::new(llama, 1, 0),
             tokenizer,
             end_tokens,
             max_new_tokens: args.max_new_tokens,
             stop: args.stop.clone(),
             sampler: Sampler::new(sampling)?,
-            cache: llama.new_cache(0),
-            cached: Vec::new(),
-            ws: Workspace::default(),
             interrupt,
         })
     }
 
     /// Continues `prompt`; `show` gets the text piece by piece as it becomes certain.
     pub(crate) fn write(&mut self, prompt: &[u32], mut show: impl FnMut(&str) -> Result<()>) -> Result<Continuation> {
-        self.prepare_cache(prompt);
+        let request = Request::new(prompt, self.sampler.clone(), &self.end_tokens, self.max_new_tokens);
+        self.engine.reserve(&request);
         let mut text = GrowingText::after(self.tokenizer, prompt, &self.stop);
         let mut emit = |piece: String| if piece.is_empty() { Ok(()) } else { show(&piece) };
         let mut failed = None;
         let (start, mut first) = (Instant::now(), None);
         self.interrupt.begin();
-        let on_token = |id: u32| {
+        let on_token = |_, id: u32| {
             first.get_or_insert_with(Instant::now);
             if let Err(error) = text.push(id).and_then(&mut emit) {
                 failed = Some(error);
             }
             if failed.is_some() || text.stopped || self.interrupt.wanted() {
-                return ControlFlow::Break(());
+                return ControlFlow::Break(End::This);
             }
             ControlFlow::Continue(())
         };
-        let ended = generate(
-            self.llama,
-            prompt,
-            &mut self.cache,
-            &mut self.sampler,
-            &self.end_tokens,
-            self.max_new_tokens,
-            &mut self.ws,
-            on_token,
-        );
+        let ended = self.engine.complete(vec![request], on_token);
         self.interrupt.end();
-        let (ids, reason) = ended?;
+        let Some(Completion { ids, reason }) = ended?.pop() else {
+            return Err(Error::Failure("nothing became of the prompt".into()));
+        };
         let end = Instant::now();
-        self.cached = prompt.iter().chain(&ids).copied().take(self.cache.len()).collect();
+        self.sampler.skip(ids.len());
         if let Some(error) = failed {
             return Err(error);
         }
@@ -179,17 +167,6 @@ impl<'a> Writer<'a> {
         let seconds = end.duration_since(from).as_secs_f64().max(1e-9);
         let finish = text.why(reason);
         Ok(Continuation { text: text.text, ids, finish, tokens_per_s: counted as f64 / seconds })
-    }
-
-    /// Makes room for `prompt` and what follows it, and keeps the part of the cache that begins `prompt`.
-    fn prepare_cache(&mut self, prompt: &[u32]) {
-        let context = self.llama.config.max_position_embeddings;
-        let needed = prompt.len().saturating_add(self.max_new_tokens).min(context);
-        let common = self.cached.iter().zip(prompt).take_while(|(a, b)| a == b).count();
-        // The last token is always read again: its logits are what the first new token is drawn from.
-        self.cache.truncate(common.min(prompt.len().saturating_sub(1)));
-        self.cached.truncate(self.cache.len());
-        self.cache.set_capacity(needed);
     }
 }
 
@@ -397,7 +374,7 @@ mod tests {
     }
 
     #[test]
-    fn the_cache_keeps_the_common_beginning_only() {
+    fn what_prompts_have_in_common_changes_no_text() {
         let (llama, tokenizer, interrupt) = tiny();
         let args = args(&["--max-new-tokens", "8"]);
         let writer = || Writer::new(&llama, &tokenizer, vec![], &args, Sampling::default(), interrupt.clone()).unwrap();
@@ -410,13 +387,9 @@ mod tests {
             "To be, or not to be: that is the question",
         ] {
             let prompt = tokenizer.encode(prompt, true).unwrap();
-            kept.prepare_cache(&prompt);
-            assert!(kept.cached.len() < prompt.len() && prompt.starts_with(&kept.cached));
             let (again, anew) =
                 (kept.write(&prompt, |_| Ok(())).unwrap(), writer().write(&prompt, |_| Ok(())).unwrap());
             assert_eq!((again.ids, again.text), (anew.ids, anew.text));
-            assert_eq!(kept.cached.len(), kept.cache.len());
-            assert!(kept.cache.len() >= prompt.len());
         }
         assert!(kept.write(&[], |_| Ok(())).is_err());
     }

@@ -221,7 +221,7 @@ pub(crate) fn score(
     bar.set_message("generating samples");
     let end_tokens = opened.end_tokens()?;
     let ids: Vec<&[u32]> = prompts.iter().map(|prompt| prompt.ids.as_slice()).collect();
-    let new = continuations(model, &ids, &end_tokens, max_new_tokens, &mut ws)?;
+    let new = continuations(model, &ids, &end_tokens, max_new_tokens)?;
     let texts = new.iter().map(|new| opened.tokenizer.decode(new, true)).collect::<std::result::Result<_, _>>()?;
     bar.finish_and_clear();
     Ok(Scored { documents, texts })

@@ -2,12 +2,12 @@
 //! ask for besides, each with the size that the allocator gives it.
 
 use super::{Buffers, PassBytes, PassShape, Recompute};
-use crate::llama::together::PIECE;
+use crate::llama::infer::PREFILL_CHUNK_GPU;
 use crate::token_rows::TOKEN_MODULES;
 use crate::{AdapterConfig, Config};
-use tunesmith_tensor::Dtype;
 use tunesmith_tensor::cuda::sizes::{self, allocated};
 use tunesmith_tensor::ops::attention::Heads;
+use tunesmith_tensor::{Dtype, PAGE};
 
 /// What a model on a GPU has besides activations.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -132,20 +132,21 @@ pub fn training_bytes(
     }
 }
 
-/// Bytes that [`crate::generate_together`] takes on a GPU: keys and values of `places` sequences of up to `prompt` + `new` tokens,
+/// Bytes that continuing prompts takes on a GPU: pages of keys and values of `sequences` sequences of up to `prompt` + `new` tokens,
 /// buffers of the pass through all prompts, logits, and what choosing tokens needs.
 pub fn generation_bytes(
     config: &Config,
     adapter: Option<&AdapterConfig>,
-    places: usize,
+    sequences: usize,
     (prompt, new): (usize, usize),
     on: OnGpu,
 ) -> u64 {
-    let capacity = (prompt + new).min(config.max_position_embeddings);
-    let tokens = (places * prompt).min(PIECE);
+    // The last new token is not fed.
+    let pages = (prompt + new).min(config.max_position_embeddings + 1).saturating_sub(1).div_ceil(PAGE);
+    let tokens = (sequences * prompt).min(PREFILL_CHUNK_GPU);
     let b = Buffers::new(config, adapter, PassShape { tokens, loss_rows: 0, threads: 0, int8: false });
     let (e, float) = (|len| on.element(len), float_bytes);
-    let cache = 2 * config.num_hidden_layers as u64 * e(places * capacity * b.k);
+    let cache = 2 * config.num_hidden_layers as u64 * e(sequences * pages * PAGE * b.k);
     let buffers = 2 * e(b.t * b.d)
         + 2 * e(b.t * b.h)
         + 2 * e(b.t * b.k)
@@ -153,11 +154,12 @@ pub fn generation_bytes(
         + 3 * e(b.t * b.largest_rank)
         + float(b.t)
         + 2 * float(b.t * b.head_dim / 2);
-    let logits = float(places * b.vocab);
-    // What a recorded pass keeps: partial results, the decoded part of a matrix, where tokens go and what they see.
-    let decoded = if sizes::decodes(places) { on.decoded() } else { 0 };
-    let parts = sizes::decoding(places, capacity, heads(&b)) as u64;
-    let kept = parts + decoded + (allocated(4 * places) + allocated(8 * places)) as u64;
+    let logits = float(sequences * b.vocab);
+    // What a captured pass keeps: partial results, the decoded part of a matrix, where tokens go and what they see.
+    let decoded = if sizes::decodes(sequences) { on.decoded() } else { 0 };
+    let parts = sizes::decoding(sequences, pages * PAGE, heads(&b)) as u64;
+    let tables = allocated(4 * tokens) + 2 * allocated(8 * sequences) + 2 * allocated(4 * sequences * pages);
+    let kept = parts + decoded + tables as u64;
     let transient = logits.max(float(b.t * b.num_heads)).max(on.decoded());
     cache + buffers + logits + kept + transient + sizes::tables(b.t) as u64
 }

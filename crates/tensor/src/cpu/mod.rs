@@ -7,7 +7,7 @@
 pub(crate) mod adamw;
 pub(crate) mod adamw_8bit;
 pub(crate) mod attention;
-pub(crate) mod attention_decode;
+pub(crate) mod attention_paged;
 pub(crate) mod dropout;
 pub(crate) mod embedding;
 pub(crate) mod grad_norm;

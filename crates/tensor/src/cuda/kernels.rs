@@ -52,8 +52,8 @@ sources! {
     Adamw "adamw" [adamw];
     Adamw8bit "adamw_8bit" [adamw_8bit];
     Attention "attention" [attention_forward, attention_delta, attention_backward_keys, attention_backward_queries];
-    AttentionDecode "attention_decode" [attention_decode, attention_join];
     AttentionF32 "attention_f32" [attention_forward, attention_delta, attention_backward_keys, attention_backward_queries];
+    AttentionPaged "attention_paged" [attention_decode, attention_join];
     Dequantize "dequantize" [dequantize_blocks, dequantize_nf4, multiply_blocks, multiply_nf4];
     Dropout "dropout" [dropout];
     Embedding "embedding" [embedding_gradient];

@@ -25,7 +25,7 @@ pub(crate) mod work;
 pub(crate) mod adamw;
 pub(crate) mod adamw_8bit;
 pub(crate) mod attention;
-pub(crate) mod attention_decode;
+pub(crate) mod attention_paged;
 pub(crate) mod dequantize;
 pub(crate) mod dropout;
 pub(crate) mod embedding;

@@ -2,7 +2,7 @@
 
 use super::gpu::TABLES_KEPT;
 pub use super::work::allocated;
-use super::{attention, attention_decode, cublaslt, dequantize, grad_norm, linear, linear_cross_entropy};
+use super::{attention, attention_paged, cublaslt, dequantize, grad_norm, linear, linear_cross_entropy};
 use crate::{contract::Heads, dtype::Dtype};
 use crate::{moments, nf4};
 
@@ -52,7 +52,7 @@ pub fn attention_sums(tokens: usize, heads: Heads) -> usize {
 
 /// Bytes of the partial results of attention of `rows` tokens over up to `num_keys` cached ones each.
 pub fn decoding(rows: usize, num_keys: usize, heads: Heads) -> usize {
-    allocated(attention_decode::parts_bytes(rows, num_keys, heads))
+    allocated(attention_paged::parts_bytes(rows, num_keys, heads))
 }
 
 /// Whether a quantised matrix is decoded to multiply `rows` rows.

@@ -48,15 +48,6 @@ pub fn forward(
     cpu::attention::forward(q.data(), k.data(), v.data(), segments, heads, o.data_mut(), lse.data_mut());
 }
 
-/// As [`forward`] without what a backward pass needs: for new tokens of one or several sequences over cached keys and values.
-pub fn forward_cached(q: &Tensor, k: &Tensor, v: &Tensor, segments: &[Segment], heads: Heads, o: &mut Tensor) {
-    if let Some(gpu) = q.gpu().filter(|_| cuda::attention_decode::takes(segments, heads)) {
-        check(q, k, v, segments, heads);
-        return cuda::attention_decode::attention(gpu, q, k, v, segments, heads, o);
-    }
-    forward(q, k, v, segments, heads, o, &mut Tensor::default());
-}
-
 /// `d_q` [T, H·D], `d_k`, `d_v` [T, K·D] = gradients for `d_o` [T, H·D]. Segments must have as many queries as keys and
 /// cover all rows (training has no cache).
 pub fn backward(

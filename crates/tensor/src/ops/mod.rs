@@ -7,8 +7,7 @@ pub mod adamw;
 pub mod adamw_8bit;
 pub mod adamw_offloaded;
 pub mod attention;
-pub mod attention_cached;
-pub mod attention_decode;
+pub mod attention_paged;
 pub mod dropout;
 pub mod embedding;
 pub mod grad_norm;
@@ -29,16 +28,13 @@ mod tests {
     use std::path::Path;
 
     /// Every op, and whether it has kernels of its own on the CPU and on a GPU.
-    const ALL: [(&str, bool, bool); 17] = [
+    const ALL: [(&str, bool, bool); 16] = [
         ("adamw", true, true),
         ("adamw_8bit", true, true),
         // Moves moments of the others to and from the GPU.
         ("adamw_offloaded", false, false),
         ("attention", true, true),
-        // Rows, then decoding, over caches on a GPU.
-        ("attention_cached", false, false),
-        // A cache on a GPU is a tensor: `attention::forward_cached`.
-        ("attention_decode", true, true),
+        ("attention_paged", true, true),
         ("dropout", true, true),
         ("embedding", true, true),
         ("grad_norm", true, true),

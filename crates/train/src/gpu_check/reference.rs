@@ -8,9 +8,8 @@ use crate::{Error, Result};
 use serde::Deserialize;
 use std::collections::BTreeMap;
 use std::ops::ControlFlow;
-use tunesmith_model::{
-    Batch, Config, Gradients, Llama, LossOptions, Recompute, Sampler, Sampling, Workspace, generate_together,
-};
+use tunesmith_infer::{Request, Sampler, Sampling, complete};
+use tunesmith_model::{Batch, Config, Gradients, Llama, LossOptions, Recompute, Workspace};
 use tunesmith_tensor::{Device, Dtype};
 
 const REFERENCE: &str = include_str!("reference.json");
@@ -101,12 +100,11 @@ pub(super) fn check(device: &Device, dtype: Dtype, size: Size, observe: &mut dyn
         let mut model = Llama::random(model.config, reference.seed);
         model.move_to(device, dtype);
         let Greedy { prompt, new } = &reference.greedy;
-        let mut samplers = [Sampler::new(Sampling::default())?, Sampler::new(Sampling::default())?];
-        let prompts = [&prompt[..], &prompt[..3]];
-        let go_on = |_, _| ControlFlow::Continue(());
-        let texts = generate_together(&model, &prompts, &mut samplers, &[], new.len(), 2, &mut ws, go_on)?;
-        let differing =
-            texts[0].0.iter().zip(new).filter(|(a, b)| a != b).count() + new.len().abs_diff(texts[0].0.len());
+        let sampler = Sampler::new(Sampling::default())?;
+        let requests = [&prompt[..], &prompt[..3]].map(|p| Request::new(p, sampler.clone(), &[], new.len()));
+        let texts = complete(&model, requests.to_vec(), 2, |_, _| ControlFlow::Continue(()))?;
+        let got = &texts[0].ids;
+        let differing = got.iter().zip(new).filter(|(a, b)| a != b).count() + new.len().abs_diff(got.len());
         report("generation", of("greedy tokens that differ"), differing as f64, 0.0);
     }
     Ok(())

@@ -10,7 +10,8 @@ use serde_json::Value;
 use std::ops::ControlFlow;
 use std::path::Path;
 use std::time::Instant;
-use tunesmith_model::{End, Llama, Sampler, Sampling, Workspace, generate_together};
+use tunesmith_infer::{Completion, End, Request, Sampler, Sampling, complete};
+use tunesmith_model::Llama;
 
 /// A model that is ready, and how it shall write.
 pub(super) struct Job<'a> {
@@ -53,9 +54,10 @@ pub(super) fn read_prompts(file: &Path) -> Result<Vec<String>> {
 pub(super) fn run(job: &Job<'_>, prompts: &[String], ids: &[Vec<u32>], sampling: Sampling) -> Result<()> {
     let Job { args, llama, opened, end_tokens, interrupt } = job;
     let tokenizer = &opened.tokenizer;
-    let mut samplers = Vec::with_capacity(ids.len());
-    for line in 0..ids.len() as u64 {
-        samplers.push(Sampler::new(Sampling { seed: sampling.seed.wrapping_add(line), ..sampling.clone() })?);
+    let mut requests = Vec::with_capacity(ids.len());
+    for (prompt, line) in ids.iter().zip(0..) {
+        let sampler = Sampler::new(Sampling { seed: sampling.seed.wrapping_add(line), ..sampling.clone() })?;
+        requests.push(Request::new(prompt, sampler, end_tokens, args.sampling.max_new_tokens));
     }
     let mut texts: Vec<GrowingText<'_>> =
         ids.iter().map(|prompt| GrowingText::after(tokenizer, prompt, &args.sampling.stop)).collect();
@@ -71,19 +73,9 @@ pub(super) fn run(job: &Job<'_>, prompts: &[String], ids: &[Vec<u32>], sampling:
         }
         if texts[number].stopped { ControlFlow::Break(End::This) } else { ControlFlow::Continue(()) }
     };
-    let slices: Vec<&[u32]> = ids.iter().map(Vec::as_slice).collect();
-    let (start, mut ws) = (Instant::now(), Workspace::default());
+    let start = Instant::now();
     interrupt.begin();
-    let ended = generate_together(
-        llama,
-        &slices,
-        &mut samplers,
-        end_tokens,
-        args.sampling.max_new_tokens,
-        args.batch,
-        &mut ws,
-        on_token,
-    );
+    let ended = complete(llama, requests, args.batch, on_token);
     interrupt.end();
     bar.finish_and_clear();
     let results = ended?;
@@ -92,7 +84,8 @@ pub(super) fn run(job: &Job<'_>, prompts: &[String], ids: &[Vec<u32>], sampling:
     }
     let seconds = start.elapsed().as_secs_f64().max(1e-9);
     let (mut new_tokens, mut interrupted) = (0, false);
-    for (((prompt, prompt_ids), text), (new, reason)) in prompts.iter().zip(ids).zip(&mut texts).zip(&results) {
+    for (((prompt, prompt_ids), text), result) in prompts.iter().zip(ids).zip(&mut texts).zip(&results) {
+        let Completion { ids: new, reason } = result;
         text.finish()?;
         let finish_reason = text.why(*reason);
         new_tokens += new.len();

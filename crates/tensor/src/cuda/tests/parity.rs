@@ -5,13 +5,14 @@ use crate::cuda::dequantize;
 use crate::cuda::kernels::Source;
 use crate::ops::adamw_8bit::{BLOCK, DeviceMoment, Moment, Sign};
 use crate::ops::attention::{Heads, Segment};
+use crate::ops::attention_paged::{Chunk, Slots};
 use crate::ops::linear::{Adapter, Store};
 use crate::ops::linear_cross_entropy::{Gradients, HeadRows};
 use crate::ops::sample::{Choice, Draw, Scratch};
 use crate::ops::*;
 use crate::quant::BlockType;
 use crate::quant_encode::quantize;
-use crate::{Bytes, Dtype, Packed, Tensor, Weight};
+use crate::{Bytes, Dtype, PAGE, Packed, PagedCache, Tensor, Weight};
 
 macro_rules! cases {
     ($($name:ident)*) => {
@@ -28,7 +29,7 @@ macro_rules! cases {
 }
 
 cases! {
-    adamw adamw_8bit attention attention_decode dropout embedding grad_norm linear linear_cross_entropy
+    adamw adamw_8bit attention attention_paged dropout embedding grad_norm linear linear_cross_entropy
     rmsnorm rope rows sample swiglu
 }
 
@@ -127,32 +128,47 @@ mod bodies {
         }
     }
 
-    /// Sequences of (new queries, keys, rows of the cache before the first key), whose keys may lie anywhere.
-    fn cached(lab: &mut Lab, heads: [usize; 3], sequences: &[(usize, usize, usize)]) {
+    /// Sequences of (new queries, keys), whose pages are dealt out in turn.
+    fn cached(lab: &mut Lab, heads: [usize; 3], sequences: &[(usize, usize)]) {
         let heads = Heads { num_heads: heads[0], num_kv_heads: heads[1], head_dim: heads[2] };
-        let mut segments = Vec::new();
-        let (mut num_queries, mut rows) = (0, 0);
-        for (queries, keys, before) in sequences {
-            let first = rows + before;
-            segments.push(Segment { queries: num_queries..num_queries + queries, keys: first..first + keys });
-            (num_queries, rows) = (num_queries + queries, first + keys);
+        let num_pages = sequences.iter().map(|(_, keys)| keys.div_ceil(PAGE)).max().unwrap();
+        let mut cache = PagedCache::new(&lab.device, lab.dtype, heads, 1, num_pages * sequences.len());
+        let [past_k, past_v] = [(); 2].map(|()| lab.input(&[num_pages * PAGE, heads.kv_cols()], 1.0));
+        let (mut slots, mut o, mut chunks) = (Slots::default(), Tensor::default(), Vec::<Chunk>::new());
+        for (i, (queries, keys)) in sequences.iter().enumerate() {
+            let first = chunks.last().map_or(0, |chunk| chunk.rows.end);
+            let pages: Vec<u32> = (0..num_pages).map(|page| (page * sequences.len() + i) as u32).collect();
+            slots.set(&cache, vec![Chunk { rows: 0..num_pages * PAGE, past: 0, pages: pages.clone() }]);
+            slots.write(&mut cache, 0, &past_k, &past_v);
+            chunks.push(Chunk { rows: first..first + queries, past: keys - queries, pages });
         }
-        let q = lab.input(&[num_queries, heads.q_cols()], 1.0);
-        let [k, v] = [(); 2].map(|()| lab.input(&[rows + 3, heads.kv_cols()], 1.0));
-        let mut o = Tensor::default();
-        attention::forward_cached(&q, &k, &v, &segments, heads, &mut o);
+        let rows = chunks.last().map_or(0, |chunk| chunk.rows.end);
+        let q = lab.input(&[rows, heads.q_cols()], 1.0);
+        let [k, v] = [(); 2].map(|()| lab.input(&[rows, heads.kv_cols()], 1.0));
+        slots.set(&cache, chunks.clone());
+        slots.write(&mut cache, 0, &k, &v);
+        slots.attend(&cache, 0, &q, Some((&k, &v)), &mut o);
         lab.output(&format!("{heads:?}, {sequences:?}"), &o, 2e-6);
+        // The last queries alone, as the last layer of a prompt has them.
+        let last: Vec<u32> = chunks.iter().map(|chunk| chunk.rows.end as u32 - 1).collect();
+        let alone = |(i, chunk): (usize, Chunk)| Chunk { rows: i..i + 1, past: chunk.num_keys() - 1, ..chunk };
+        slots.set(&cache, chunks.into_iter().enumerate().map(alone).collect());
+        let mut q_last = Tensor::default();
+        rows::gather(&q, &last, &mut q_last);
+        slots.attend(&cache, 0, &q_last, None, &mut o);
+        lab.output(&format!("{heads:?}, the last of {sequences:?}"), &o, 2e-6);
     }
 
-    pub(super) fn attention_decode(lab: &mut Lab) {
+    pub(super) fn attention_paged(lab: &mut Lab) {
         for (num_queries, num_keys) in [(1, 1), (1, 300), (5, 70), (17, 40), (70, 200)] {
-            cached(lab, [4, 2, 32], &[(num_queries, num_keys, 0)]);
+            cached(lab, [4, 2, 32], &[(num_queries, num_keys)]);
         }
         for heads in [[4, 2, 32], [2, 1, 16], [9, 1, 16]] {
-            cached(lab, heads, &[(1, 5, 0), (1, 700, 9), (1, 1, 70), (1, 256, 0), (1, 257, 1)]);
-            cached(lab, heads, &[(3, 3, 0), (1, 300, 9), (16, 20, 0)]);
+            cached(lab, heads, &[(1, 5), (1, 700), (1, 1), (1, 256), (1, 257)]);
+            cached(lab, heads, &[(3, 3), (1, 300), (16, 20)]);
         }
-        cached(lab, [4, 2, 16], &[(70, 90, 4), (2, 300, 0), (1, 1, 0)]);
+        cached(lab, [4, 2, 16], &[(70, 90), (2, 300), (1, 1)]);
+        cached(lab, [4, 2, 16], &[(70, 70), (20, 20)]);
     }
 
     pub(super) fn linear(lab: &mut Lab) {

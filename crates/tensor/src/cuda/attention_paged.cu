@@ -1,18 +1,20 @@
-// Attention of a few new queries of one or several sequences over cached keys and values [rows, kv_heads, d]: the keys of a query
-// are divided among blocks, whose results are joined. A warp takes one key after the other for all query heads that share it, so that every key and
-// value is read once.
+// Attention of a few new queries of one or several sequences over the keys and values of a paged cache [slots, kv_heads, d]: the
+// keys of a query are divided among blocks, whose results are joined. A warp takes one key after the other for all query heads that
+// share it, so that every key and value is read once.
 
 constexpr int MAX_GROUP = 8, MAX_PARTS = 4;
+constexpr u32 PAGE = 16;
 
 // Partial results of `chunk` keys for query row blockIdx.z, key/value head blockIdx.y: for every head of the group the largest
-// score, the sum of exponentials and the sum of values, one after the other in `parts` [rows, heads, chunks, d + 2]. `table` has for
-// each query the row of its first key and how many keys it sees; a block behind the last of them writes an empty part.
+// score, the sum of exponentials and the sum of values, one after the other in `parts` [rows, heads, chunks, d + 2]. `queries` has for
+// each query where its block table begins in `pages` and how many keys it sees; a block after the last of them writes an empty part.
 extern "C" __global__ void __launch_bounds__(128)
 attention_decode(const element *__restrict__ q, const element *__restrict__ k, const element *__restrict__ v,
-                 const u32 *__restrict__ table, float *__restrict__ parts, u32 chunk, u32 heads, u32 kv_heads, u32 d, float scale) {
+                 const u32 *__restrict__ queries, const u32 *__restrict__ pages, float *__restrict__ parts, u32 chunk, u32 heads, u32 kv_heads, u32 d, float scale) {
     SHARED(memory);
     float *shared = (float *)memory; // [warps, group, d + 2]
-    u32 row = blockIdx.z, kv_head = blockIdx.y, group = heads / kv_heads, first = table[2 * row], seen = table[2 * row + 1];
+    u32 row = blockIdx.z, kv_head = blockIdx.y, group = heads / kv_heads, seen = queries[2 * row + 1];
+    pages += queries[2 * row];
     u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
     float query[MAX_GROUP][MAX_PARTS], sums[MAX_GROUP][MAX_PARTS], largest[MAX_GROUP], totals[MAX_GROUP];
 #pragma unroll
@@ -28,7 +30,7 @@ attention_decode(const element *__restrict__ q, const element *__restrict__ k, c
     }
     u32 end = min(seen, (blockIdx.x + 1) * chunk);
     for (u32 key = blockIdx.x * chunk + warp; key < end; key += warps) {
-        u64 at = ((u64)(first + key) * kv_heads + kv_head) * d;
+        u64 at = (((u64)pages[key / PAGE] * PAGE + key % PAGE) * kv_heads + kv_head) * d;
         float keys[MAX_PARTS], values[MAX_PARTS];
 #pragma unroll
         for (int p = 0; p < MAX_PARTS; p++) {

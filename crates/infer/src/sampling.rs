@@ -1,13 +1,8 @@
-//! Text generation, one token at a time: how the next token is chosen and the loop around it.
+//! How the next token is chosen.
 
-mod together;
-
-use crate::{Error, KvCache, Llama, Result, Workspace};
 use serde::{Deserialize, Serialize};
-use std::ops::ControlFlow;
-pub use together::{End, generate_together};
-use tunesmith_tensor::Tensor;
-use tunesmith_tensor::ops::sample::{self, Choice, Draw, Scratch};
+use tunesmith_model::{Error, Result};
+use tunesmith_tensor::ops::sample::{Choice, Draw};
 use tunesmith_tensor::rng::Rng;
 
 /// How the next token is chosen. Names and meanings are those of Hugging Face's `generation_config.json`.
@@ -75,12 +70,11 @@ impl Sampling {
     }
 }
 
-/// Chooses tokens; keeps its random stream and buffers.
-#[derive(Debug)]
+/// Says how tokens are chosen, one after the other, from a random stream of its own.
+#[derive(Clone, Debug)]
 pub struct Sampler {
     options: Sampling,
     rng: Rng,
-    scratch: Scratch,
 }
 
 impl Sampler {
@@ -91,101 +85,32 @@ impl Sampler {
     pub fn new(options: Sampling) -> Result<Self> {
         options.check()?;
         let rng = Rng::new(options.seed, 0);
-        Ok(Self { options, rng, scratch: Scratch::default() })
+        Ok(Self { options, rng })
     }
 
-    /// The next token for `logits` [1, V], where they are, after `history` (prompt and what was generated). What `logits` hold
-    /// afterwards is not defined.
-    pub fn next(&mut self, logits: &mut Tensor, history: &[u32]) -> u32 {
-        let choice = self.choice(history);
-        sample::rows(logits, &[choice], &mut self.scratch)[0]
-    }
-
-    /// How the next token is chosen; takes a number from the random stream where it is drawn.
-    fn choice<'h>(&mut self, history: &'h [u32]) -> Choice<'h> {
+    /// How the next token is chosen after `history` (prompt and what was generated); takes a number from the random stream where it is
+    /// drawn.
+    pub(crate) fn choice<'h>(&mut self, history: &'h [u32]) -> Choice<'h> {
         let Sampling { do_sample, temperature, top_k, top_p, min_p, repetition_penalty, .. } = self.options;
         let draw = do_sample.then(|| Draw { temperature, top_k, top_p, min_p, uniform: self.rng.uniform_f64() });
         Choice { repetition_penalty, history, draw }
     }
-}
 
-/// Why generation ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "snake_case")]
-pub enum FinishReason {
-    /// An end token.
-    Stop,
-    /// As many tokens as were asked for, or the context is full.
-    Length,
-    /// The caller's callback said so (a stop string, an interruption).
-    Caller,
-}
-
-/// Generates after `prompt`, whose first `cache.len()` tokens are in `cache` already, until an end token,
-/// `max_new_tokens`, or until `on_token` breaks. `on_token` sees each new token but not the end token that stops.
-///
-/// Returns the new tokens (an end token that stopped it included) and why it ended.
-///
-/// # Errors
-/// When the prompt is empty, has an id outside the vocabulary, or does not fit into the context.
-pub fn generate(
-    model: &Llama,
-    prompt: &[u32],
-    cache: &mut KvCache,
-    sampler: &mut Sampler,
-    end_tokens: &[u32],
-    max_new_tokens: usize,
-    ws: &mut Workspace,
-    mut on_token: impl FnMut(u32) -> ControlFlow<()>,
-) -> Result<(Vec<u32>, FinishReason)> {
-    check_prompt(model, prompt, cache.len(), cache.capacity())?;
-    let mut history = prompt.to_vec();
-    // A device that has failed gives logits that mean nothing.
-    let healthy = || model.device().synchronize().map_err(|e| Error::Failure(e.to_string()));
-    let mut logits = model.decode_logits(&prompt[cache.len()..], cache, ws);
-    for i in 0..max_new_tokens {
-        let next = sampler.next(logits, &history);
-        healthy()?;
-        history.push(next);
-        if end_tokens.contains(&next) {
-            return Ok((history.split_off(prompt.len()), FinishReason::Stop));
+    /// Goes on in the random stream by what `num_tokens` tokens take from it.
+    pub fn skip(&mut self, num_tokens: usize) {
+        for _ in 0..num_tokens {
+            self.choice(&[]);
         }
-        if on_token(next).is_break() {
-            return Ok((history.split_off(prompt.len()), FinishReason::Caller));
-        }
-        if i + 1 == max_new_tokens || cache.len() == cache.capacity() {
-            break;
-        }
-        logits = model.decode_logits(&[next], cache, ws);
     }
-    Ok((history.split_off(prompt.len()), FinishReason::Length))
-}
-
-/// Whether `prompt` can be continued, whose first `cached` tokens are known, in a context of `capacity` tokens.
-fn check_prompt(model: &Llama, prompt: &[u32], cached: usize, capacity: usize) -> Result<()> {
-    let vocab = model.config.vocab_size;
-    if let Some(id) = prompt.iter().find(|id| **id as usize >= vocab) {
-        return Err(Error::Input(format!("token {id} of the prompt is outside the model's vocabulary of {vocab}")));
-    }
-    if prompt.len() <= cached {
-        return Err(Error::Input("there is nothing to continue: the prompt is empty".into()));
-    }
-    if prompt.len() >= capacity {
-        return Err(Error::Input(format!(
-            "the prompt has {} tokens, and only {} fit into the context with at least one new token; shorten it",
-            prompt.len(),
-            capacity - 1
-        )));
-    }
-    Ok(())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use tunesmith_tensor::ops::sample::{Scratch, row};
 
     fn next(sampler: &mut Sampler, logits: &[f32], history: &[u32]) -> u32 {
-        sampler.next(&mut Tensor::from_slice(&[1, logits.len()], logits), history)
+        row(logits, &sampler.choice(history), &mut Scratch::default())
     }
 
     fn shares(options: Sampling, logits: &[f32]) -> Vec<f64> {

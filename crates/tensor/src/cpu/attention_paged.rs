@@ -1,20 +1,20 @@
-//! Kernels of attention over a cache in f32 or f16; contract in `ops/attention_decode.rs`, layout of the
-//! cache in `kv.rs`.
+//! Kernels of attention over pages in f32 or f16; contract in `ops/attention_paged.rs`, layout of pages in `kv.rs`.
 
+use crate::contract::PAGE;
 use crate::cpu::simd::{exp, max, multiversion, reduce2};
-use crate::kv::{Element, RUN, TILE};
+use crate::kv::{Element, RUN};
 
 /// Query heads of which one pass over keys or values keeps the sums in registers.
 const QUERIES: usize = 4;
 
 /// The partial result of `seen` keys for the query heads that share a key/value head.
 ///
-/// `q` is [group, d]; `keys` holds tiles [d, TILE] and `values` rows [d], both from the run's first token on. `record` takes
-/// group x d sums of exp(score − maximum) · value, then the group's maxima, then its totals of exp(score − maximum).
+/// `q` is [group, d]; `keys` are the run's pages [d, PAGE] and `values` its pages [PAGE, d]. `record` takes group x d sums of
+/// exp(score − maximum) · value, then the group's maxima, then its totals of exp(score − maximum).
 pub(crate) fn partial<E: Element>(
     q: &[f32],
-    keys: &[E],
-    values: &[E],
+    keys: &[&[E]],
+    values: &[&[E]],
     seen: usize,
     scale: f32,
     d: usize,
@@ -28,12 +28,12 @@ pub(crate) fn partial<E: Element>(
     let heads = heads.zip(maxima.chunks_mut(QUERIES)).zip(totals.chunks_mut(QUERIES));
     for (((q, sums), maxima), totals) in heads {
         let num = maxima.len();
-        let tiles = seen.div_ceil(TILE);
-        score(q, &keys[..tiles * TILE * d], d, &mut scores[..num]);
+        let num_pages = seen.div_ceil(PAGE);
+        score(q, &keys[..num_pages], d, &mut scores[..num]);
         for ((scores, maximum), total) in scores.iter_mut().zip(maxima).zip(totals) {
             (*maximum, *total) = exponentials(&mut scores[..seen], scale);
         }
-        weigh(&scores[..num], &values[..seen * d], d, sums);
+        weigh(&scores[..num], &values[..num_pages], seen, d, sums);
     }
 }
 
@@ -82,9 +82,9 @@ multiversion! {
     }
 }
 
-/// `scores[g][token]` = `q[g]` · key of the token, for all tokens of `keys` (whole tiles).
+/// `scores[g][token]` = `q[g]` · key of the token, for all tokens of the pages `keys`.
 #[allow(unsafe_code)]
-fn score<E: Element>(q: &[f32], keys: &[E], d: usize, scores: &mut [[f32; RUN]]) {
+fn score<E: Element>(q: &[f32], keys: &[&[E]], d: usize, scores: &mut [[f32; RUN]]) {
     #[cfg(target_arch = "x86_64")]
     if crate::cpu::simd::level() == crate::cpu::simd::Level::Avx512 {
         // SAFETY: `level` has seen AVX-512 F on this processor.
@@ -93,38 +93,38 @@ fn score<E: Element>(q: &[f32], keys: &[E], d: usize, scores: &mut [[f32; RUN]])
     score_portable(q, keys, d, scores);
 }
 
-/// `sums[g]` [d] = Σ over tokens of `weights[g][token]` · value of the token.
+/// `sums[g]` [d] = Σ over the first `seen` tokens of `weights[g][token]` · value of the token.
 #[allow(unsafe_code)]
-fn weigh<E: Element>(weights: &[[f32; RUN]], values: &[E], d: usize, sums: &mut [f32]) {
+fn weigh<E: Element>(weights: &[[f32; RUN]], values: &[&[E]], seen: usize, d: usize, sums: &mut [f32]) {
     #[cfg(target_arch = "x86_64")]
     if crate::cpu::simd::level() == crate::cpu::simd::Level::Avx512 && d.is_multiple_of(16) {
         // SAFETY: as above.
-        return unsafe { avx512::weigh(weights, values, d, sums) };
+        return unsafe { avx512::weigh(weights, values, seen, d, sums) };
     }
-    weigh_portable(weights, values, d, sums);
+    weigh_portable(weights, values, seen, d, sums);
 }
 
 multiversion! {
-    fn score_portable<E: Element>(q: &[f32], keys: &[E], d: usize, scores: &mut [[f32; RUN]]) {
-        for (t, tile) in keys.chunks_exact(TILE * d).enumerate() {
+    fn score_portable<E: Element>(q: &[f32], keys: &[&[E]], d: usize, scores: &mut [[f32; RUN]]) {
+        for (t, tile) in keys.iter().enumerate() {
             for (q, scores) in q.chunks_exact(d).zip(scores.iter_mut()) {
-                let mut sums = [0.0f32; TILE];
-                for (lanes, q) in tile.as_chunks::<TILE>().0.iter().zip(q) {
-                    for i in 0..TILE {
+                let mut sums = [0.0f32; PAGE];
+                for (lanes, q) in tile.as_chunks::<PAGE>().0.iter().zip(q) {
+                    for i in 0..PAGE {
                         sums[i] += q * lanes[i].to_f32();
                     }
                 }
-                scores[t * TILE..(t + 1) * TILE].copy_from_slice(&sums);
+                scores[t * PAGE..(t + 1) * PAGE].copy_from_slice(&sums);
             }
         }
     }
 }
 
 multiversion! {
-    fn weigh_portable<E: Element>(weights: &[[f32; RUN]], values: &[E], d: usize, sums: &mut [f32]) {
+    fn weigh_portable<E: Element>(weights: &[[f32; RUN]], values: &[&[E]], seen: usize, d: usize, sums: &mut [f32]) {
         for (weights, sums) in weights.iter().zip(sums.chunks_exact_mut(d)) {
             sums.fill(0.0);
-            for (value, weight) in values.chunks_exact(d).zip(weights) {
+            for (value, weight) in values.iter().flat_map(|page| page.chunks_exact(d)).zip(&weights[..seen]) {
                 for (sum, x) in sums.iter_mut().zip(value) {
                     *sum += weight * x.to_f32();
                 }
@@ -135,7 +135,7 @@ multiversion! {
 
 #[cfg(target_arch = "x86_64")]
 mod avx512 {
-    use super::{Element, QUERIES, RUN, TILE};
+    use super::{Element, PAGE, QUERIES, RUN};
     use std::arch::x86_64::*;
 
     /// Sixteen elements as f32.
@@ -162,8 +162,8 @@ mod avx512 {
     }
 
     #[target_feature(enable = "avx512f")]
-    pub(super) fn score<E: Element>(q: &[f32], keys: &[E], d: usize, scores: &mut [[f32; RUN]]) {
-        // A vector of each query head for QUERIES tiles at a time: enough sums to hide the latency of an addition.
+    pub(super) fn score<E: Element>(q: &[f32], keys: &[&[E]], d: usize, scores: &mut [[f32; RUN]]) {
+        // A vector of each query head for QUERIES pages at a time: enough sums to hide the latency of an addition.
         match scores.len() {
             1 => score_heads::<E, 1>(q, keys, d, scores),
             2 => score_heads::<E, 2>(q, keys, d, scores),
@@ -173,35 +173,33 @@ mod avx512 {
     }
 
     #[target_feature(enable = "avx512f")]
-    fn score_heads<E: Element, const G: usize>(q: &[f32], keys: &[E], d: usize, scores: &mut [[f32; RUN]]) {
+    fn score_heads<E: Element, const G: usize>(q: &[f32], keys: &[&[E]], d: usize, scores: &mut [[f32; RUN]]) {
         let q: [&[f32]; G] = std::array::from_fn(|g| &q[g * d..(g + 1) * d]);
-        let num_tiles = keys.len() / (TILE * d);
-        let mut tile = 0;
-        while num_tiles - tile >= 4 {
-            score_tiles::<E, G, 4>(&q, keys, d, tile, scores);
-            tile += 4;
+        let mut page = 0;
+        while keys.len() - page >= 4 {
+            score_pages::<E, G, 4>(&q, keys, d, page, scores);
+            page += 4;
         }
-        while tile < num_tiles {
-            score_tiles::<E, G, 1>(&q, keys, d, tile, scores);
-            tile += 1;
+        while page < keys.len() {
+            score_pages::<E, G, 1>(&q, keys, d, page, scores);
+            page += 1;
         }
     }
 
     #[target_feature(enable = "avx512f")]
-    fn score_tiles<E: Element, const G: usize, const N: usize>(
+    fn score_pages<E: Element, const G: usize, const N: usize>(
         q: &[&[f32]; G],
-        keys: &[E],
+        keys: &[&[E]],
         d: usize,
         first: usize,
         scores: &mut [[f32; RUN]],
     ) {
-        let tile = |n: usize| keys[(first + n) * TILE * d..(first + n + 1) * TILE * d].as_chunks::<TILE>().0;
-        let tiles: [&[[E; TILE]]; N] = std::array::from_fn(tile);
+        let pages: [&[[E; PAGE]]; N] = std::array::from_fn(|n| &keys[first + n].as_chunks::<PAGE>().0[..d]);
         let mut sums = [[_mm512_setzero_ps(); N]; G];
         for i in 0..d {
             let mut lanes = [_mm512_setzero_ps(); N];
             for n in 0..N {
-                lanes[n] = load(&tiles[n][i]);
+                lanes[n] = load(&pages[n][i]);
             }
             for g in 0..G {
                 let q = _mm512_set1_ps(q[g][i]);
@@ -211,7 +209,7 @@ mod avx512 {
             }
         }
         for g in 0..G {
-            let (out, _) = scores[g].as_chunks_mut::<TILE>();
+            let (out, _) = scores[g].as_chunks_mut::<PAGE>();
             for n in 0..N {
                 store(sums[g][n], &mut out[first + n]);
             }
@@ -219,24 +217,30 @@ mod avx512 {
     }
 
     #[target_feature(enable = "avx512f")]
-    pub(super) fn weigh<E: Element>(weights: &[[f32; RUN]], values: &[E], d: usize, sums: &mut [f32]) {
+    pub(super) fn weigh<E: Element>(weights: &[[f32; RUN]], values: &[&[E]], seen: usize, d: usize, sums: &mut [f32]) {
         match weights.len() {
-            1 => weigh_heads::<E, 1>(weights, values, d, sums),
-            2 => weigh_heads::<E, 2>(weights, values, d, sums),
-            3 => weigh_heads::<E, 3>(weights, values, d, sums),
-            _ => weigh_heads::<E, QUERIES>(weights, values, d, sums),
+            1 => weigh_heads::<E, 1>(weights, values, seen, d, sums),
+            2 => weigh_heads::<E, 2>(weights, values, seen, d, sums),
+            3 => weigh_heads::<E, 3>(weights, values, seen, d, sums),
+            _ => weigh_heads::<E, QUERIES>(weights, values, seen, d, sums),
         }
     }
 
     #[target_feature(enable = "avx512f")]
-    fn weigh_heads<E: Element, const G: usize>(weights: &[[f32; RUN]], values: &[E], d: usize, sums: &mut [f32]) {
+    fn weigh_heads<E: Element, const G: usize>(
+        weights: &[[f32; RUN]],
+        values: &[&[E]],
+        seen: usize,
+        d: usize,
+        sums: &mut [f32],
+    ) {
         let mut column = 0;
         while d - column >= 64 {
-            weigh_columns::<E, G, 4>(weights, values, d, column, sums);
+            weigh_columns::<E, G, 4>(weights, values, seen, d, column, sums);
             column += 64;
         }
         while column < d {
-            weigh_columns::<E, G, 1>(weights, values, d, column, sums);
+            weigh_columns::<E, G, 1>(weights, values, seen, d, column, sums);
             column += 16;
         }
     }
@@ -245,23 +249,26 @@ mod avx512 {
     #[target_feature(enable = "avx512f")]
     fn weigh_columns<E: Element, const G: usize, const N: usize>(
         weights: &[[f32; RUN]],
-        values: &[E],
+        values: &[&[E]],
+        seen: usize,
         d: usize,
         first: usize,
         sums: &mut [f32],
     ) {
-        let weights: [&[f32; RUN]; G] = std::array::from_fn(|g| &weights[g]);
         let mut totals = [[_mm512_setzero_ps(); N]; G];
-        for (token, value) in values.chunks_exact(d).take(RUN).enumerate() {
-            let (value, _) = value[first..first + 16 * N].as_chunks::<16>();
-            let mut lanes = [_mm512_setzero_ps(); N];
-            for n in 0..N {
-                lanes[n] = load(&value[n]);
-            }
-            for g in 0..G {
-                let weight = _mm512_set1_ps(weights[g][token]);
+        for (page, values) in values.iter().enumerate().take(RUN / PAGE) {
+            let weights: [&[f32]; G] = std::array::from_fn(|g| &weights[g][page * PAGE..seen.min((page + 1) * PAGE)]);
+            for (token, value) in values.chunks_exact(d).take(weights[0].len()).enumerate() {
+                let (value, _) = value[first..first + 16 * N].as_chunks::<16>();
+                let mut lanes = [_mm512_setzero_ps(); N];
                 for n in 0..N {
-                    totals[g][n] = _mm512_fmadd_ps(weight, lanes[n], totals[g][n]);
+                    lanes[n] = load(&value[n]);
+                }
+                for g in 0..G {
+                    let weight = _mm512_set1_ps(weights[g][token]);
+                    for n in 0..N {
+                        totals[g][n] = _mm512_fmadd_ps(weight, lanes[n], totals[g][n]);
+                    }
                 }
             }
         }
@@ -284,7 +291,7 @@ mod tests {
     fn portable_and_chosen_kernels_agree() {
         let mut rng = Rng::new(34, 0);
         for (d, group) in [(64, 3), (16, 4), (80, 1), (48, 2)] {
-            let num = 5 * TILE;
+            let num = 5 * PAGE;
             let exact = rng.normals(num * d, 1.0);
             let halves: Vec<f16> = exact.iter().map(|x| f16::from_f32(*x)).collect();
             let q = rng.normals(group * d, 1.0);
@@ -296,14 +303,15 @@ mod tests {
     /// Both kernels on `x` as keys and as values.
     fn agree<E: Element>(q: &[f32], x: &[E], d: usize) {
         let (group, num) = (q.len() / d, x.len() / d);
+        let pages: Vec<&[E]> = x.chunks_exact(PAGE * d).collect();
         let [mut a, mut b] = [[[0.0f32; RUN]; QUERIES]; 2];
-        score(q, x, d, &mut a[..group]);
-        score_portable(q, x, d, &mut b[..group]);
+        score(q, &pages, d, &mut a[..group]);
+        score_portable(q, &pages, d, &mut b[..group]);
         let close = |a: &[f32], b: &[f32]| a.iter().zip(b).all(|(a, b)| (a - b).abs() < 1e-4);
         assert!(a.iter().zip(&b).all(|(a, b)| close(a, b)) && a[0][num - 1] != 0.0);
         let [mut c, mut e] = [vec![f32::NAN; group * d], vec![f32::NAN; group * d]];
-        weigh(&a[..group], x, d, &mut c);
-        weigh_portable(&a[..group], x, d, &mut e);
+        weigh(&a[..group], &pages, num - 3, d, &mut c);
+        weigh_portable(&a[..group], &pages, num - 3, d, &mut e);
         assert!(c.iter().zip(&e).all(|(a, b)| (a - b).abs() < 2e-3), "{c:?} {e:?}");
     }
 }
