@@ -74,75 +74,52 @@ impl Element for f16 {
 #[repr(C, align(64))]
 struct Line([u8; 64]);
 
-/// The pages of one layer in host memory. A slab has for each key/value head the keys of [`SLAB`] pages, each [D, PAGE], and then
-/// their values, each [PAGE, D]: consecutive pages lie as one sequence would without pages. Memory grows with the pages that are
-/// written.
+/// The pages of one layer in host memory: for each key/value head slabs of [`SLAB`] pages, first the keys of each, [D, PAGE], then
+/// the values, [PAGE, D], so that consecutive pages lie as one sequence would without pages. Slabs are allocated as they are written.
 pub(crate) struct HostPages<E> {
-    slabs: Vec<Vec<Line>>,
+    slabs: Vec<Vec<Vec<Line>>>,
     elements: PhantomData<E>,
 }
 
 impl<E: Element> HostPages<E> {
-    /// Elements of the keys (or values) of one head in a slab.
-    fn half(heads: Heads) -> usize {
-        SLAB * PAGE * heads.head_dim
-    }
-
-    fn slab(&self, slab: usize) -> &[E] {
-        bytemuck::cast_slice(&self.slabs[slab])
-    }
-
     /// Keys [D, PAGE] and values [PAGE, D] of a head in `page`.
     ///
     /// # Panics
     /// When the page was never written.
     pub(crate) fn page(&self, page: u32, head: usize, heads: Heads) -> (&[E], &[E]) {
-        let (half, len) = (Self::half(heads), PAGE * heads.head_dim);
-        let at = head * 2 * half + page as usize % SLAB * len;
-        let slab = self.slab(page as usize / SLAB);
-        (&slab[at..at + len], &slab[at + half..at + half + len])
+        let (slab, page, len) = (page as usize / SLAB, page as usize % SLAB, PAGE * heads.head_dim);
+        let elements: &[E] = bytemuck::cast_slice(&self.slabs[head][slab]);
+        (&elements[page * len..(page + 1) * len], &elements[(SLAB + page) * len..(SLAB + page + 1) * len])
     }
 
     /// Writes `k` and `v` [T, K·D] as the tokens from `first` on of a sequence with these `pages`.
     fn write(&mut self, heads: Heads, first: usize, pages: &[u32], k: &[f32], v: &[f32]) {
-        let (cols, d, half) = (heads.kv_cols(), heads.head_dim, Self::half(heads));
-        let num_tokens = k.len() / cols;
-        let slab_of = |token: usize| pages[token / PAGE] as usize / SLAB;
-        let (mut token, end) = (first, first + num_tokens);
-        while token < end {
-            // The tokens that follow in the same slab.
-            let slab = slab_of(token);
-            let behind = (token..end).find(|t| slab_of(*t) != slab).unwrap_or(end);
-            if self.slabs.len() <= slab {
-                self.slabs.resize_with(slab + 1, Vec::new);
-            }
-            let lines = (heads.num_kv_heads * 2 * half * size_of::<E>()).div_ceil(size_of::<Line>());
-            if self.slabs[slab].is_empty() {
-                self.slabs[slab] = bytemuck::zeroed_vec(lines);
-            }
-            let elements: &mut [E] = bytemuck::cast_slice_mut(&mut self.slabs[slab]);
-            let write_head = |(head, out): (usize, &mut [E])| {
-                let (keys, values) = out.split_at_mut(half);
-                for t in token..behind {
-                    let (page, lane) = (pages[t / PAGE] as usize % SLAB, t % PAGE);
-                    let columns = (t - first) * cols + head * d..(t - first) * cols + (head + 1) * d;
-                    let tile = &mut keys[page * PAGE * d..][..PAGE * d];
-                    E::narrow(&k[columns.clone()], |at, part| {
-                        for (i, x) in part.iter().enumerate() {
-                            tile[(at + i) * PAGE + lane] = *x;
-                        }
-                    });
-                    let row = &mut values[(page * PAGE + lane) * d..][..d];
-                    E::narrow(&v[columns], |at, part| row[at..at + part.len()].copy_from_slice(part));
+        let (cols, d) = (heads.kv_cols(), heads.head_dim);
+        let (num_tokens, len) = (k.len() / cols, PAGE * d);
+        let write_head = |(head, slabs): (usize, &mut Vec<Vec<Line>>)| {
+            for i in 0..num_tokens {
+                let (page, lane) = (pages[(first + i) / PAGE] as usize, (first + i) % PAGE);
+                let (slab, page) = (page / SLAB, page % SLAB);
+                if slabs.len() <= slab {
+                    slabs.resize_with(slab + 1, Vec::new);
                 }
-            };
-            let all_heads = heads.num_kv_heads * 2 * half;
-            if behind - token < PAGE {
-                elements[..all_heads].chunks_exact_mut(2 * half).enumerate().for_each(write_head);
-            } else {
-                elements[..all_heads].par_chunks_exact_mut(2 * half).enumerate().for_each(write_head);
+                if slabs[slab].is_empty() {
+                    slabs[slab] = bytemuck::zeroed_vec((2 * SLAB * len * size_of::<E>()).div_ceil(size_of::<Line>()));
+                }
+                let elements: &mut [E] = bytemuck::cast_slice_mut(&mut slabs[slab]);
+                let columns = i * cols + head * d..i * cols + (head + 1) * d;
+                let keys = &mut elements[page * len..(page + 1) * len];
+                E::narrow(&k[columns.clone()], |at, part| {
+                    part.iter().enumerate().for_each(|(i, x)| keys[(at + i) * PAGE + lane] = *x);
+                });
+                let value = &mut elements[(SLAB + page) * len + lane * d..][..d];
+                E::narrow(&v[columns], |at, part| value[at..at + part.len()].copy_from_slice(part));
             }
-            token = behind;
+        };
+        if num_tokens < PAGE {
+            self.slabs.iter_mut().enumerate().for_each(write_head);
+        } else {
+            self.slabs.par_iter_mut().enumerate().for_each(write_head);
         }
     }
 
@@ -169,7 +146,7 @@ impl<E: Element> HostPages<E> {
     }
 
     fn bytes(&self) -> usize {
-        self.slabs.iter().map(|slab| slab.capacity() * size_of::<Line>()).sum()
+        self.slabs.iter().flatten().map(|slab| slab.capacity() * size_of::<Line>()).sum()
     }
 }
 
@@ -195,8 +172,9 @@ impl std::fmt::Debug for PagedCache {
 }
 
 /// No page of each layer.
-fn empty<E>(num_layers: usize) -> Vec<HostPages<E>> {
-    (0..num_layers).map(|_| HostPages { slabs: Vec::new(), elements: PhantomData }).collect()
+fn empty<E>(heads: Heads, num_layers: usize) -> Vec<HostPages<E>> {
+    let layer = |_| HostPages { slabs: vec![Vec::new(); heads.num_kv_heads], elements: PhantomData };
+    (0..num_layers).map(layer).collect()
 }
 
 impl PagedCache {
@@ -204,7 +182,7 @@ impl PagedCache {
     /// is allocated as pages are written; on a GPU in `dtype`, in memory that is allocated at once.
     pub fn new(device: &Device, dtype: Dtype, heads: Heads, num_layers: usize, num_pages: usize) -> Self {
         if *device == Device::Cpu {
-            return Self { heads, layers: Layers::F32(empty(num_layers)), num_pages };
+            return Self { heads, layers: Layers::F32(empty(heads, num_layers)), num_pages };
         }
         let rows = || {
             let mut rows = Tensor::default();
@@ -216,7 +194,7 @@ impl PagedCache {
 
     /// A cache on the CPU in f16: half the memory and half the reading, in the precision of weights of 8 bits.
     pub fn f16(heads: Heads, num_layers: usize, num_pages: usize) -> Self {
-        Self { heads, layers: Layers::F16(empty(num_layers)), num_pages }
+        Self { heads, layers: Layers::F16(empty(heads, num_layers)), num_pages }
     }
 
     /// Number of pages.

@@ -169,20 +169,6 @@ impl Tensor {
         }
     }
 
-    /// Makes row `row` of a matrix its only one.
-    pub fn keep_row(&mut self, row: usize) {
-        let cols = self.cols();
-        assert!(row < self.rows(), "row {row} of {:?}", self.shape);
-        match &mut self.memory {
-            Memory::Host(_) => self.data_mut().copy_within(row * cols..(row + 1) * cols, 0),
-            Memory::Device(buffer, dtype) if row > 0 => {
-                buffer.copy(0, buffer, row * cols * dtype.bytes(), cols * dtype.bytes());
-            }
-            Memory::Device(..) => {}
-        }
-        self.resize(&[1, cols]);
-    }
-
     /// Copies the first `count` rows of `from` to the rows from `at` on. Both are on one device, in one type.
     pub fn copy_rows(&mut self, at: usize, from: &Self, count: usize) {
         let (cols, rows) = (self.cols(), self.rows());
