@@ -5,8 +5,8 @@
 //! each prompt is a pass of its own: it has rows enough to be worth one, and what becomes of a prompt does not depend on the others.
 //! A request begins as soon as there are pages for all that it may become; until then it waits.
 
-use crate::Sampler;
 use crate::pages::{Before, Pages};
+use crate::sampling::Sampler;
 use serde::Serialize;
 use std::collections::VecDeque;
 use std::ops::{ControlFlow, Deref};
