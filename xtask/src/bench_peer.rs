@@ -192,10 +192,15 @@ fn measure(command: &mut Command) -> Result<Measured> {
     parse(&output(command)?).map_err(|e| format!("{program}: {e}"))
 }
 
-fn parse(stdout: &str) -> Result<Measured> {
+/// The JSON object on the last line that a program printed.
+pub(crate) fn json_line(stdout: &str) -> Result<Value> {
     let line = stdout.lines().rfind(|line| line.starts_with('{')).ok_or("it printed no line of JSON")?;
-    let json: Value = serde_json::from_str(line).map_err(|e| format!("{e} in {line}"))?;
-    let number = |key: &str| json[key].as_f64().filter(|x| *x > 0.0).ok_or_else(|| format!("no {key} in {line}"));
+    serde_json::from_str(line).map_err(|e| format!("{e} in {line}"))
+}
+
+fn parse(stdout: &str) -> Result<Measured> {
+    let json = json_line(stdout)?;
+    let number = |key: &str| json[key].as_f64().filter(|x| *x > 0.0).ok_or_else(|| format!("no {key} in {json}"));
     let versions = json["versions"].as_object().map(|versions| {
         let each = versions.iter().map(|(name, version)| format!("{name} {}", version.as_str().unwrap_or("?")));
         each.collect::<Vec<_>>().join(", ")
@@ -248,7 +253,7 @@ const CELLS: &str = "tokens/s | peer's tokens/s | ratio | peak RSS, GB | peer's 
 const RULES: &str = "---|---|---|---|---|---";
 
 /// A command as it would be typed, with file names instead of paths.
-fn shown(command: &Command) -> String {
+pub(crate) fn shown(command: &Command) -> String {
     let words = std::iter::once(command.get_program()).chain(command.get_args());
     let word = |word: &std::ffi::OsStr| {
         let path = Path::new(word);
@@ -258,7 +263,7 @@ fn shown(command: &Command) -> String {
     words.map(word).collect::<Vec<_>>().join(" ")
 }
 
-fn median(mut values: Vec<f64>) -> f64 {
+pub(crate) fn median(mut values: Vec<f64>) -> f64 {
     values.sort_by(f64::total_cmp);
     let middle = values.len() / 2;
     if values.len() % 2 == 1 { values[middle] } else { (values[middle - 1] + values[middle]) / 2.0 }

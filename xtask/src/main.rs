@@ -1,13 +1,16 @@
 //! Development tasks: `cargo xtask TASK`. Nothing here is part of the program.
 #![allow(clippy::print_stdout, clippy::print_stderr)]
 
+mod bench_against;
 mod bench_peer;
 mod bench_prepare;
+mod circles;
 mod cli_docs;
 mod config_docs;
 mod configs;
 mod docs;
 mod kernels;
+mod limits;
 mod size;
 mod tiny_model;
 mod valgrind;
@@ -43,10 +46,18 @@ enum Task {
         #[arg(long, value_name = "FILE")]
         archive: Option<PathBuf>,
     },
+    /// Find files of a crate that depend on each other in a loop, and say through what.
+    Circles {
+        /// Show those too that are made by what modules take from those that they are in.
+        #[arg(long)]
+        parents: bool,
+    },
     /// Lines of code, longest files, crates in the dependency tree, size of the release binary.
     Size,
     /// Run this program and its peers (transformers + PEFT, llama.cpp) in turn, and compare speed and memory.
     BenchPeer(Box<bench_peer::Args>),
+    /// Run an older binary and this program in turn, and compare speed and memory pair by pair.
+    BenchAgainst(bench_against::Args),
     /// Prepare a large file of real text, and compare speed and memory with `datasets.map`.
     BenchPrepare(bench_prepare::Args),
     /// Write the random model that configs/tiny.toml trains.
@@ -61,8 +72,10 @@ fn main() -> ExitCode {
         Task::Docs { check: true } => docs::check(&root()),
         Task::Configs => configs::plan_all(&root()),
         Task::Kernels { archive } => kernels::check(&root(), archive.as_deref()),
+        Task::Circles { parents } => circles::check(&root(), parents),
         Task::Size => size::report(&root()),
         Task::BenchPeer(args) => bench_peer::run(&root(), &args),
+        Task::BenchAgainst(args) => bench_against::run(&root(), &args),
         Task::BenchPrepare(args) => bench_prepare::run(&root(), &args),
         Task::TinyModel => tiny_model::write(&root()),
         Task::Valgrind => valgrind::run(&root()),

@@ -1,6 +1,6 @@
-//! How large the project is, and the limit on the length of a file.
+//! How large the project is, and the limits on the length of a file and the width of a comment.
 
-use crate::{Result, read};
+use crate::{Result, limits::MAX_WIDE_COMMENTS, read};
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -8,7 +8,10 @@ use std::process::Command;
 /// A file above this is hard to read in one go and must be divided.
 const MAX_LINES: usize = 800;
 
-/// Prints the sizes; fails when a file is too long.
+/// Columns of a comment. Code is broken by rustfmt, which leaves comments alone.
+const MAX_COLUMNS: usize = 120;
+
+/// Prints the sizes; fails when a file is too long, or more comments are too wide than are allowed.
 pub(crate) fn report(root: &Path) -> Result<()> {
     let sizes = measure(root)?;
     for (name, files, lines) in &sizes.crates {
@@ -22,10 +25,16 @@ pub(crate) fn report(root: &Path) -> Result<()> {
         Ok(metadata) => println!("release binary: {:.1} MB", metadata.len() as f64 / 1e6),
         Err(_) => println!("release binary: not built"),
     }
-    if sizes.too_long.is_empty() {
-        return Ok(());
+    let num_wide: usize = sizes.wide_comments.iter().map(|(_, num)| num).sum();
+    println!("comments wider than {MAX_COLUMNS} columns: {num_wide}, {MAX_WIDE_COMMENTS} allowed");
+    if !sizes.too_long.is_empty() {
+        return Err(format!("above {MAX_LINES} lines, divide by subject: {}", sizes.too_long.join(", ")));
     }
-    Err(format!("above {MAX_LINES} lines, divide by subject: {}", sizes.too_long.join(", ")))
+    if num_wide > MAX_WIDE_COMMENTS {
+        let files: Vec<String> = sizes.wide_comments.iter().map(|(file, num)| format!("{file} ({num})")).collect();
+        return Err(format!("comments wider than {MAX_COLUMNS} columns, break them: {}", files.join(", ")));
+    }
+    Ok(())
 }
 
 /// What the sources come to.
@@ -34,18 +43,25 @@ struct Sizes {
     crates: Vec<(String, usize, usize)>,
     /// Files above the limit.
     too_long: Vec<String>,
+    /// Files with comments that are too wide, and how many.
+    wide_comments: Vec<(String, usize)>,
 }
 
 fn measure(root: &Path) -> Result<Sizes> {
-    let mut sizes = Sizes { crates: Vec::new(), too_long: Vec::new() };
+    let mut sizes = Sizes { crates: Vec::new(), too_long: Vec::new(), wide_comments: Vec::new() };
     for krate in crates(root)? {
         let files = sources(&krate)?;
         let mut lines = 0;
         for file in &files {
-            let count = read(file)?.lines().count();
+            let text = read(file)?;
+            let count = text.lines().count();
             lines += count;
             if count > MAX_LINES {
                 sizes.too_long.push(format!("{} ({count} lines)", relative(file, root)));
+            }
+            match text.lines().filter(|line| is_wide_comment(line)).count() {
+                0 => {}
+                wide => sizes.wide_comments.push((relative(file, root), wide)),
             }
         }
         sizes.crates.push((relative(&krate, root), files.len(), lines));
@@ -53,24 +69,28 @@ fn measure(root: &Path) -> Result<Sizes> {
     Ok(sizes)
 }
 
-fn relative(path: &Path, root: &Path) -> String {
+fn is_wide_comment(line: &str) -> bool {
+    line.trim_start().starts_with("//") && line.chars().count() > MAX_COLUMNS
+}
+
+pub(crate) fn relative(path: &Path, root: &Path) -> String {
     path.strip_prefix(root).unwrap_or(path).display().to_string()
 }
 
 /// The folders of the workspace's crates.
-fn crates(root: &Path) -> Result<Vec<PathBuf>> {
+pub(crate) fn crates(root: &Path) -> Result<Vec<PathBuf>> {
     let mut found: Vec<PathBuf> = entries(&root.join("crates"))?.into_iter().filter(|p| p.is_dir()).collect();
     found.push(root.join("xtask"));
     Ok(found)
 }
 
-/// Every Rust file below `folder`, sorted.
+/// Every Rust and CUDA file below `folder`, sorted.
 fn sources(folder: &Path) -> Result<Vec<PathBuf>> {
     let mut found = Vec::new();
     for path in entries(folder)? {
         if path.is_dir() {
             found.extend(sources(&path)?);
-        } else if path.extension().is_some_and(|ending| ending == "rs") {
+        } else if path.extension().is_some_and(|ending| ["rs", "cu", "cuh", "h"].iter().any(|known| ending == *known)) {
             found.push(path);
         }
     }
@@ -123,7 +143,14 @@ mod tests {
     fn no_file_is_too_long() {
         let sizes = measure(&crate::root()).unwrap();
         assert_eq!(sizes.too_long, Vec::<String>::new());
-        assert_eq!(sizes.crates.len(), 6);
+    }
+
+    #[test]
+    fn comments_have_a_width() {
+        let line = |start: &str, num: usize| format!("{start}{}", "é".repeat(num - start.len()));
+        assert!(is_wide_comment(&line("    /// ", MAX_COLUMNS + 1)));
+        assert!(!is_wide_comment(&line("    // ", MAX_COLUMNS)));
+        assert!(!is_wide_comment(&line("    let x = ", MAX_COLUMNS + 1)));
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! Inference against llama.cpp's own benchmark, on the same GGUF files.
 
-use super::{Args, load_average, median, output, shown, today};
+use super::{Args, json_line, load_average, median, output, shown, today};
 use crate::Result;
 use serde_json::Value;
 use std::path::Path;
@@ -90,8 +90,7 @@ pub(super) fn run(binary: &Path, llama_bench: &Path, args: &Args) -> Result<()> 
 }
 
 fn of_ours(stdout: &str) -> Result<Speeds> {
-    let line = stdout.lines().rfind(|line| line.starts_with('{')).ok_or("bench generate printed no line of JSON")?;
-    let json: Value = serde_json::from_str(line).map_err(|e| format!("{e} in {line}"))?;
+    let json = json_line(stdout)?;
     let speed = |key: &str| json[key].as_f64().filter(|x| *x > 0.0);
     Ok(Speeds {
         prefill: speed("prefill_tokens_per_s"),
