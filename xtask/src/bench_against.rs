@@ -126,7 +126,9 @@ pub(crate) fn run(root: &Path, args: &Args) -> Result<()> {
     }
     println!("{}, {}, {} pairs in turn, load before {load_before}\n", today(), args.model, args.pairs);
     commands.iter().for_each(|command| println!("    {command}"));
-    println!("\n| Case | old tokens/s | new tokens/s | ratio | 95 % interval | peak RSS, ratio |\n|---|---|---|---|---|---|");
+    println!(
+        "\n| Case | old tokens/s | new tokens/s | ratio | 95 % interval | peak RSS, ratio |\n|---|---|---|---|---|---|"
+    );
     rows.iter().for_each(|row| println!("{row}"));
     Ok(())
 }

@@ -137,11 +137,7 @@ mod tests {
             ("both.rs", "pub use crate::{both, c}; pub fn g(_: u8) { }"),
             ("c.rs", "made! { M } pub fn x() { { use crate::a::N as Other; println!(\"{}\", Other); } }"),
         ]);
-        let arrows = [
-            "    a.rs -> b/mod.rs: f\n",
-            "    b/mod.rs -> c.rs: M\n",
-            "    c.rs -> a.rs: N\n",
-        ];
+        let arrows = ["    a.rs -> b/mod.rs: f\n", "    b/mod.rs -> c.rs: M\n", "    c.rs -> a.rs: N\n"];
         assert_eq!(circles, [arrows.concat()]);
     }
 

@@ -11,7 +11,6 @@ mod classes;
 mod pipeline;
 mod words;
 
-use crate::Encoded;
 use aho_corasick::AhoCorasick;
 use std::{
     cell::RefCell,
@@ -20,6 +19,15 @@ use std::{
 };
 use unicode_normalization::IsNormalized;
 use words::Rule;
+
+/// A text as tokens, with the place of each token in it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Encoded {
+    /// Token ids.
+    pub ids: Vec<u32>,
+    /// For each id the byte range of the text it came from. Tokens that share one character share its range.
+    pub offsets: Vec<(usize, usize)>,
+}
 
 /// The tokens of a model with byte-level BPE, ready to encode.
 #[derive(Debug)]

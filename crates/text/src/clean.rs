@@ -5,82 +5,10 @@
 mod mojibake;
 mod steps;
 
-use crate::{Error, Message, Result, Row, RowKind, Turns};
-use schemars::JsonSchema;
+use crate::{CleanOptions, Error, Message, Result, Row, RowKind, Turns};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, HashSet};
 use whatlang::Lang;
-
-/// What becomes of rows that say the same.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum Same {
-    /// They stay.
-    #[default]
-    Keep,
-    /// Rows are the same when they differ in case, punctuation and white space at most.
-    Exact,
-    /// Rows are also the same when most of their phrases are (MinHash; see `near_threshold`).
-    Near,
-}
-
-/// Cleaning of rows. Everything is off, except that training rows which are also held out are removed.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
-#[serde(default, deny_unknown_fields)]
-pub struct CleanOptions {
-    /// Cut the licence before and after a text of Project Gutenberg.
-    pub gutenberg: bool,
-    /// Repair UTF-8 that was read as Windows-1252: "Ã©" becomes "é".
-    pub mojibake: bool,
-    /// Take out what is left of HTML: tags, comments, scripts; entities become characters. Not for code.
-    pub html: bool,
-    /// Take out control characters and invisible marks, except line ends and tabs.
-    pub control_characters: bool,
-    /// Unicode normal form C.
-    pub unicode_nfc: bool,
-    /// One blank between words, no blanks at the end of a line, at most one empty line.
-    pub whitespace: bool,
-    /// Write `[EMAIL]` for e-mail addresses.
-    pub mask_emails: bool,
-    /// Write `[PHONE]` for telephone numbers.
-    pub mask_phones: bool,
-    /// Keep only rows in these languages: codes such as "en" or "eng". Rows too short to tell stay.
-    pub languages: Vec<String>,
-    /// Remove rows with fewer characters.
-    pub min_chars: usize,
-    /// Remove rows with more characters; 0 = no limit.
-    pub max_chars: usize,
-    /// Remove rows in which more than this share of the runs of five words stood before; 1 = never.
-    pub max_repetition: f64,
-    /// Remove rows that say what an earlier row of the same split says.
-    pub duplicates: Same,
-    /// Remove training rows that say what a validation or test row says.
-    pub leakage: Same,
-    /// For `near`: share of runs of three words that two rows must have in common (Jaccard similarity), 0.6 to 1.
-    pub near_threshold: f64,
-}
-
-impl Default for CleanOptions {
-    fn default() -> Self {
-        Self {
-            gutenberg: false,
-            mojibake: false,
-            html: false,
-            control_characters: false,
-            unicode_nfc: false,
-            whitespace: false,
-            mask_emails: false,
-            mask_phones: false,
-            languages: Vec::new(),
-            min_chars: 0,
-            max_chars: 0,
-            max_repetition: 1.0,
-            duplicates: Same::Keep,
-            leakage: Same::Exact,
-            near_threshold: 0.8,
-        }
-    }
-}
 
 /// A step that changes text.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]

@@ -1,5 +1,6 @@
 //! Small vocabularies and a chat template for the tests of this crate.
-use crate::{ChatTemplate, GgufVocabulary, Tokenizer};
+use crate::{ChatTemplate, GgufVocabulary, Result, Row, RowOptions, Tokenizer, row};
+use std::{path::Path, sync::Arc};
 
 /// The template of SmolLM2 in shape: a default system turn, `<|im_start|>role\ncontent<|im_end|>\n`.
 pub(crate) const CHATML: &str = "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}\
@@ -76,4 +77,14 @@ pub(crate) fn llama_vocabulary() -> GgufVocabulary {
 
 pub(crate) fn llama_tokenizer() -> Tokenizer {
     Tokenizer::from_gguf(llama_vocabulary()).unwrap()
+}
+
+/// The rows of one file as they come, without a look at the rest of it: after an error in a row the next one is read.
+pub(crate) fn read_file(path: &Path, options: &RowOptions) -> Result<impl Iterator<Item = Result<Row>>> {
+    let file: Arc<str> = path.display().to_string().into();
+    let rows = crate::read::open(&path.to_owned().into(), options, &Arc::default())?;
+    Ok(rows.map(move |raw| {
+        let understood = row::understand(&raw?, &file, options, &mut |_| ());
+        understood.map(|understood| understood.row).map_err(|bad| bad.error(&file))
+    }))
 }

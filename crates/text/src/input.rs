@@ -1,7 +1,7 @@
 //! A data file as bytes: unpacked, in lines of bounded length, decoded.
 use crate::{
     Error, Result,
-    source::{self, Compression, DataFile},
+    source::{self, Compression, DataFile, EXPANSION, EXPANSION_FREE},
 };
 use encoding_rs::{DecoderResult, UTF_8, UTF_16BE, UTF_16LE, WINDOWS_1252};
 use std::{
@@ -14,11 +14,6 @@ use std::{
         atomic::{AtomicU64, Ordering},
     },
 };
-
-/// A packed file may grow to [`EXPANSION_FREE`] bytes, and beyond that by this factor: real text stays far below it, and
-/// what is made to fill a disk does not.
-pub(crate) const EXPANSION: u64 = 500;
-pub(crate) const EXPANSION_FREE: u64 = 256 << 20;
 
 /// What the bytes of a text mean.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

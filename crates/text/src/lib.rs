@@ -4,6 +4,7 @@
 //! test, [`template`] renders conversations, [`tokenizer`] makes token ids, [`sample`] decides which of them are
 //! trained, [`pack`] lays documents into blocks, [`mix`] mixes several data sets, [`shard`] stores them, and [`prepare`](mod@prepare) drives it all.
 mod atomic;
+mod block;
 mod bpe;
 pub mod clean;
 mod data_page;
@@ -17,11 +18,13 @@ pub mod pack;
 pub mod prepare;
 pub mod preview;
 mod read;
+pub mod report;
 pub mod row;
 pub mod sample;
 pub mod shard;
 mod similar;
 pub mod source;
+mod special;
 pub mod split;
 pub mod stream;
 pub mod template;
@@ -30,23 +33,28 @@ pub mod tokenizer;
 #[cfg(test)]
 mod fixture;
 
-pub use clean::{CleanOptions, CleanReport, Reason, Same, Step};
+pub use block::Block;
+pub use bpe::Encoded;
+pub use clean::{CleanReport, Reason, Step};
 pub use data_page::{PAGE, escape, grouped, write_page};
 pub use error::{Error, Result};
 pub use gguf::{GgufVocabulary, WordRule};
 pub use input::Encoding;
-pub use mix::{DataSource, SourceReport};
-pub use options::{Balance, OnBadRow, Overlong, Preferences, PrepareOptions, TextRows, TrainOn};
-pub use pack::Block;
+pub use mix::SourceReport;
+pub use options::{
+    Balance, CleanOptions, DataSource, OnBadRow, Overlong, Preferences, PrepareOptions, Same, TextRows, TrainOn,
+};
 pub use prepare::{
-    Balanced, BlockStream, Check, Diagnosis, Finding, LengthClass, Lengths, PrepareProgress, Report, SplitReport,
-    StreamCounts, TokenizerOptions, TrainedTokenizer, examine, prepare, train_tokenizer,
+    BlockStream, Check, Diagnosis, Finding, LengthClass, Lengths, StreamCounts, TokenizerOptions, TrainedTokenizer,
+    examine, prepare, train_tokenizer,
 };
 pub use preview::{PreviewDocument, PreviewToken, preview};
+pub use report::{Balanced, PrepareProgress, Report, SplitReport};
 pub use row::{Row, RowFormat, RowKind, RowOptions, Turns};
-pub use sample::{RowCounts, Sample, SampleOptions, Side, Source, samples};
+pub use sample::{Preference, RowCounts, Sample, SampleOptions, Source, samples};
 pub use shard::PreparedSplit;
+pub use special::SpecialTokens;
 pub use split::Split;
 pub use stream::StreamDecoder;
 pub use template::{ChatTemplate, Conversation, Message};
-pub use tokenizer::{Encoded, SpecialTokens, Tokenizer};
+pub use tokenizer::Tokenizer;

@@ -6,8 +6,7 @@ mod sentencepiece;
 mod tiktoken;
 
 use crate::gguf::{self, GgufVocabulary, PieceRules};
-use crate::tokenizer::read_object;
-use crate::{Error, Result, SpecialTokens};
+use crate::{Error, Result, SpecialTokens, special::read_object};
 use serde_json::{Map, Value};
 use std::{collections::BTreeMap, fs, path::Path};
 use tokenizers::AddedToken;

@@ -1,9 +1,7 @@
-//! What data preparation can be told. All defaults are in the one `Default` here.
-use crate::{
-    DataSource, Error, Result, RowFormat, RowOptions, Split,
-    clean::{CleanOptions, Cleaner, Same},
-    mix,
-};
+//! What data preparation can be told, with all defaults. What goes together with what is in [`check`].
+mod check;
+
+use crate::{Result, RowFormat, Split};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -113,9 +111,9 @@ pub enum Preferences {
     /// Nothing: they are refused.
     #[default]
     Refuse,
-    /// The chosen answer is trained on; of KTO rows those that were liked.
+    /// The chosen answer is trained on; of KTO rows the desirable ones.
     Chosen,
-    /// Both answers are kept, and those that were not liked, for training on preferences.
+    /// Both answers are kept, and undesirable ones, for training on preferences.
     Keep,
 }
 
@@ -132,6 +130,138 @@ pub enum Balance {
     Undersample,
     /// The loss of rows of rare values counts more.
     LossWeight,
+}
+
+/// What becomes of rows that say the same.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Same {
+    /// They stay.
+    #[default]
+    Keep,
+    /// Rows are the same when they differ in case, punctuation and white space at most.
+    Exact,
+    /// Rows are also the same when most of their phrases are (MinHash; see `near_threshold`).
+    Near,
+}
+
+/// Cleaning of rows. Everything is off, except that training rows which are also held out are removed.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct CleanOptions {
+    /// Cut the licence before and after a text of Project Gutenberg.
+    pub gutenberg: bool,
+    /// Repair UTF-8 that was read as Windows-1252: "Ã©" becomes "é".
+    pub mojibake: bool,
+    /// Take out what is left of HTML: tags, comments, scripts; entities become characters. Not for code.
+    pub html: bool,
+    /// Take out control characters and invisible marks, except line ends and tabs.
+    pub control_characters: bool,
+    /// Unicode normal form C.
+    pub unicode_nfc: bool,
+    /// One blank between words, no blanks at the end of a line, at most one empty line.
+    pub whitespace: bool,
+    /// Write `[EMAIL]` for e-mail addresses.
+    pub mask_emails: bool,
+    /// Write `[PHONE]` for telephone numbers.
+    pub mask_phones: bool,
+    /// Keep only rows in these languages: codes such as "en" or "eng". Rows too short to tell stay.
+    pub languages: Vec<String>,
+    /// Remove rows with fewer characters.
+    pub min_chars: usize,
+    /// Remove rows with more characters; 0 = no limit.
+    pub max_chars: usize,
+    /// Remove rows in which more than this share of the runs of five words stood before; 1 = never.
+    pub max_repetition: f64,
+    /// Remove rows that say what an earlier row of the same split says.
+    pub duplicates: Same,
+    /// Remove training rows that say what a validation or test row says.
+    pub leakage: Same,
+    /// For `near`: share of runs of three words that two rows must have in common (Jaccard similarity), 0.6 to 1.
+    pub near_threshold: f64,
+}
+
+impl Default for CleanOptions {
+    fn default() -> Self {
+        Self {
+            gutenberg: false,
+            mojibake: false,
+            html: false,
+            control_characters: false,
+            unicode_nfc: false,
+            whitespace: false,
+            mask_emails: false,
+            mask_phones: false,
+            languages: Vec::new(),
+            min_chars: 0,
+            max_chars: 0,
+            max_repetition: 1.0,
+            duplicates: Same::Keep,
+            leakage: Same::Exact,
+            near_threshold: 0.8,
+        }
+    }
+}
+
+/// One of several data sets. What is not set is as `[data]` says.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct DataSource {
+    /// What it is called in reports.
+    pub name: String,
+    /// Files, folders or glob patterns to train on.
+    pub train: Vec<String>,
+    /// The same for validation. When given, no validation rows are taken out of `train`.
+    pub validation: Vec<String>,
+    /// The same for the final test. When given, no test rows are taken out of `train`.
+    pub test: Vec<String>,
+    /// Factor on its share of an epoch.
+    pub weight: f64,
+    /// How often an epoch sees it when all weights and the temperature are 1; may be a fraction.
+    pub epochs: f64,
+    /// Which tokens are trained.
+    pub train_on: Option<TrainOn>,
+    /// How much the loss of other tokens counts.
+    pub prompt_loss_weight: Option<f64>,
+    /// A prompt made of the keys of each row; `""` = none.
+    pub template: Option<String>,
+    /// With `template`: what is to be learned.
+    pub completion: Option<String>,
+    /// With `template`: examples that stand before every prompt.
+    pub few_shot: Option<Vec<BTreeMap<String, String>>>,
+    /// What makes a row of a `.txt` file.
+    pub text_rows: Option<TextRows>,
+    /// The format of rows with keys.
+    pub row_format: Option<RowFormat>,
+    /// Other names of keys.
+    pub columns: Option<BTreeMap<String, String>>,
+    /// Other names of roles.
+    pub roles: Option<BTreeMap<String, String>>,
+    /// What text files are written in.
+    pub encoding: Option<String>,
+}
+
+impl Default for DataSource {
+    fn default() -> Self {
+        Self {
+            name: String::new(),
+            train: Vec::new(),
+            validation: Vec::new(),
+            test: Vec::new(),
+            weight: 1.0,
+            epochs: 1.0,
+            train_on: None,
+            prompt_loss_weight: None,
+            template: None,
+            completion: None,
+            few_shot: None,
+            text_rows: None,
+            row_format: None,
+            columns: None,
+            roles: None,
+            encoding: None,
+        }
+    }
 }
 
 /// Where rows come from and how they become blocks of tokens.
@@ -253,74 +383,44 @@ impl Default for PrepareOptions {
     }
 }
 
-impl PrepareOptions {
-    /// Checks every value.
-    ///
-    /// # Errors
-    /// The first value out of range, with its name and the range.
-    pub fn check(&self) -> Result<()> {
-        if self.train.is_empty() && self.sources.is_empty() {
-            return Err(Error::Input("train names no data: give at least one file, folder or pattern".into()));
+impl DataSource {
+    /// The options under which this set alone would be prepared.
+    fn options(&self, all: &PrepareOptions) -> PrepareOptions {
+        fn or<T: Clone>(own: &Option<T>, given: &T) -> T {
+            own.clone().unwrap_or_else(|| given.clone())
         }
-        check_fractions(self)?;
-        mix::check(self)?;
-        if !(2..=u32::MAX as usize).contains(&self.max_length) {
-            let value = self.max_length;
-            return Err(Error::Input(format!("max_length is {value}; at least 2 tokens are needed to train on")));
+        PrepareOptions {
+            sources: Vec::new(),
+            train: self.train.clone(),
+            validation: self.validation.clone(),
+            test: self.test.clone(),
+            train_on: or(&self.train_on, &all.train_on),
+            prompt_loss_weight: or(&self.prompt_loss_weight, &all.prompt_loss_weight),
+            template: self.template.clone().or_else(|| all.template.clone()).filter(|template| !template.is_empty()),
+            completion: or(&self.completion, &all.completion),
+            few_shot: or(&self.few_shot, &all.few_shot),
+            text_rows: or(&self.text_rows, &all.text_rows),
+            row_format: self.row_format.or(all.row_format),
+            columns: or(&self.columns, &all.columns),
+            roles: or(&self.roles, &all.roles),
+            encoding: or(&self.encoding, &all.encoding),
+            ..all.clone()
         }
-        check_prompt_loss_weight(self)?;
-        if let (Some(group), Some(label)) = (&self.group_by, &self.stratify_by) {
-            return Err(Error::Input(format!(
-                "group_by = {group:?} and stratify_by = {label:?} cannot both be kept; take one out"
-            )));
-        }
-        if self.preferences == Preferences::Keep {
-            let wrong = |name: &str, value: &str, why: &str| {
-                Error::Input(format!("{name} = {value} and preferences = \"keep\" do not go together: {why}"))
-            };
-            for source in mix::sources(self) {
-                if matches!(source.train_on, TrainOn::All | TrainOn::Roles(_)) {
-                    return Err(wrong("train_on", "\"all\" or roles", "answers are compared, and nothing else"));
-                }
-                if source.prompt_loss_weight > 0.0 {
-                    let weight = source.prompt_loss_weight.to_string();
-                    return Err(wrong("prompt_loss_weight", &weight, "answers are compared, and nothing else"));
-                }
-                if source.template.is_some() {
-                    return Err(wrong("template", "...", "a prompt template makes prompts with one completion"));
-                }
-            }
-            if self.overlong == Overlong::Split {
-                return Err(wrong(
-                    "overlong",
-                    "\"split\"",
-                    "the parts of an answer cannot be compared; truncate or drop",
-                ));
-            }
-        }
-        if self.balance == Balance::None {
-            let set = [("balance_by", self.balance_by.is_some()), ("balance_target", !self.balance_target.is_empty())];
-            if let Some((name, _)) = set.into_iter().find(|(_, set)| *set) {
-                return Err(Error::Input(format!(
-                    "{name} is set, but balance is not; set balance = \"oversample\", \"undersample\" or \"loss_weight\""
-                )));
-            }
-        }
-        if let Some((name, share)) = self.balance_target.iter().find(|(_, share)| !(**share > 0.0 && share.is_finite()))
-        {
-            return Err(Error::Input(format!("balance_target.{name} is {share}; a share must be above 0")));
-        }
-        self.check_streaming()?;
-        if self.max_row_bytes == 0 {
-            return Err(Error::Input("max_row_bytes is 0; it must be at least the size of the longest row".into()));
-        }
-        Cleaner::new(&self.clean)?;
-        RowOptions::of(self).map(drop)
     }
+}
 
+/// The options of each data set: of the one that there is, or of each of several.
+pub(crate) fn sources(options: &PrepareOptions) -> Vec<PrepareOptions> {
+    match options.sources.is_empty() {
+        true => vec![options.clone()],
+        false => options.sources.iter().map(|source| source.options(options)).collect(),
+    }
+}
+
+impl PrepareOptions {
     /// Whether blocks of `split` need weights: only what is trained on has any.
     pub(crate) fn is_weighted(&self, split: Split) -> bool {
-        let weighted = || mix::sources(self).iter().any(|source| source.prompt_loss_weight > 0.0);
+        let weighted = || sources(self).iter().any(|source| source.prompt_loss_weight > 0.0);
         split == Split::Train && (self.balance == Balance::LossWeight || weighted())
     }
 
@@ -330,43 +430,6 @@ impl PrepareOptions {
             Preferences::Keep => 2 * self.max_length,
             Preferences::Refuse | Preferences::Chosen => self.max_length,
         }
-    }
-
-    /// Whether everything that is asked for can be done while the data is read.
-    fn check_streaming(&self) -> Result<()> {
-        if !self.streaming {
-            return match self.shuffle_buffer {
-                None => Ok(()),
-                Some(_) => {
-                    Err(Error::Input("shuffle_buffer is set, but streaming is not; set streaming = true".into()))
-                }
-            };
-        }
-        if self.shuffle_buffer == Some(0) {
-            return Err(Error::Input("shuffle_buffer is 0; 1 takes the rows as they come".into()));
-        }
-        let (validation, test) = self.fractions();
-        let held_out = "rows are not known beforehand, so none is set aside; name files in validation or test, and set the \
-                        fraction to 0";
-        let whole = "it needs all rows before the first is trained on";
-        let near = "it would remember every row; \"exact\" compares with the held-out rows alone";
-        for (set, name, why) in [
-            (validation > 0.0, "validation_fraction", held_out),
-            (test > 0.0, "test_fraction", held_out),
-            (self.group_by.is_some(), "group_by", held_out),
-            (self.stratify_by.is_some(), "stratify_by", held_out),
-            (self.balance != Balance::None, "balance", whole),
-            (!self.sources.is_empty(), "sources", whole),
-            (self.preferences == Preferences::Keep, "preferences = \"keep\"", "training on pairs reads prepared data"),
-            (self.clean.duplicates != Same::Keep, "clean.duplicates", "it would remember every row"),
-            (self.clean.leakage == Same::Near, "clean.leakage = \"near\"", near),
-            (self.clean.gutenberg, "clean.gutenberg", whole),
-        ] {
-            if set {
-                return Err(Error::Input(format!("{name} does not go together with streaming = true: {why}")));
-            }
-        }
-        Ok(())
     }
 
     /// The key that rows are balanced by, and the option that says so.
@@ -400,108 +463,31 @@ impl PrepareOptions {
     }
 }
 
-/// Whether something is left to train on.
-pub(crate) fn check_fractions(options: &PrepareOptions) -> Result<()> {
-    for (name, value) in
-        [("validation_fraction", options.validation_fraction), ("test_fraction", options.test_fraction)]
-    {
-        if !(0.0..1.0).contains(&value) {
-            return Err(Error::Input(format!("{name} is {value}; it must be at least 0 and below 1")));
-        }
-    }
-    let (validation, test) = options.fractions();
-    if validation + test >= 1.0 {
-        return Err(Error::Input(format!(
-            "validation_fraction {validation} and test_fraction {test} leave nothing to train on; \
-             their sum must be below 1"
-        )));
-    }
-    Ok(())
-}
-
-/// Whether there are tokens that the weight can mean.
-pub(crate) fn check_prompt_loss_weight(options: &PrepareOptions) -> Result<()> {
-    let weight = options.prompt_loss_weight;
-    if !(0.0..=1.0).contains(&weight) {
-        return Err(Error::Input(format!("prompt_loss_weight is {weight}; it must be from 0 to 1")));
-    }
-    if weight > 0.0 && options.train_on == TrainOn::All {
-        return Err(Error::Input(format!(
-            "prompt_loss_weight is {weight}, but train_on = \"all\" leaves no token out; take one of the two away"
-        )));
-    }
-    Ok(())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn values_out_of_range_are_named() {
-        let check = |change: fn(&mut PrepareOptions)| {
-            let mut options = PrepareOptions { train: vec!["x".into()], ..PrepareOptions::default() };
-            change(&mut options);
-            options.check().map_err(|e| e.to_string())
+    fn a_source_has_its_own_mapping_and_else_that_of_all() {
+        let source = DataSource {
+            name: "a".into(),
+            train: vec!["a.jsonl".into()],
+            columns: Some([("text".into(), "body".into())].into()),
+            train_on: Some(TrainOn::All),
+            template: Some(String::new()),
+            ..DataSource::default()
         };
-        assert_eq!(check(|_| ()), Ok(()));
-        assert!(check(|o| o.train.clear()).unwrap_err().contains("train names no data"));
-        assert!(check(|o| o.max_length = 1).unwrap_err().contains("max_length is 1"));
-        assert!(check(|o| o.validation_fraction = f64::NAN).unwrap_err().contains("validation_fraction is NaN"));
-        let stream = |o: &mut PrepareOptions| (o.streaming, o.validation_fraction) = (true, 0.0);
-        assert_eq!(check(stream), Ok(()));
-        assert!(check(|o| o.streaming = true).unwrap_err().starts_with("validation_fraction does not go together"));
-        assert!(check(|o| o.shuffle_buffer = Some(5)).unwrap_err().contains("streaming is not"));
-        for (change, named) in [
-            ((|o| o.shuffle_buffer = Some(0)) as fn(&mut PrepareOptions), "shuffle_buffer is 0"),
-            (|o| o.group_by = Some("a".into()), "group_by"),
-            (|o| o.balance = Balance::LossWeight, "balance"),
-            (|o| o.clean.duplicates = Same::Exact, "clean.duplicates"),
-            (|o| o.clean.leakage = Same::Near, "clean.leakage"),
-        ] {
-            let mut options = PrepareOptions { train: vec!["x".into()], ..PrepareOptions::default() };
-            stream(&mut options);
-            change(&mut options);
-            let text = options.check().unwrap_err().to_string();
-            assert!(text.starts_with(named), "{text}");
-        }
-        let keep = |o: &mut PrepareOptions| o.preferences = Preferences::Keep;
-        assert_eq!(check(keep), Ok(()));
-        for (change, named) in [
-            ((|o| o.train_on = TrainOn::All) as fn(&mut PrepareOptions), "train_on"),
-            (|o| o.prompt_loss_weight = 0.5, "prompt_loss_weight = 0.5"),
-            (|o| o.overlong = Overlong::Split, "overlong = \"split\""),
-            (|o| o.template = Some("{x}".into()), "template"),
-        ] {
-            let mut options = PrepareOptions { train: vec!["x".into()], ..PrepareOptions::default() };
-            keep(&mut options);
-            change(&mut options);
-            let text = options.check().unwrap_err().to_string();
-            assert!(text.starts_with(named) && text.contains("preferences = \"keep\""), "{text}");
-        }
-        assert!(check(|o| o.prompt_loss_weight = 1.5).unwrap_err().contains("prompt_loss_weight is 1.5"));
-        assert!(check(|o| o.prompt_loss_weight = f64::NAN).unwrap_err().contains("from 0 to 1"));
-        let all = |o: &mut PrepareOptions| (o.prompt_loss_weight, o.train_on) = (0.5, TrainOn::All);
-        assert!(check(all).unwrap_err().contains("leaves no token out"));
-        assert!(
-            check(|o| o.balance_by = Some("x".into())).unwrap_err().contains("balance_by is set, but balance is not")
-        );
-        let share = |o: &mut PrepareOptions| {
-            (o.balance, o.balance_target) = (Balance::Oversample, [("a".to_owned(), 0.0)].into());
+        let options = PrepareOptions {
+            sources: vec![source],
+            template: Some("{x}".into()),
+            encoding: "auto".into(),
+            max_length: 64,
+            ..PrepareOptions::default()
         };
-        assert!(check(share).unwrap_err().contains("balance_target.a is 0"));
-        let keys = |o: &mut PrepareOptions| (o.group_by, o.stratify_by) = (Some("a".into()), Some("b".into()));
-        assert!(check(keys).unwrap_err().contains("cannot both be kept"));
-        assert!(check(|o| o.test_fraction = 1.0).unwrap_err().contains("test_fraction is 1"));
-        let both = |o: &mut PrepareOptions| (o.validation_fraction, o.test_fraction) = (0.5, 0.5);
-        assert!(check(both).unwrap_err().contains("leave nothing to train on"));
-        assert!(
-            check(|o| {
-                (o.validation_fraction, o.test_fraction) = (0.5, 0.5);
-                o.test = vec!["t".into()];
-            })
-            .is_ok()
-        );
+        let own = &sources(&options)[0];
+        assert_eq!((&own.train_on, own.max_length, &own.encoding[..]), (&TrainOn::All, 64, "auto"));
+        assert_eq!((own.columns.get("text").map(String::as_str), &own.template), (Some("body"), &None));
+        assert_eq!(sources(&PrepareOptions::default()), [PrepareOptions::default()]);
     }
 
     #[test]

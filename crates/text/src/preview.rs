@@ -1,5 +1,5 @@
 //! What a model is trained on, token by token, for the eye.
-use crate::{PreparedSplit, Result, Side, Source, StreamDecoder, Tokenizer};
+use crate::{Preference, PreparedSplit, Result, Source, StreamDecoder, Tokenizer};
 
 /// One token as text.
 #[derive(Clone, Debug, PartialEq)]
@@ -20,7 +20,7 @@ pub struct PreviewDocument {
     /// The row it came from.
     pub source: Source,
     /// What it is to training on preferences.
-    pub side: Side,
+    pub preference: Preference,
     /// Tokens of its prompt, which both answers of a pair share.
     pub shared: usize,
     /// Its tokens.
@@ -38,15 +38,15 @@ pub fn preview(split: &PreparedSplit, n: usize, tokenizer: &Tokenizer) -> Result
         let block = split.block(index)?;
         let mut start = 0;
         for (document, (&length, source)) in block.lengths.iter().zip(&block.sources).enumerate() {
-            let (side, shared) = (block.sides[document], block.shared[document]);
+            let (preference, shared) = (block.preferences[document], block.shared[document]);
             // Both answers of a pair are shown.
-            if documents.len() >= n && side != Side::Rejected {
+            if documents.len() >= n && preference != Preference::Rejected {
                 return Ok(documents);
             }
             let range = start..start + length;
             let weights = block.weights.get(range.clone()).unwrap_or_default();
             let tokens = tokens(&block.ids[range.clone()], &block.trained[range], weights, tokenizer)?;
-            documents.push(PreviewDocument { source: source.clone(), side, shared, tokens });
+            documents.push(PreviewDocument { source: source.clone(), preference, shared, tokens });
             start += length;
         }
     }

@@ -98,3 +98,6 @@ fn rows(mut next: impl FnMut() -> Result<Option<RawRow>> + Send + 'static) -> Ra
         row
     }))
 }
+
+#[cfg(test)]
+mod tests;

@@ -4,22 +4,23 @@
 //! they look like a slip of the pen.
 mod convert;
 mod format;
+mod options;
 mod prompt;
 
 use crate::{
     Error, Message, Result,
-    input::Encoding,
-    options::{Balance, PrepareOptions, TextRows},
     read::{Raw, RawRow},
     source,
 };
 use serde::Serialize;
 use serde_json::{Map, Value};
 use sha2::{Digest, Sha256};
-use std::{collections::BTreeMap, path::Path, sync::Arc};
+use std::sync::Arc;
 
 pub use format::RowFormat;
-use prompt::PromptTemplate;
+pub(crate) use format::kind_of;
+use format::quoted;
+pub use options::RowOptions;
 
 /// What is said: plain text, or messages.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -64,13 +65,13 @@ pub enum RowKind {
         /// Tool definitions for the template.
         tools: Option<Value>,
     },
-    /// An answer that was liked or not (KTO). Both of one sort.
+    /// An answer that is desirable or not (KTO). Both of one sort.
     Judged {
         /// Given.
         prompt: Turns,
         /// The answer.
         completion: Turns,
-        /// Whether it was liked.
+        /// Whether it is desirable.
         label: bool,
         /// Tool definitions for the template.
         tools: Option<Value>,
@@ -111,73 +112,6 @@ impl Row {
 pub(crate) fn place(file: &str, line: usize) -> String {
     let unit = if source::is_columnar(file) { "row" } else { "line" };
     format!("{file}, {unit} {line}")
-}
-
-/// How files become rows.
-#[derive(Clone, Debug, PartialEq)]
-pub struct RowOptions {
-    /// What makes a row of a `.txt` file.
-    pub text_rows: TextRows,
-    /// The format of rows with keys; detected when absent.
-    pub format: Option<RowFormat>,
-    /// For each key that this program knows the one that the files have in its place.
-    pub columns: BTreeMap<String, String>,
-    /// For each role that the files name the one that it means.
-    pub roles: BTreeMap<String, String>,
-    /// What the bytes of the files mean.
-    pub encoding: Encoding,
-    /// Longest row, in bytes.
-    pub max_row_bytes: usize,
-    /// The key that rows are grouped or stratified by, and the option that names it.
-    pub(crate) split_key: Option<(&'static str, String)>,
-    /// The key that rows are counted and balanced by, and the option that names it, if one does.
-    pub(crate) value_key: (Option<&'static str>, String),
-    /// Makes prompts of the keys of a row.
-    pub(crate) template: Option<PromptTemplate>,
-}
-
-impl RowOptions {
-    /// Those of a preparation.
-    ///
-    /// # Errors
-    /// An encoding that is not known, or a mapping of something that is not known.
-    pub fn of(options: &PrepareOptions) -> Result<Self> {
-        if let Some(key) = options.columns.keys().find(|key| !format::is_key(key)) {
-            let known = format::keys().collect::<Vec<_>>().join(", ");
-            return Err(Error::Input(format!("columns.{key}: there is no such key; known are {known}")));
-        }
-        Ok(Self {
-            text_rows: options.text_rows,
-            format: options.row_format,
-            columns: options.columns.clone(),
-            roles: options.roles.clone(),
-            encoding: Encoding::parse(&options.encoding)?,
-            max_row_bytes: options.max_row_bytes,
-            split_key: match (&options.group_by, &options.stratify_by) {
-                (Some(key), _) => Some(("group_by", key.clone())),
-                (None, Some(key)) => Some(("stratify_by", key.clone())),
-                (None, None) => None,
-            },
-            value_key: match (options.balance, &options.stratify_by) {
-                (Balance::None, Some(key)) => (Some("stratify_by"), key.clone()),
-                (Balance::None, None) => (None, "label".into()),
-                _ => {
-                    let (option, key) = options.balance_key();
-                    (Some(option), key.to_owned())
-                }
-            },
-            template: PromptTemplate::of(options)?,
-        })
-    }
-
-    /// Whether the values of `column` matter.
-    pub(crate) fn reads(&self, column: &str) -> bool {
-        format::is_key(column)
-            || self.columns.values().any(|found| found == column)
-            || self.split_key.as_ref().is_some_and(|(_, key)| key == column)
-            || self.value_key.1 == column
-            || self.template.as_ref().is_some_and(|template| template.names(column))
-    }
 }
 
 /// A row that could not be used.
@@ -286,34 +220,6 @@ fn map_columns(fields: &mut Map<String, Value>, options: &RowOptions) -> Result<
         fields.insert(key.clone(), value);
     }
     Ok(())
-}
-
-/// The rows of one file as they come, without a look at the rest of it.
-///
-/// # Errors
-/// An unreadable file; while reading, the first bad row with its place.
-pub fn read_file(path: &Path, options: &RowOptions) -> Result<impl Iterator<Item = Result<Row>>> {
-    let file: Arc<str> = path.display().to_string().into();
-    let rows = crate::read::open(&path.to_owned().into(), options, &Arc::default())?;
-    Ok(rows.map(move |raw| {
-        let understood = understand(&raw?, &file, options, &mut |_| ());
-        understood.map(|understood| understood.row).map_err(|bad| bad.error(&file))
-    }))
-}
-
-fn quoted<'a>(keys: impl Iterator<Item = &'a str>) -> String {
-    keys.map(|key| format!("{key:?}")).collect::<Vec<_>>().join(", ")
-}
-
-pub(crate) fn kind_of(value: &Value) -> &'static str {
-    match value {
-        Value::Null => "null",
-        Value::Bool(_) => "a boolean",
-        Value::Number(_) => "a number",
-        Value::String(_) => "a string",
-        Value::Array(_) => "a list",
-        Value::Object(_) => "an object",
-    }
 }
 
 #[cfg(test)]

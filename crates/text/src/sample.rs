@@ -1,12 +1,12 @@
-//! A row as tokens, with a mark on each that is trained.
+//! Tokenises a row and builds its loss mask.
 //!
-//! Text is tokenised in one piece and the marks come from the place of each token in it, so that the tokens are exactly
+//! Text is tokenised in one piece and the mask comes from the offsets of each token in it, so that the tokens are exactly
 //! those that the model sees when it is used. In a conversation the assistant's turns are found by rendering it up to
 //! each turn; the token that ends the turn is trained (otherwise the model never learns to stop), the white space after
 //! it is not.
 use crate::{
     ChatTemplate, Conversation, Encoded, Error, Overlong, Preferences, Result, Row, RowKind, Tokenizer, TrainOn, Turns,
-    options::PrepareOptions, pack, row::place,
+    options::PrepareOptions, row::place,
 };
 use serde::{Deserialize, Serialize};
 use std::{borrow::Cow, ops::Range, sync::Arc};
@@ -29,32 +29,34 @@ impl std::fmt::Display for Source {
 /// What a document is to training on preferences.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Side {
+pub enum Preference {
     /// Nothing.
     #[default]
     Plain,
-    /// The better answer to a prompt; the worse one is the document behind it.
+    /// The better answer to a prompt; the worse one is the next document.
     Chosen,
     /// The worse answer to the prompt of the document before it.
     Rejected,
-    /// An answer that was liked.
-    Liked,
-    /// An answer that was not liked.
-    Disliked,
+    /// An answer that was judged good (KTO).
+    #[serde(rename = "liked")]
+    Desirable,
+    /// An answer that was judged bad.
+    #[serde(rename = "disliked")]
+    Undesirable,
 }
 
-impl Side {
+impl Preference {
     /// All of them, in the order of their numbers in files.
-    pub(crate) const ALL: [Self; 5] = [Self::Plain, Self::Chosen, Self::Rejected, Self::Liked, Self::Disliked];
+    pub(crate) const ALL: [Self; 5] = [Self::Plain, Self::Chosen, Self::Rejected, Self::Desirable, Self::Undesirable];
 
-    /// "plain", "chosen", "rejected", "liked" or "disliked".
+    /// "plain", "chosen", "rejected", "liked" (desirable) or "disliked" (undesirable).
     pub fn name(self) -> &'static str {
         match self {
             Self::Plain => "plain",
             Self::Chosen => "chosen",
             Self::Rejected => "rejected",
-            Self::Liked => "liked",
-            Self::Disliked => "disliked",
+            Self::Desirable => "liked",
+            Self::Undesirable => "disliked",
         }
     }
 }
@@ -74,7 +76,7 @@ pub struct Sample {
     /// The row it came from.
     pub source: Source,
     /// What it is to training on preferences.
-    pub side: Side,
+    pub preference: Preference,
     /// Tokens of the prompt: those that both answers of a pair begin with, or that stand before a judged one; 0 for a plain
     /// document.
     pub shared: usize,
@@ -92,7 +94,7 @@ impl Sample {
             return;
         }
         if self.weights.is_empty() {
-            self.weights = pack::plain_weights(&self.trained).collect();
+            self.weights = plain_weights(&self.trained).collect();
         }
         self.weights.iter_mut().for_each(|weight| *weight *= factor);
     }
@@ -101,6 +103,11 @@ impl Sample {
     pub fn num_only_weighted(&self) -> usize {
         self.trained.iter().zip(&self.weights).filter(|(trained, weight)| !**trained && **weight > 0.0).count()
     }
+}
+
+/// The weights that tokens have of themselves.
+pub(crate) fn plain_weights(trained: &[bool]) -> impl Iterator<Item = f32> {
+    trained.iter().map(|&trained| if trained { 1.0 } else { 0.0 })
 }
 
 /// What becomes of a row.
@@ -149,8 +156,9 @@ pub struct RowCounts {
     pub tokens_lost: usize,
     /// Trained tokens lost: in what was cut off or left out, and the first of each further part of a split row.
     pub trained_tokens_lost: usize,
-    /// Rows with an answer that was not liked, which are left out.
-    pub disliked_rows: usize,
+    /// Rows with an undesirable answer, which are left out.
+    #[serde(rename = "disliked_rows")]
+    pub undesirable_rows: usize,
     /// Assistant turns that the template ends without a special token: from these a model does not learn to stop.
     pub turns_without_end: usize,
 }
@@ -165,7 +173,7 @@ impl std::ops::AddAssign for RowCounts {
         self.dropped_rows += other.dropped_rows;
         self.tokens_lost += other.tokens_lost;
         self.trained_tokens_lost += other.trained_tokens_lost;
-        self.disliked_rows += other.disliked_rows;
+        self.undesirable_rows += other.undesirable_rows;
         self.turns_without_end += other.turns_without_end;
     }
 }
@@ -182,47 +190,48 @@ pub fn samples(
     options: &SampleOptions,
 ) -> Result<(Vec<Sample>, RowCounts)> {
     let mut counts = RowCounts { rows: 1, ..RowCounts::default() };
-    let marked = marks(&row.kind, tokenizer, template, options, &mut counts)
-        .and_then(|marked| marked.into_iter().map(|(side, marked)| Ok((side, marked.checked(tokenizer)?))).collect());
-    let marked: Vec<(Side, Marked)> = marked.map_err(|error| match error {
+    let masked = masks(&row.kind, tokenizer, template, options, &mut counts).and_then(|masked| {
+        masked.into_iter().map(|(preference, masked)| Ok((preference, masked.checked(tokenizer)?))).collect()
+    });
+    let masked: Vec<(Preference, Masked)> = masked.map_err(|error| match error {
         Error::Input(what) => Error::Input(format!("{}: {what}", place(&row.file, row.line))),
         other => other,
     })?;
     let source = Source { file: Arc::clone(&row.file), line: row.line };
-    match &marked[..] {
+    match &masked[..] {
         [] => {
-            counts.disliked_rows = 1;
+            counts.undesirable_rows = 1;
             Ok((Vec::new(), counts))
         }
-        [(Side::Plain, marked)] => {
+        [(Preference::Plain, masked)] => {
             let is_text = matches!(row.kind, RowKind::Text(_));
-            let windows = shorten(marked, is_text, options, &mut counts);
+            let windows = shorten(masked, is_text, options, &mut counts);
             let weight = options.prompt_loss_weight;
-            Ok((windows.into_iter().map(|window| marked.sample(window, weight, &source)).collect(), counts))
+            Ok((windows.into_iter().map(|window| masked.sample(window, weight, &source)).collect(), counts))
         }
-        sides => Ok((answers_of(sides, options, &source, &mut counts), counts)),
+        answers => Ok((answers_of(answers, options, &source, &mut counts), counts)),
     }
 }
 
 /// The answers of a pair, or the one that was judged, each with its prompt; none when there is no room for one of them.
 fn answers_of(
-    sides: &[(Side, Marked)],
+    answers: &[(Preference, Masked)],
     options: &SampleOptions,
     source: &Source,
     counts: &mut RowCounts,
 ) -> Vec<Sample> {
     let max = options.max_length;
-    let all = |marked: &Marked| marked.ids.len();
-    counts.longest_row = sides.iter().map(|(_, marked)| all(marked)).max().unwrap_or(0);
+    let all = |masked: &Masked| masked.ids.len();
+    counts.longest_row = answers.iter().map(|(_, masked)| all(masked)).max().unwrap_or(0);
     let is_long = counts.longest_row > max;
-    let length = |marked: &Marked| if options.overlong == Overlong::Drop && is_long { 0 } else { all(marked).min(max) };
-    let kept = sides.iter().all(|(_, marked)| marked.num_trained(0..length(marked)) > 0);
+    let length = |masked: &Masked| if options.overlong == Overlong::Drop && is_long { 0 } else { all(masked).min(max) };
+    let kept = answers.iter().all(|(_, masked)| masked.num_trained(0..length(masked)) > 0);
     if is_long {
         counts.overlong_rows = 1;
-        for (_, marked) in sides {
-            let left = if kept { length(marked) } else { 0 };
-            counts.tokens_lost += all(marked) - left;
-            counts.trained_tokens_lost += marked.num_trained(left..all(marked));
+        for (_, masked) in answers {
+            let left = if kept { length(masked) } else { 0 };
+            counts.tokens_lost += all(masked) - left;
+            counts.trained_tokens_lost += masked.num_trained(left..all(masked));
         }
         *(if kept { &mut counts.truncated_rows } else { &mut counts.dropped_rows }) = 1;
     }
@@ -230,51 +239,51 @@ fn answers_of(
         return Vec::new();
     }
     // What both begin with, up to the first token of an answer: answers may begin alike too.
-    let prompt = |marked: &Marked| marked.trained.iter().position(|&trained| trained).unwrap_or(0);
-    let mut shared = sides.iter().map(|(_, marked)| prompt(marked)).min().unwrap_or(0);
-    if let [(_, a), (_, b)] = sides {
+    let prompt = |masked: &Masked| masked.trained.iter().position(|&trained| trained).unwrap_or(0);
+    let mut shared = answers.iter().map(|(_, masked)| prompt(masked)).min().unwrap_or(0);
+    if let [(_, a), (_, b)] = answers {
         shared = a.ids.iter().zip(&b.ids).take(shared).take_while(|(a, b)| a == b).count();
     }
-    let sample = |(side, marked): &(Side, Marked)| {
-        let sample = marked.sample(0..length(marked), 0.0, source);
-        Sample { side: *side, shared, ..sample }
+    let sample = |(preference, masked): &(Preference, Masked)| {
+        let sample = masked.sample(0..length(masked), 0.0, source);
+        Sample { preference: *preference, shared, ..sample }
     };
-    sides.iter().map(sample).collect()
+    answers.iter().map(sample).collect()
 }
 
 /// The tokens of a row and which of them are trained, unchecked: one list, two for the answers of a pair, none for a row with
-/// an answer that was not liked where only the others are trained on.
-pub(crate) fn marks(
+/// an undesirable answer where only the others are trained on.
+pub(crate) fn masks(
     kind: &RowKind,
     tokenizer: &Tokenizer,
     template: Option<&ChatTemplate>,
     options: &SampleOptions,
     counts: &mut RowCounts,
-) -> Result<Vec<(Side, Marked)>> {
-    let mut marked = Vec::new();
-    for (side, kind) in answers_to_train(kind, options.preferences)? {
-        marked.push((side, mark(&kind, tokenizer, template, options, counts)?));
+) -> Result<Vec<(Preference, Masked)>> {
+    let mut masked = Vec::new();
+    for (preference, kind) in answers_to_train(kind, options.preferences)? {
+        masked.push((preference, mask(&kind, tokenizer, template, options, counts)?));
     }
-    Ok(marked)
+    Ok(masked)
 }
 
-fn mark(
+fn mask(
     kind: &RowKind,
     tokenizer: &Tokenizer,
     template: Option<&ChatTemplate>,
     options: &SampleOptions,
     counts: &mut RowCounts,
-) -> Result<Marked> {
+) -> Result<Masked> {
     match kind {
-        RowKind::Text(text) => Marked::of_text(text, 0..text.len(), tokenizer),
+        RowKind::Text(text) => Masked::of_text(text, 0..text.len(), tokenizer),
         RowKind::PromptCompletion { prompt, completion } => {
             let text = format!("{prompt}{completion}");
             let trained = if options.train_on == TrainOn::All { 0..text.len() } else { prompt.len()..text.len() };
-            Marked::of_text(&text, trained, tokenizer)
+            Masked::of_text(&text, trained, tokenizer)
         }
         RowKind::Messages { messages, trained_from, tools } => {
             let conversation = Conversation { messages, tools: tools.as_ref(), ..Conversation::default() };
-            Marked::of_conversation(&conversation, *trained_from, tokenizer, template, options, counts)
+            Masked::of_conversation(&conversation, *trained_from, tokenizer, template, options, counts)
         }
         RowKind::Preference { .. } | RowKind::Judged { .. } | RowKind::Labelled { .. } => Err(Error::Input(
             "these rows hold a text and its class, which is nothing to continue; template = \"Review: {text}\\nSentiment:\" \
@@ -285,13 +294,13 @@ fn mark(
 }
 
 /// What is trained of a row: of answers of which one is better, or that were judged, what `preferences` says.
-fn answers_to_train(kind: &RowKind, preferences: Preferences) -> Result<Vec<(Side, Cow<'_, RowKind>)>> {
+fn answers_to_train(kind: &RowKind, preferences: Preferences) -> Result<Vec<(Preference, Cow<'_, RowKind>)>> {
     let (prompt, tools, answers) = match kind {
         RowKind::Preference { prompt, chosen, rejected, tools } => {
-            (prompt, tools, vec![(Side::Chosen, chosen), (Side::Rejected, rejected)])
+            (prompt, tools, vec![(Preference::Chosen, chosen), (Preference::Rejected, rejected)])
         }
         RowKind::Judged { prompt, completion, label, tools } => {
-            (prompt, tools, vec![(if *label { Side::Liked } else { Side::Disliked }, completion)])
+            (prompt, tools, vec![(if *label { Preference::Desirable } else { Preference::Undesirable }, completion)])
         }
         other if preferences == Preferences::Keep => {
             let what = match other {
@@ -303,7 +312,7 @@ fn answers_to_train(kind: &RowKind, preferences: Preferences) -> Result<Vec<(Sid
                  data set of its own"
             )));
         }
-        other => return Ok(vec![(Side::Plain, Cow::Borrowed(other))]),
+        other => return Ok(vec![(Preference::Plain, Cow::Borrowed(other))]),
     };
     let answer = |answer: &Turns| match (prompt, answer) {
         (Turns::Messages(prompt), Turns::Messages(answer)) => Ok(Cow::Owned(RowKind::Messages {
@@ -323,15 +332,15 @@ fn answers_to_train(kind: &RowKind, preferences: Preferences) -> Result<Vec<(Sid
                 .into(),
         )),
         Preferences::Chosen => {
-            let better = answers.into_iter().filter(|(side, _)| matches!(side, Side::Chosen | Side::Liked));
-            better.map(|(_, turns)| Ok((Side::Plain, answer(turns)?))).collect()
+            let better = answers.into_iter().filter(|(preference, _)| matches!(preference, Preference::Chosen | Preference::Desirable));
+            better.map(|(_, turns)| Ok((Preference::Plain, answer(turns)?))).collect()
         }
-        Preferences::Keep => answers.into_iter().map(|(side, turns)| Ok((side, answer(turns)?))).collect(),
+        Preferences::Keep => answers.into_iter().map(|(preference, turns)| Ok((preference, answer(turns)?))).collect(),
     }
 }
 
 /// A whole row, before it is shortened. All lists have one entry a token.
-pub(crate) struct Marked {
+pub(crate) struct Masked {
     pub(crate) ids: Vec<u32>,
     pub(crate) trained: Vec<bool>,
     /// Bytes of text that each token adds to those before it.
@@ -341,7 +350,7 @@ pub(crate) struct Marked {
     pub(crate) text: String,
 }
 
-impl Marked {
+impl Masked {
     fn new(text: &str, encoded: Encoded, spans: &[Range<usize>], tokenizer: &Tokenizer) -> Self {
         let mut done = 0;
         let mut bytes = Vec::with_capacity(encoded.ids.len());
@@ -359,14 +368,14 @@ impl Marked {
     /// A text of its own: BOS before it if the tokenizer adds one, EOS after it, which is trained.
     fn of_text(text: &str, span: Range<usize>, tokenizer: &Tokenizer) -> Result<Self> {
         let encoded = tokenizer.encode_with_offsets(text, false)?;
-        let mut marked = Self::new(text, encoded, &[span], tokenizer);
+        let mut masked = Self::new(text, encoded, &[span], tokenizer);
         if let Some(bos) = tokenizer.bos_id().filter(|_| tokenizer.adds_bos())
-            && marked.ids.first() != Some(&bos)
+            && masked.ids.first() != Some(&bos)
         {
-            marked.ids.insert(0, bos);
-            marked.trained.insert(0, false);
-            marked.bytes.insert(0, 0);
-            marked.offsets.insert(0, (0, 0));
+            masked.ids.insert(0, bos);
+            masked.trained.insert(0, false);
+            masked.bytes.insert(0, 0);
+            masked.offsets.insert(0, (0, 0));
         }
         let Some(eos) = tokenizer.eos_id() else {
             return Err(Error::Input(
@@ -375,13 +384,13 @@ impl Marked {
                     .into(),
             ));
         };
-        if marked.ids.last() != Some(&eos) {
-            marked.ids.push(eos);
-            marked.trained.push(true);
-            marked.bytes.push(0);
-            marked.offsets.push((text.len(), text.len()));
+        if masked.ids.last() != Some(&eos) {
+            masked.ids.push(eos);
+            masked.trained.push(true);
+            masked.bytes.push(0);
+            masked.offsets.push((text.len(), text.len()));
         }
-        Ok(marked)
+        Ok(masked)
     }
 
     fn of_conversation(
@@ -407,14 +416,14 @@ impl Marked {
             TrainOn::Last => answers(conversation, trained_from, template, &text, blocks)?.pop().into_iter().collect(),
             TrainOn::Roles(roles) => role_spans(conversation, trained_from, roles, template, &text, blocks)?,
         };
-        let mut marked = Self::new(&text, encoded, &spans, tokenizer);
+        let mut masked = Self::new(&text, encoded, &spans, tokenizer);
         if options.train_on == TrainOn::All {
-            return Ok(marked);
+            return Ok(masked);
         }
         for span in &spans {
-            counts.turns_without_end += usize::from(!marked.end_with_special(span, tokenizer));
+            counts.turns_without_end += usize::from(!masked.end_with_special(span, tokenizer));
         }
-        Ok(marked)
+        Ok(masked)
     }
 
     /// Takes the blanks at the end of a turn out of training, if a special token stands before them. Whether one does.
@@ -475,8 +484,8 @@ impl Marked {
             weights.extend(trained.iter().map(|&trained| if trained { 1.0 } else { prompt_loss_weight }));
             weights[0] = 0.0;
         }
-        let (side, shared) = (Side::Plain, 0);
-        Sample { ids: self.ids[window].to_vec(), trained, weights, bytes, source: source.clone(), side, shared }
+        let (preference, shared) = (Preference::Plain, 0);
+        Sample { ids: self.ids[window].to_vec(), trained, weights, bytes, source: source.clone(), preference, shared }
     }
 }
 
@@ -572,8 +581,8 @@ fn unstable(count: usize, text: &str, at: usize, what: &str) -> Error {
 }
 
 /// The parts of a row that become documents.
-fn shorten(marked: &Marked, is_text: bool, options: &SampleOptions, counts: &mut RowCounts) -> Vec<Range<usize>> {
-    let (length, max) = (marked.ids.len(), options.max_length);
+fn shorten(masked: &Masked, is_text: bool, options: &SampleOptions, counts: &mut RowCounts) -> Vec<Range<usize>> {
+    let (length, max) = (masked.ids.len(), options.max_length);
     counts.longest_row = length;
     if length <= max {
         return std::iter::once(0..length).collect();
@@ -585,7 +594,7 @@ fn shorten(marked: &Marked, is_text: bool, options: &SampleOptions, counts: &mut
         chosen => chosen,
     };
     // The first token of a document is no label, so it does not keep a window alive.
-    let has_labels = |window: &Range<usize>| marked.num_trained(window.start + 1..window.end) > 0;
+    let has_labels = |window: &Range<usize>| masked.num_trained(window.start + 1..window.end) > 0;
     let windows: Vec<Range<usize>> = match policy {
         Overlong::Split => (0..length).step_by(max).map(|start| start..length.min(start + max)).collect(),
         Overlong::Truncate => std::iter::once(0..max).collect(),
@@ -593,8 +602,8 @@ fn shorten(marked: &Marked, is_text: bool, options: &SampleOptions, counts: &mut
     };
     let kept: Vec<_> = windows.into_iter().filter(has_labels).collect();
     counts.tokens_lost = length - kept.iter().map(Range::len).sum::<usize>();
-    let labels_kept: usize = kept.iter().map(|window| marked.num_trained(window.start + 1..window.end)).sum();
-    counts.trained_tokens_lost = marked.num_trained(0..length) - labels_kept;
+    let labels_kept: usize = kept.iter().map(|window| masked.num_trained(window.start + 1..window.end)).sum();
+    counts.trained_tokens_lost = masked.num_trained(0..length) - labels_kept;
     match policy {
         _ if kept.is_empty() => counts.dropped_rows = 1,
         Overlong::Split => counts.split_rows = 1,

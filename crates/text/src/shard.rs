@@ -1,11 +1,14 @@
 //! The file that holds the blocks of one split, read block by block.
 //!
 //! All numbers are little endian. A header of 88 bytes (below); for each token its id (u32, the highest bit says that it is
-//! trained); where the header says so, for each token the weight of its loss (f32); for each document its length (u32), its file (u32), its line (u64), its trained bytes (u64), its side (u32) and the tokens of
+//! trained); where the header says so, for each token the weight of its loss (f32); for each document its length (u32), its file (u32), its line (u64), its trained bytes (u64), its preference (u32) and the tokens of
 //! its prompt (u32); for each block
 //! and once at the end the index of its first token and of its first document (u64, u64); the names of the files as a JSON
 //! list. Tokens come first so that the file can be written block by block.
-use crate::{Block, Error, Result, Sample, Side, Source, SourceReport, Split, atomic::Pending, pack, prepare};
+use crate::{
+    Block, Error, Preference, Report, Result, Sample, Source, SourceReport, Split, atomic::Pending,
+    report::FORMAT_VERSION, sample::plain_weights,
+};
 use std::{
     collections::HashMap,
     fs::File,
@@ -13,9 +16,6 @@ use std::{
     path::{Path, PathBuf},
     sync::Arc,
 };
-
-/// Counted up whenever the same input would give another file.
-pub const FORMAT_VERSION: u32 = 4;
 
 const MAGIC: &[u8; 8] = b"TUNESHRD";
 const HEADER: usize = 88;
@@ -168,7 +168,7 @@ impl Writer {
                 documents.write_all(&file.to_le_bytes())?;
                 documents.write_all(&(sample.source.line as u64).to_le_bytes())?;
                 documents.write_all(&(sample.bytes as u64).to_le_bytes())?;
-                documents.write_all(&(sample.side as u32).to_le_bytes())?;
+                documents.write_all(&(sample.preference as u32).to_le_bytes())?;
                 let shared = u32::try_from(sample.shared).map_err(io::Error::other)?;
                 documents.write_all(&shared.to_le_bytes())?;
                 for (id, trained) in sample.ids.iter().zip(&sample.trained) {
@@ -176,9 +176,7 @@ impl Writer {
                 }
                 let Some(weights) = weights else { return Ok(()) };
                 match sample.weights.is_empty() {
-                    true => {
-                        pack::plain_weights(&sample.trained).try_for_each(|weight| write_weight(weights, weight))?
-                    }
+                    true => plain_weights(&sample.trained).try_for_each(|weight| write_weight(weights, weight))?,
                     false => sample.weights.iter().try_for_each(|&weight| write_weight(weights, weight))?,
                 }
                 Ok(())
@@ -230,7 +228,7 @@ impl PreparedSplit {
     /// # Errors
     /// A missing, truncated or foreign file; one that was not written together with the rest of the folder.
     pub fn open(folder: &Path, split: Split) -> Result<Self> {
-        let report = prepare::Report::read(folder)?;
+        let report = Report::read(folder)?;
         let mut opened = Self::open_file(&folder.join(file_name(split)))?;
         if crate::tokenizer::hex(&opened.header.key) != report.key {
             return Err(opened.damaged("it belongs to other data than prepared.json beside it"));
@@ -375,16 +373,22 @@ impl PreparedSplit {
             block.lengths.push(number(&document[..4]) as usize);
             block.sources.push(Source { file, line: number(&document[8..16]) as usize });
             block.bytes.push(number(&document[16..24]) as usize);
-            let side = number(&document[24..28]) as usize;
-            let Some(side) = Side::ALL.get(side) else {
-                return Err(self.damaged(&format!("block {index} has a document of side {side}, which there is not")));
+            let preference = number(&document[24..28]) as usize;
+            let Some(preference) = Preference::ALL.get(preference) else {
+                return Err(self
+                    .damaged(&format!("block {index} has a document of preference {preference}, which there is not")));
             };
-            block.sides.push(*side);
+            block.preferences.push(*preference);
             block.shared.push(number(&document[28..32]) as usize);
         }
-        let paired = |sides: &[Side]| (sides[0] == Side::Chosen) == (sides[1] == Side::Rejected);
-        let ends = [block.sides.first() == Some(&Side::Rejected), block.sides.last() == Some(&Side::Chosen)];
-        if ends.contains(&true) || !block.sides.windows(2).all(paired) {
+        let paired = |preferences: &[Preference]| {
+            (preferences[0] == Preference::Chosen) == (preferences[1] == Preference::Rejected)
+        };
+        let ends = [
+            block.preferences.first() == Some(&Preference::Rejected),
+            block.preferences.last() == Some(&Preference::Chosen),
+        ];
+        if ends.contains(&true) || !block.preferences.windows(2).all(paired) {
             return Err(self.damaged(&format!("the answers of block {index} are not in pairs")));
         }
         if block.shared.iter().zip(&block.lengths).any(|(shared, length)| shared > length) {
@@ -426,6 +430,7 @@ impl PreparedSplit {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::pack;
     use proptest::prelude::*;
     use std::fs;
 
@@ -436,7 +441,7 @@ mod tests {
             weights: Vec::new(),
             bytes: length * 3,
             source: Source { file: format!("file{}.txt", seed % 3).into(), line: seed as usize + 1 },
-            side: [Side::Plain, Side::Liked, Side::Disliked][seed as usize % 3],
+            preference: [Preference::Plain, Preference::Desirable, Preference::Undesirable][seed as usize % 3],
             shared: length / 2,
         }
     }
@@ -469,7 +474,7 @@ mod tests {
                 let mut expected = Block::default();
                 documents.iter().for_each(|&document| expected.push(&samples[document]));
                 if weighted && expected.weights.is_empty() {
-                    expected.weights = pack::plain_weights(&expected.trained).collect();
+                    expected.weights = plain_weights(&expected.trained).collect();
                 }
                 prop_assert_eq!(shard.document_lengths(index).unwrap(), &expected.lengths[..]);
                 prop_assert_eq!(shard.block(index).unwrap(), expected);
@@ -522,8 +527,8 @@ mod tests {
         assert!(refusal(&|bytes| bytes[12] = 6).contains("flags 0x6"));
         assert!(refusal(&|bytes| bytes[12] = 1).contains("not what its header says"));
         assert!(refusal(&|bytes| bytes[140] = 9).contains("lies outside the file"));
-        assert!(refusal(&|bytes| bytes[132] = 7).contains("of side 7"));
-        assert!(refusal(&|bytes| bytes[132] = Side::Chosen as u8).contains("not in pairs"));
+        assert!(refusal(&|bytes| bytes[132] = 7).contains("of preference 7"));
+        assert!(refusal(&|bytes| bytes[132] = Preference::Chosen as u8).contains("not in pairs"));
         assert!(refusal(&|bytes| bytes[136] = 9).contains("longer than its document"));
         assert!(refusal(&|bytes| bytes[108] = 4).contains("do not add up"));
         assert!(refusal(&|bytes| bytes[112] = 4).contains("names file 4"));

@@ -40,6 +40,11 @@ pub enum Compression {
     Zstd,
 }
 
+/// A packed file may grow to [`EXPANSION_FREE`] bytes, and beyond that by this factor: real text stays far below it, and
+/// what is made to fill a disk does not.
+pub(crate) const EXPANSION: u64 = 500;
+pub(crate) const EXPANSION_FREE: u64 = 256 << 20;
+
 /// Endings and kinds, as they are named in messages.
 const ENDINGS: [(&str, Kind); 9] = [
     ("txt", Kind::Text),

@@ -1,8 +1,12 @@
 //! One tokenizer for training, evaluation, generation and serving, over the `tokenizers` crate.
-use crate::{Error, GgufVocabulary, Result, atomic, bpe::Encoder, gguf, model_file};
-use rayon::prelude::*;
-use serde::{Deserialize, Serialize, de::IgnoredAny};
-use serde_json::{Map, Value};
+use crate::{
+    Encoded, Error, GgufVocabulary, Result, SpecialTokens, atomic,
+    bpe::Encoder,
+    gguf, model_file,
+    special::{read_object, token_text},
+};
+use serde::{Deserialize, de::IgnoredAny};
+use serde_json::Value;
 use sha2::{Digest, Sha256};
 use std::{
     collections::BTreeMap,
@@ -12,32 +16,6 @@ use std::{
     sync::{Arc, OnceLock},
 };
 use tokenizers::AddedToken;
-
-/// The texts of a tokenizer's special tokens, as a chat template sees them.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
-pub struct SpecialTokens {
-    /// Beginning of a text.
-    #[serde(rename = "bos_token", skip_serializing_if = "Option::is_none")]
-    pub bos: Option<String>,
-    /// End of a text, or of a turn.
-    #[serde(rename = "eos_token", skip_serializing_if = "Option::is_none")]
-    pub eos: Option<String>,
-    /// Padding. Never used to decide what is trained: it is often the same token as `eos`.
-    #[serde(rename = "pad_token", skip_serializing_if = "Option::is_none")]
-    pub pad: Option<String>,
-    /// Unknown.
-    #[serde(rename = "unk_token", skip_serializing_if = "Option::is_none")]
-    pub unk: Option<String>,
-}
-
-/// A text as tokens, with the place of each token in it.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Encoded {
-    /// Token ids.
-    pub ids: Vec<u32>,
-    /// For each id the byte range of the text it came from. Tokens that share one character share its range.
-    pub offsets: Vec<(usize, usize)>,
-}
 
 /// A tokenizer with its special tokens and chat template. Cheap to clone.
 #[derive(Clone, Debug)]
@@ -220,14 +198,6 @@ impl Tokenizer {
         encoder.encode(text, with_offsets)
     }
 
-    /// [`Self::encode`] of many texts on all cores, in order.
-    ///
-    /// # Errors
-    /// As [`Self::encode`].
-    pub fn encode_batch<S: AsRef<str> + Sync>(&self, texts: &[S], add_special: bool) -> Result<Vec<Vec<u32>>> {
-        texts.par_iter().map(|text| self.encode(text.as_ref(), add_special)).collect()
-    }
-
     /// The text of `ids`; bytes that are no UTF-8 become U+FFFD. `skip_special` leaves special tokens out.
     ///
     /// # Errors
@@ -292,11 +262,6 @@ impl Tokenizer {
     /// Replaces the chat template that [`Self::save`] writes.
     pub fn set_chat_template(&mut self, source: Option<String>) {
         self.chat_template = source;
-    }
-
-    /// Sets the `model_max_length` (tokens) that [`Self::save`] writes.
-    pub fn set_model_max_length(&mut self, tokens: u64) {
-        self.model_max_length = Some(tokens);
     }
 
     /// Writes `tokenizer.json`, `tokenizer_config.json` and, when there is a template, `chat_template.jinja` into
@@ -380,23 +345,6 @@ fn check_merges(json: &[u8]) -> Result<(), String> {
     Ok(())
 }
 
-/// A JSON object from a file that may be missing.
-pub(crate) fn read_object(path: &Path) -> Result<Map<String, Value>> {
-    let bytes = match fs::read(path) {
-        Ok(bytes) => bytes,
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Map::new()),
-        Err(error) => return Err(Error::io("cannot read", path, error)),
-    };
-    serde_json::from_slice(&bytes)
-        .map_err(|e| Error::Input(format!("{}: a JSON object is expected here: {e}", path.display())))
-}
-
-/// A special token is written as a string or as an object with its `content`.
-fn token_text(config: &Map<String, Value>, key: &str) -> Option<String> {
-    let value = config.get(key)?;
-    value.as_str().or_else(|| value.get("content")?.as_str()).map(str::to_owned)
-}
-
 /// The template stored in `tokenizer_config.json`: a string, or a list of `{name, template}` with "default" first in
 /// rank.
 fn config_template(value: Option<&Value>) -> Option<String> {
@@ -421,7 +369,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let mut original = tokenizer();
         original.set_chat_template(Some("{{ bos_token }}é".into()));
-        original.set_model_max_length(2048);
+        original.model_max_length = Some(2048);
         original.save(folder.path()).unwrap();
         let back = Tokenizer::from_folder(folder.path()).unwrap();
         assert_eq!(back.fingerprint().unwrap(), original.fingerprint().unwrap());
@@ -573,14 +521,6 @@ mod tests {
                 covered = covered.max(end);
             }
             prop_assert_eq!(covered, text.len());
-        }
-
-        #[test]
-        fn batches_equal_single_texts(texts in proptest::collection::vec("[a-z ]{0,20}", 0..10)) {
-            let tokenizer = tokenizer();
-            let batch = tokenizer.encode_batch(&texts, true).unwrap();
-            let single: Vec<_> = texts.iter().map(|t| tokenizer.encode(t, true).unwrap()).collect();
-            prop_assert_eq!(batch, single);
         }
     }
 }

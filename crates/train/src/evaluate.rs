@@ -4,7 +4,7 @@ use crate::{Error, Result, statistics::DocumentLoss};
 use std::ops::{ControlFlow, Range};
 use tunesmith_model::{Batch, Llama, Sampler, Sampling, Workspace, generate_together};
 use tunesmith_tensor::Device;
-use tunesmith_text::{Block, PreparedSplit, Side};
+use tunesmith_text::{Block, Preference, PreparedSplit};
 
 /// One micro-batch of all documents of `blocks`, for measuring: every trained token counts 1.
 pub fn batch_of(blocks: &[Block]) -> Batch {
@@ -45,7 +45,7 @@ pub fn document_losses(
     let mut documents = Vec::new();
     for i in 0..split.len() {
         let block = split.block(i)?;
-        if block.sides.iter().any(|side| *side != Side::Plain) {
+        if block.preferences.iter().any(|preference| *preference != Preference::Plain) {
             return Err(Error::Input(
                 "this data holds pairs of answers for training on preferences, of which some should not be likely; prepare \
                  it with preferences = \"chosen\""

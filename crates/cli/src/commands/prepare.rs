@@ -8,8 +8,8 @@ use crate::terminal;
 use indicatif::ProgressBar;
 use std::path::Path;
 use tunesmith_text::{
-    Balance, Balanced, PAGE, PrepareOptions, PrepareProgress, PreparedSplit, PreviewToken, Report, Side, SourceReport,
-    Split, preview,
+    Balance, Balanced, PAGE, Preference, PrepareOptions, PrepareProgress, PreparedSplit, PreviewToken, Report,
+    SourceReport, Split, preview,
 };
 use tunesmith_train::config::Config;
 
@@ -176,17 +176,19 @@ pub(crate) fn describe(report: &Report) -> String {
                 number(c.trained_tokens_lost),
             ));
         }
-        if c.disliked_rows > 0 {
+        if c.undesirable_rows > 0 {
             text.push_str(&format!(
                 "{}: {} rows are left out, since their answers were not liked\n",
                 split.name(),
-                number(c.disliked_rows)
+                number(c.undesirable_rows)
             ));
         }
-        let sides = &report.split(split).sides;
-        if !sides.is_empty() {
-            let counts: Vec<_> =
-                sides.iter().map(|(side, count)| format!("{} {}", number(*count), side.name())).collect();
+        let preferences = &report.split(split).preferences;
+        if !preferences.is_empty() {
+            let counts: Vec<_> = preferences
+                .iter()
+                .map(|(preference, count)| format!("{} {}", number(*count), preference.name()))
+                .collect();
             text.push_str(&format!("{}: answers for training on preferences: {}\n", split.name(), counts.join(", ")));
         }
         let weighted = report.split(split).weighted_tokens;
@@ -281,11 +283,11 @@ fn show_preview(folder: &Path, opened: &Opened, n: usize) -> Result<()> {
             let trained = document.tokens.iter().filter(|token| token.trained).count();
             let (source, tokens) = (&document.source, document.tokens.len());
             let weights = weights_of(&document.tokens);
-            let side = match document.side {
-                Side::Plain => String::new(),
-                side => format!(", {} (prompt of {} tokens)", side.name(), document.shared),
+            let preference = match document.preference {
+                Preference::Plain => String::new(),
+                preference => format!(", {} (prompt of {} tokens)", preference.name(), document.shared),
             };
-            anstream::println!("\n{which}, {source}{side}: {tokens} tokens, {trained} trained{weights}");
+            anstream::println!("\n{which}, {source}{preference}: {tokens} tokens, {trained} trained{weights}");
             anstream::println!("{}", coloured(&document.tokens));
         }
     }

@@ -1,14 +1,10 @@
 //! Training rows balanced by a label or a group: drawn more or less often, or with more or less weight.
-use super::scan::{Facts, Fate};
-use crate::{Balance, Error, PrepareOptions, Result, Split, clean::Reason};
-use serde::{Deserialize, Serialize};
+use super::facts::{Decision, Facts, NONE};
+use crate::{Balance, Balanced, Error, PrepareOptions, Result, Split, clean::Reason};
 use std::{
     collections::{BTreeMap, HashMap},
     sync::{PoisonError, RwLock},
 };
-
-/// What stands for no value.
-pub(super) const NONE: u32 = u32::MAX;
 
 /// Different labels that are counted where nobody asked for it: more are no classes.
 const MAX_LABELS: usize = 1000;
@@ -77,17 +73,6 @@ impl Values {
     }
 }
 
-/// What balancing makes of the training rows of one value.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
-pub struct Balanced {
-    /// Rows that there are.
-    pub rows: usize,
-    /// Rows that are drawn, copies included.
-    pub drawn: usize,
-    /// How much the loss of each counts.
-    pub weight: f32,
-}
-
 /// What becomes of each row.
 #[derive(Default)]
 pub(super) struct Plan {
@@ -112,7 +97,7 @@ pub(super) fn balance(facts: &mut [Facts], names: &[Box<str>], options: &Prepare
         return Ok(Plan::default());
     }
     let mut rows: BTreeMap<&str, Vec<usize>> = BTreeMap::new();
-    for (index, row) in facts.iter().enumerate().filter(|(_, row)| row.fate == Fate::Goes(Split::Train)) {
+    for (index, row) in facts.iter().enumerate().filter(|(_, row)| row.decision == Decision::Keep(Split::Train)) {
         if let Some(name) = names.get(row.value as usize) {
             rows.entry(name).or_default().push(index);
         }
@@ -145,7 +130,7 @@ pub(super) fn balance(facts: &mut [Facts], names: &[Box<str>], options: &Prepare
                     let copies = each + usize::from(place < further);
                     plan.copies[index] = u32::try_from(copies).unwrap_or(u32::MAX);
                     if copies == 0 {
-                        facts[index].fate = Fate::Removed(Reason::Balance);
+                        facts[index].decision = Decision::Removed(Reason::Balance);
                     }
                 }
             }
@@ -213,7 +198,7 @@ mod tests {
         let (facts, under) = plan(&rows, Balance::Undersample, &[]).unwrap();
         assert_eq!(drawn(&under), [2, 2, 2]);
         assert_eq!(under.copies, [0, 0, 0, 0, 1, 1, 1, 1, 0, 0, 1, 1]);
-        let removed = facts.iter().filter(|row| row.fate == Fate::Removed(Reason::Balance)).count();
+        let removed = facts.iter().filter(|row| row.decision == Decision::Removed(Reason::Balance)).count();
         assert_eq!(removed, 6);
         let (_, over) = plan(&rows, Balance::Oversample, &[]).unwrap();
         assert_eq!(drawn(&over), [6, 6, 6]);

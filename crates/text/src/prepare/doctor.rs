@@ -1,14 +1,11 @@
 //! What is wrong with data, tokenizer and template together, with the rows that show it: the faults that otherwise show
 //! after days of training.
-use super::{
-    PrepareProgress,
-    files::{self, DataSet, Input, Numbered},
-};
+use super::files::{self, DataSet, Input, Numbered};
 use crate::{
-    ChatTemplate, Conversation, Error, PrepareOptions, Result, RowKind, Tokenizer, TrainOn,
+    ChatTemplate, Conversation, Error, PrepareOptions, PrepareProgress, Result, RowKind, Tokenizer, TrainOn,
     clean::Cleaner,
     row::{self, place},
-    sample::{self, Marked, RowCounts, SampleOptions, Side},
+    sample::{self, Masked, Preference, RowCounts, SampleOptions},
 };
 use rayon::prelude::*;
 use serde::Serialize;
@@ -150,46 +147,50 @@ impl Doctor<'_> {
         };
         self.cleaner.clean(&mut row);
         let mut counts = RowCounts::default();
-        let marked = match sample::marks(&row.kind, self.tokenizer, self.template, options, &mut counts) {
-            Ok(marked) => marked,
+        let masked = match sample::masks(&row.kind, self.tokenizer, self.template, options, &mut counts) {
+            Ok(masked) => masked,
             Err(error) => {
                 let check = if self.renders(&row.kind) { Check::GenerationPrompt } else { Check::Renders };
                 return vec![(check, format!("{at}: {error}"))];
             }
         };
         let mut found: Vec<(Check, String)> = Vec::new();
-        for (side, marked) in &marked {
-            let side = if *side == Side::Plain { String::new() } else { format!("the {} answer: ", side.name()) };
-            let failed = self.check(marked, &counts, &options.train_on);
+        for (preference, masked) in &masked {
+            let preference = if *preference == Preference::Plain {
+                String::new()
+            } else {
+                format!("the {} answer: ", preference.name())
+            };
+            let failed = self.check(masked, &counts, &options.train_on);
             // Each row once for each check, whichever of its answers fails it.
             let new: Vec<_> = failed.into_iter().filter(|(check, _)| !found.iter().any(|(c, _)| c == check)).collect();
-            found.extend(new.into_iter().map(|(check, what)| (check, format!("{at}: {side}{what}"))));
+            found.extend(new.into_iter().map(|(check, what)| (check, format!("{at}: {preference}{what}"))));
         }
         found
     }
 
     /// What is wrong with a row, or with one of its answers.
-    fn check(&self, marked: &Marked, counts: &RowCounts, train_on: &TrainOn) -> Vec<(Check, String)> {
+    fn check(&self, masked: &Masked, counts: &RowCounts, train_on: &TrainOn) -> Vec<(Check, String)> {
         let mut found = Vec::new();
         let mut fails = |check, what: String| found.push((check, what));
-        if let (Some(bos), [first, second, ..]) = (self.tokenizer.bos_id(), &marked.ids[..])
+        if let (Some(bos), [first, second, ..]) = (self.tokenizer.bos_id(), &masked.ids[..])
             && [first, second] == [&bos, &bos]
         {
             fails(Check::OneBos, format!("the text begins with {:?} twice", self.token(bos)));
         }
-        if !marked.trained.iter().skip(1).any(|&trained| trained) {
+        if !masked.trained.iter().skip(1).any(|&trained| trained) {
             fails(Check::Trained, "no token is trained".into());
         } else if counts.turns_without_end > 0 {
             let turns = counts.turns_without_end;
             fails(Check::EndOfTurn, format!("the template ends {turns} of the trained turns without a special token"));
-        } else if !self.ends(marked, train_on) {
+        } else if !self.ends(masked, train_on) {
             fails(Check::EndOfTurn, "the last trained token is not one that ends a turn".into());
         }
-        if let Some(&id) = marked.ids.iter().find(|&&id| id as usize >= self.embedding_rows) {
+        if let Some(&id) = masked.ids.iter().find(|&&id| id as usize >= self.embedding_rows) {
             let rows = self.embedding_rows;
             fails(Check::Embedding, format!("token {:?} has id {id}, the embedding {rows} rows", self.token(id)));
         }
-        if let Some(what) = self.lost(marked) {
+        if let Some(what) = self.lost(masked) {
             fails(Check::RoundTrip, what);
         }
         found
@@ -211,24 +212,24 @@ impl Doctor<'_> {
     }
 
     /// Whether the last trained token is a special one.
-    fn ends(&self, marked: &Marked, train_on: &TrainOn) -> bool {
-        let mut trained = (0..marked.ids.len()).rev().filter(|&index| marked.trained[index]);
+    fn ends(&self, masked: &Masked, train_on: &TrainOn) -> bool {
+        let mut trained = (0..masked.ids.len()).rev().filter(|&index| masked.trained[index]);
         // Where everything is trained a line end may follow.
         match train_on {
-            TrainOn::All => trained.any(|index| self.tokenizer.is_added(marked.ids[index])),
-            _ => trained.next().is_some_and(|index| self.tokenizer.is_added(marked.ids[index])),
+            TrainOn::All => trained.any(|index| self.tokenizer.is_added(masked.ids[index])),
+            _ => trained.next().is_some_and(|index| self.tokenizer.is_added(masked.ids[index])),
         }
     }
 
     /// The first piece of text between special tokens that does not come back when its tokens are decoded. Blanks at the
     /// beginning are not looked at: SentencePiece adds and takes away one.
-    fn lost(&self, marked: &Marked) -> Option<String> {
-        let is_text = |index: &usize| !self.tokenizer.is_added(marked.ids[*index]);
-        let indices: Vec<usize> = (0..marked.ids.len()).filter(is_text).collect();
+    fn lost(&self, masked: &Masked) -> Option<String> {
+        let is_text = |index: &usize| !self.tokenizer.is_added(masked.ids[*index]);
+        let indices: Vec<usize> = (0..masked.ids.len()).filter(is_text).collect();
         for run in indices.chunk_by(|a, b| a + 1 == *b) {
             let (Some(&first), Some(&last)) = (run.first(), run.last()) else { continue };
-            let text = &marked.text[marked.offsets[first].0..marked.offsets[last].1];
-            let back = match self.tokenizer.decode(&marked.ids[first..=last], false) {
+            let text = &masked.text[masked.offsets[first].0..masked.offsets[last].1];
+            let back = match self.tokenizer.decode(&masked.ids[first..=last], false) {
                 Ok(back) => back,
                 Err(Error::Input(what) | Error::Failure(what)) => return Some(what),
                 Err(error) => return Some(error.to_string()),

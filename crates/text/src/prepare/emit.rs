@@ -1,18 +1,18 @@
 //! The second way through the rows: tokens, blocks, and the rows that could not be used.
 use super::{
-    PrepareProgress, REJECTS, Report, SplitReport, files,
-    files::{DataSet, Input, Numbered, digest},
-    nothing_in,
-    scan::Fate,
+    facts::Decision,
+    files::{self, DataSet, Input, Numbered, digest},
 };
 use crate::{
-    ChatTemplate, Error, OnBadRow, PrepareOptions, Result, Sample, SourceReport, Split, Tokenizer,
+    ChatTemplate, Error, OnBadRow, PrepareOptions, PrepareProgress, Report, Result, Sample, SourceReport, Split,
+    SplitReport, Tokenizer,
     atomic::Pending,
     clean::Cleaner,
     mix,
     pack::Packer,
+    report::REJECTS,
     row::{self, BadRow, RowKind, place},
-    sample::{self, RowCounts, SampleOptions, Side},
+    sample::{self, Preference, RowCounts, SampleOptions},
     shard,
     tokenizer::hex,
 };
@@ -69,7 +69,7 @@ enum Done {
 /// written.
 pub(super) fn emit(
     job: &Job<'_>,
-    fates: &[Fate],
+    decisions: &[Decision],
     report: &mut Report,
     progress: &mut dyn FnMut(PrepareProgress),
 ) -> Result<()> {
@@ -93,19 +93,19 @@ pub(super) fn emit(
     }
     let tokens = AtomicU64::new(0);
     let work = |row: &Numbered, pass: u32| -> Result<Done> {
-        let Some(fate) = fates.get(row.index) else { return Err(changed(job, row)) };
+        let Some(decision) = decisions.get(row.index) else { return Err(changed(job, row)) };
         let (file, source) = (&job.inputs[row.input].name, job.inputs[row.input].source);
         let line = row.raw.line;
         let copies = copies_in_pass(job.copies.get(row.index).copied().unwrap_or(1), pass, passes);
-        if matches!(fate, Fate::Removed(_)) || copies == 0 || *fate == Fate::Rejected && pass > 0 {
+        if matches!(decision, Decision::Removed(_)) || copies == 0 || *decision == Decision::Rejected && pass > 0 {
             return Ok(Done::Removed);
         }
         let understood = row::understand(&row.raw, file, &job.sets[source].rows, &mut |_| ());
-        let split = match (fate, &understood) {
-            (Fate::Goes(split), _) => *split,
-            (Fate::Removed(_), _) => return Ok(Done::Removed),
-            (Fate::Rejected, Err(bad)) => return Ok(Done::Rejected(bad.clone())),
-            (Fate::Rejected, Ok(odd)) => {
+        let split = match (decision, &understood) {
+            (Decision::Keep(split), _) => *split,
+            (Decision::Removed(_), _) => return Ok(Done::Removed),
+            (Decision::Rejected, Err(bad)) => return Ok(Done::Rejected(bad.clone())),
+            (Decision::Rejected, Ok(odd)) => {
                 let what = format!(": the row is of format {}, unlike most rows of the file", odd.format.name());
                 return Ok(Done::Rejected(BadRow { line, what, content: row.raw.content.to_string() }));
             }
@@ -214,8 +214,8 @@ impl Writing<'_> {
                         part.trained_tokens += sample.num_trained();
                         part.weighted_tokens += sample.num_only_weighted();
                         part.bytes += sample.bytes;
-                        if sample.side != Side::Plain {
-                            *part.sides.entry(sample.side).or_default() += 1;
+                        if sample.preference != Preference::Plain {
+                            *part.preferences.entry(sample.preference).or_default() += 1;
                         }
                         self.tokens.fetch_add(sample.ids.len() as u64, Ordering::Relaxed);
                         self.packers[split as usize].push(sample)?;
@@ -242,6 +242,32 @@ impl Writing<'_> {
         });
         Ok(())
     }
+}
+
+fn nothing_in(split: Split, options: &PrepareOptions, report: &Report) -> Error {
+    let places = options.places(split).join(", ");
+    let held_out = report.validation.counts.rows + report.test.counts.rows;
+    let removed: usize = report.clean.removed.values().sum();
+    Error::Input(match report.split(split).counts {
+        RowCounts { rows: 0, .. } if removed > 0 => {
+            let reasons: Vec<_> =
+                report.clean.removed.iter().map(|(reason, rows)| format!("{rows} {}", reason.words())).collect();
+            format!("{split}: no row of {places} is left after cleaning; removed were {}", reasons.join(", "))
+        }
+        RowCounts { rows: 0, .. } if report.rejected_rows > 0 => {
+            format!("{split}: no row of {places} can be used; {} were rejected", report.rejected_rows)
+        }
+        RowCounts { rows: 0, .. } if split == Split::Train && held_out > 0 => format!(
+            "nothing is left to train on: all {held_out} rows of {places} went to validation and test; give more rows, a \
+             smaller validation_fraction or another split_seed"
+        ),
+        RowCounts { rows: 0, .. } => format!("{split}: no rows: the data in {places} is empty"),
+        RowCounts { dropped_rows, .. } => format!(
+            "{split}: all {dropped_rows} rows of {places} are longer than max_length {} and were left out; raise \
+             max_length or set overlong = \"split\"",
+            options.max_length
+        ),
+    })
 }
 
 /// Different completions that may be labels; more of them are texts.

@@ -1,7 +1,6 @@
 //! The files of a preparation, and their rows in groups.
-use super::PrepareProgress;
 use crate::{
-    Error, PrepareOptions, Result, RowOptions, Split, mix,
+    Error, PrepareOptions, PrepareProgress, Result, RowOptions, Split, options,
     read::{self, RawRow},
     source::{self, DataFile},
     tokenizer::hex,
@@ -81,7 +80,7 @@ pub(super) struct DataSet {
 
 /// The one data set that there is, or each of several.
 pub(super) fn data_sets(options: &PrepareOptions) -> Result<Vec<DataSet>> {
-    let sources = mix::sources(options).into_iter();
+    let sources = options::sources(options).into_iter();
     sources.map(|options| Ok(DataSet { rows: RowOptions::of(&options)?, options })).collect()
 }
 

@@ -1,39 +1,29 @@
 //! The first look at all rows: what the files hold, and what becomes of each row.
 use super::{
-    PrepareProgress,
     balance::{self, Plan, Values},
+    facts::{Decision, Facts, Stratum},
     files::{self, DataSet, Input, Numbered},
 };
 use crate::{
-    Balance, Error, OnBadRow, PrepareOptions, Result, RowFormat, RowKind, Split,
-    clean::{self, CleanOptions, CleanReport, Cleaner, Mark, Reason, Same, Step},
+    Balance, CleanOptions, CleanReport, Error, OnBadRow, PrepareOptions, PrepareProgress, Result, RowFormat, RowKind,
+    Same, Split,
+    clean::{self, Cleaner, Mark, Reason, Step},
+    report::{FileReport, KeyReport},
     row::{self, Understood, kind_of, place},
-    similar::{self, Index, Sketch},
+    similar::{self, Index},
     split,
 };
 use rayon::prelude::*;
-use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
-use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 
 /// Keys of a file that are counted by name.
 const MAX_KEYS: usize = 100;
 
-/// What becomes of a row.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Fate {
-    /// It goes here.
-    Goes(Split),
-    /// It cannot be used, or is of another format than the rest of its file.
-    Rejected,
-    /// Cleaning took it out.
-    Removed(Reason),
-}
-
 /// What was found.
 pub(super) struct Scan {
     /// By row.
-    pub(super) fates: Vec<Fate>,
+    pub(super) decisions: Vec<Decision>,
     /// By file.
     pub(super) files: Vec<FileReport>,
     /// What cleaning did.
@@ -55,7 +45,7 @@ impl Share {
     fn of(facts: &[Facts], split: Split, names: &[Box<str>], options: &PrepareOptions) -> Self {
         let mut counts = vec![0_usize; names.len()];
         let mut groups: HashMap<u64, usize> = HashMap::new();
-        for row in facts.iter().filter(|row| row.fate == Fate::Goes(split)) {
+        for row in facts.iter().filter(|row| row.decision == Decision::Keep(split)) {
             if let Some(count) = counts.get_mut(row.value as usize) {
                 *count += 1;
             }
@@ -67,80 +57,6 @@ impl Share {
         let values = counted.map(|(name, count)| (name.to_string(), count)).collect();
         Self { values, groups: groups.len(), largest_group: groups.into_values().max().unwrap_or(0) }
     }
-}
-
-/// What is kept of a row until all have been seen.
-pub(super) struct Facts {
-    pub(super) fate: Fate,
-    format: Option<RowFormat>,
-    mark: Option<Mark>,
-    exact: u64,
-    sketch: Option<Box<Sketch>>,
-    stratum: Option<Box<Stratum>>,
-    /// A hash of the value that it is grouped by.
-    group: u64,
-    /// The number of the value that it is counted and balanced by.
-    pub(super) value: u32,
-    /// In [0, 1): which rows of the same value are drawn first.
-    pub(super) draw: f64,
-}
-
-/// What a row is stratified by.
-struct Stratum {
-    /// Index of the row's file.
-    input: usize,
-    value: String,
-    /// In [0, 1): which rows of the same value are held out. None when the file decides.
-    place: Option<f64>,
-}
-
-impl Facts {
-    fn rejected() -> Self {
-        Self {
-            fate: Fate::Rejected,
-            format: None,
-            mark: None,
-            exact: 0,
-            sketch: None,
-            stratum: None,
-            group: 0,
-            value: balance::NONE,
-            draw: 0.0,
-        }
-    }
-
-    #[cfg(test)]
-    pub(super) fn train() -> Self {
-        Self { fate: Fate::Goes(Split::Train), ..Self::rejected() }
-    }
-}
-
-/// What a file holds.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct FileReport {
-    /// The file, as it was named.
-    pub file: String,
-    /// The split that it was given for.
-    pub split: Option<Split>,
-    /// The format of its rows; none when there are none.
-    pub format: Option<RowFormat>,
-    /// Rows, usable or not.
-    pub rows: usize,
-    /// Rows that cannot be used.
-    pub bad_rows: usize,
-    /// What is known of each key, the first hundred of them; empty for plain text.
-    pub keys: BTreeMap<String, KeyReport>,
-}
-
-/// What is known of a key.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct KeyReport {
-    /// Rows that have it.
-    pub rows: usize,
-    /// Of these, rows in which it has no value.
-    pub null: usize,
-    /// What its values are: "a string", "a list", ...
-    pub types: BTreeSet<String>,
 }
 
 /// What is known of a file so far.
@@ -246,7 +162,7 @@ pub(super) fn scan(
         let format = common_format(&input.name, &seen, options.on_bad_row)?;
         let rows = &mut facts[start..end];
         for odd in rows.iter_mut().filter(|row| row.format.is_some() && row.format != format) {
-            odd.fate = Fate::Rejected;
+            odd.decision = Decision::Rejected;
             seen.bad_rows += 1;
         }
         cut_licence(rows);
@@ -269,13 +185,13 @@ pub(super) fn scan(
     let names = examiner.values.names(options)?;
     let shares = Split::ALL.map(|split| Share::of(&facts, split, &names, options));
     let balance = balance::balance(&mut facts, &names, options)?;
-    let fates: Vec<Fate> = facts.into_iter().map(|row| row.fate).collect();
-    for fate in &fates {
-        if let Fate::Removed(reason) = fate {
+    let decisions: Vec<Decision> = facts.into_iter().map(|row| row.decision).collect();
+    for decision in &decisions {
+        if let Decision::Removed(reason) = decision {
             *clean.removed.entry(*reason).or_default() += 1;
         }
     }
-    Ok(Scan { fates, files: reports, clean, shares, balance })
+    Ok(Scan { decisions, files: reports, clean, shares, balance })
 }
 
 /// Looks at single rows.
@@ -330,7 +246,7 @@ impl<'a> Examiner<'a> {
         if matches!(self.options.balance, Balance::Oversample | Balance::Undersample) {
             facts.draw = split::place(&row.content_hash()?, self.options.balance_seed);
         }
-        facts.fate = Fate::Goes(match (input.split, split_value) {
+        facts.decision = Decision::Keep(match (input.split, split_value) {
             (fixed, Some(value)) if self.options.stratify_by.is_some() => {
                 let place = match fixed {
                     Some(_) => None,
@@ -357,7 +273,7 @@ impl<'a> Examiner<'a> {
         }
         let text = clean::whole_text(&row.kind);
         if let Some(reason) = self.cleaner.unwanted(&text) {
-            facts.fate = Fate::Removed(reason);
+            facts.decision = Decision::Removed(reason);
         } else if self.compare != Same::Keep {
             let normal = similar::normal(&text);
             facts.exact = similar::exact(&text, &normal);
@@ -372,8 +288,8 @@ impl<'a> Examiner<'a> {
 /// Takes out the rows before and after a text of Project Gutenberg that stands in several rows.
 fn cut_licence(rows: &mut [Facts]) {
     let remove = |rows: &mut [Facts]| {
-        for row in rows.iter_mut().filter(|row| row.fate != Fate::Rejected) {
-            row.fate = Fate::Removed(Reason::Gutenberg);
+        for row in rows.iter_mut().filter(|row| row.decision != Decision::Rejected) {
+            row.decision = Decision::Removed(Reason::Gutenberg);
         }
     };
     if let Some(start) = rows.iter().position(|row| row.mark == Some(Mark::Start)) {
@@ -387,7 +303,7 @@ fn cut_licence(rows: &mut [Facts]) {
 /// Holds out the same share of the rows of each value.
 fn stratify(facts: &mut [Facts], inputs: &[Input], sets: &[DataSet]) {
     let mut strata: BTreeMap<(usize, &str), Vec<(f64, usize)>> = BTreeMap::new();
-    for (index, row) in facts.iter().enumerate().filter(|(_, row)| matches!(row.fate, Fate::Goes(_))) {
+    for (index, row) in facts.iter().enumerate().filter(|(_, row)| matches!(row.decision, Decision::Keep(_))) {
         if let Some(stratum) = &row.stratum
             && let Some(place) = stratum.place
         {
@@ -404,7 +320,7 @@ fn stratify(facts: &mut [Facts], inputs: &[Input], sets: &[DataSet]) {
         held_out.extend(rows[validation..validation + test].iter().map(|(_, index)| (*index, Split::Test)));
     }
     for (index, split) in held_out {
-        facts[index].fate = Fate::Goes(split);
+        facts[index].decision = Decision::Keep(split);
     }
 }
 
@@ -413,12 +329,12 @@ fn stratify(facts: &mut [Facts], inputs: &[Input], sets: &[DataSet]) {
 fn remove_same(facts: &mut [Facts], options: &CleanOptions, compared: bool) -> usize {
     let mut kept = 0;
     let mut held_out = HashSet::new();
-    let mut fates: Vec<(usize, Reason)> = Vec::new();
+    let mut decisions: Vec<(usize, Reason)> = Vec::new();
     let mut near_held_out = Index::new(options.near_threshold);
     for split in [Split::Validation, Split::Test, Split::Train] {
         let mut seen = HashSet::new();
         let mut near_seen = Index::new(options.near_threshold);
-        for (index, row) in facts.iter().enumerate().filter(|(_, row)| row.fate == Fate::Goes(split)) {
+        for (index, row) in facts.iter().enumerate().filter(|(_, row)| row.decision == Decision::Keep(split)) {
             let near = |index: &Index<'_>| row.sketch.as_ref().is_some_and(|sketch| index.contains(sketch));
             let reason = match () {
                 () if split == Split::Train && options.leakage != Same::Keep && held_out.contains(&row.exact) => {
@@ -438,7 +354,7 @@ fn remove_same(facts: &mut [Facts], options: &CleanOptions, compared: bool) -> u
                 () => None,
             };
             if let Some(reason) = reason {
-                fates.push((index, reason));
+                decisions.push((index, reason));
                 continue;
             }
             if let Some(sketch) = &row.sketch {
@@ -454,8 +370,8 @@ fn remove_same(facts: &mut [Facts], options: &CleanOptions, compared: bool) -> u
             }
         }
     }
-    for (index, reason) in fates {
-        facts[index].fate = Fate::Removed(reason);
+    for (index, reason) in decisions {
+        facts[index].decision = Decision::Removed(reason);
     }
     kept
 }

@@ -6,9 +6,9 @@
 //! blocks as one that was never interrupted, without tokenising a row twice.
 use super::files::{self, DataSet, Input, Numbered};
 use crate::{
-    Block, ChatTemplate, Error, OnBadRow, PrepareOptions, PreparedSplit, Result, RowFormat, Sample, SampleOptions,
-    Split, Tokenizer, atomic,
-    clean::{self, Cleaner, Same},
+    Block, ChatTemplate, Error, OnBadRow, PrepareOptions, PreparedSplit, Result, RowFormat, Same, Sample,
+    SampleOptions, Split, Tokenizer, atomic,
+    clean::{self, Cleaner},
     pack::Waiting,
     read::{self, RawRow, RawRows},
     row::{self, BadRow, place},

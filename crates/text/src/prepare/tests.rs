@@ -1,9 +1,9 @@
 use super::*;
 use crate::{
-    Balance, OnBadRow, Overlong, Preferences, PreparedSplit, Reason, Same, Side, Step, TextRows, TrainOn,
+    Balance, OnBadRow, Overlong, Preference, Preferences, PreparedSplit, Reason, Same, Step, TextRows, TrainOn,
     fixture::{chatml, tokenizer},
 };
-use std::path::PathBuf;
+use std::{fs, path::PathBuf};
 
 struct Bench {
     folder: tempfile::TempDir,
@@ -207,7 +207,7 @@ fn a_folder_of_mixed_origin_is_refused() {
     let text = fs::read_to_string(bench.path("out/prepared.json")).unwrap();
     fs::write(
         bench.path("out/prepared.json"),
-        text.replacen(&format!("\"format_version\": {}", shard::FORMAT_VERSION), "\"format_version\": 7", 1),
+        text.replacen(&format!("\"format_version\": {}", FORMAT_VERSION), "\"format_version\": 7", 1),
     )
     .unwrap();
     assert!(Report::read(&bench.path("out")).unwrap_err().to_string().contains("format version 7"));
@@ -269,7 +269,7 @@ fn the_better_answers_are_trained_on_when_asked() {
     assert!(bench.refusal().contains("line 1: these rows hold answers that are preferred"));
     bench.options.preferences = Preferences::Chosen;
     let report = bench.run().unwrap();
-    assert_eq!((report.train.counts.rows, report.train.counts.disliked_rows, report.train.documents), (3, 1, 2));
+    assert_eq!((report.train.counts.rows, report.train.counts.undesirable_rows, report.train.documents), (3, 1, 2));
     assert_eq!(bench.texts(Split::Train), ["hell<|im_end|>", "heyy<|im_end|>"]);
     fs::write(bench.path("d.jsonl"), "{\"text\": \"he\", \"label\": 1}\n").unwrap();
     assert!(bench.refusal().contains("these rows hold a text and its class"));
@@ -576,8 +576,13 @@ fn both_sides_of_a_preference_are_kept_for_whoever_trains_on_them() {
     (bench.options.preferences, bench.options.validation_fraction, bench.options.max_length) =
         (Preferences::Keep, 0.0, 128);
     let report = bench.run().unwrap();
-    let sides = [(Side::Chosen, 30), (Side::Rejected, 30), (Side::Liked, 1), (Side::Disliked, 1)];
-    assert_eq!(report.train.sides, sides.into());
+    let preferences = [
+        (Preference::Chosen, 30),
+        (Preference::Rejected, 30),
+        (Preference::Desirable, 1),
+        (Preference::Undesirable, 1),
+    ];
+    assert_eq!(report.train.preferences, preferences.into());
     let shard = PreparedSplit::open(&bench.path("out"), Split::Train).unwrap();
     assert_eq!(shard.max_length(), 256);
     let mut seen = 0;
@@ -592,39 +597,44 @@ fn both_sides_of_a_preference_are_kept_for_whoever_trains_on_them() {
             let text = |ids: &[u32]| tokenizer().decode(ids, false).unwrap();
             let trained = ids.iter().zip(&block.trained[rows]).filter(|(_, trained)| **trained);
             let answer = text(&trained.map(|(id, _)| *id).collect::<Vec<_>>());
-            match block.sides[document] {
-                Side::Chosen => {
+            match block.preferences[document] {
+                Preference::Chosen => {
                     assert!(text(&ids[..shared]).ends_with("assistant\n") && answer.starts_with("ab"), "{answer}");
                     prompt = Some(ids[..shared].to_vec());
                 }
-                Side::Rejected => {
+                Preference::Rejected => {
                     assert_eq!(prompt.take().expect("the chosen one stands before it"), ids[..shared]);
                     assert_eq!(answer, "nope<|im_end|>");
                 }
-                Side::Liked => assert_eq!((text(&ids[..shared]), answer), ("a".into(), "ll<|im_end|>".into())),
-                Side::Disliked => assert_eq!(answer, "xx<|im_end|>"),
-                Side::Plain => panic!("all are answers"),
+                Preference::Desirable => {
+                    assert_eq!((text(&ids[..shared]), answer), ("a".into(), "ll<|im_end|>".into()))
+                }
+                Preference::Undesirable => assert_eq!(answer, "xx<|im_end|>"),
+                Preference::Plain => panic!("all are answers"),
             }
         }
     }
     assert_eq!(seen, 62);
     let shown = crate::preview(&shard, 1, &tokenizer()).unwrap();
     assert_eq!(
-        shown.iter().map(|d| d.side).collect::<Vec<_>>(),
-        [Side::Chosen, Side::Rejected],
-        "both sides are shown"
+        shown.iter().map(|d| d.preference).collect::<Vec<_>>(),
+        [Preference::Chosen, Preference::Rejected],
+        "both preferences are shown"
     );
     // A long answer is cut, or goes with the other one.
     let longest = report.train.counts.longest_row;
     bench.options.max_length = longest - 2;
     let report = bench.run().unwrap();
     assert!(report.train.counts.truncated_rows > 0 && report.train.counts.dropped_rows == 0);
-    assert_eq!(report.train.sides, sides.into());
+    assert_eq!(report.train.preferences, preferences.into());
     bench.options.overlong = Overlong::Drop;
     let report = bench.run().unwrap();
     let dropped = report.train.counts.dropped_rows;
     assert!(dropped > 0);
-    assert_eq!((report.train.sides[&Side::Chosen], report.train.sides[&Side::Rejected]), (30 - dropped, 30 - dropped));
+    assert_eq!(
+        (report.train.preferences[&Preference::Chosen], report.train.preferences[&Preference::Rejected]),
+        (30 - dropped, 30 - dropped)
+    );
     fs::write(bench.path("k.jsonl"), "{\"text\": \"plain\"}\n").unwrap();
     assert!(bench.refusal().contains("k.jsonl, line 1: preferences = \"keep\" prepares answers"));
 }

@@ -1,11 +1,11 @@
 //! A byte-level BPE tokenizer learned from rows.
 use super::{
-    PrepareProgress,
+    facts::Decision,
     files::{self, DataSet, Input, Numbered},
-    scan::{self, Fate},
+    scan,
 };
 use crate::{
-    ChatTemplate, Error, PrepareOptions, Result, SpecialTokens, Tokenizer, WordRule,
+    ChatTemplate, Error, PrepareOptions, PrepareProgress, Result, SpecialTokens, Tokenizer, WordRule,
     clean::{self, Cleaner},
     gguf, row,
 };
@@ -140,7 +140,7 @@ pub fn train_tokenizer(
             let mut trainer = TrainerWrapper::BpeTrainer(trainer);
             pool.install(|| inner.train(&mut trainer, receiver.into_iter()).map(drop))
         });
-        let fed = feed(data, &sets, &inputs, &scan.fates, &sender, progress);
+        let fed = feed(data, &sets, &inputs, &scan.decisions, &sender, progress);
         drop(sender);
         let learned = learning.join().map_err(|_| Error::Failure("a thread that learns the tokenizer ended".into()))?;
         let fed = fed?;
@@ -163,7 +163,7 @@ fn feed(
     data: &PrepareOptions,
     sets: &[DataSet],
     inputs: &[Input],
-    fates: &[Fate],
+    decisions: &[Decision],
     sender: &mpsc::SyncSender<String>,
     progress: &mut dyn FnMut(PrepareProgress),
 ) -> Result<(usize, u64)> {
@@ -172,7 +172,7 @@ fn feed(
     let (mut rows, mut bytes) = (0, 0);
     let mut take = |group: Vec<Numbered>| {
         for numbered in group {
-            if fates.get(numbered.index) != Some(&Fate::Goes(crate::Split::Train)) {
+            if decisions.get(numbered.index) != Some(&Decision::Keep(crate::Split::Train)) {
                 continue;
             }
             let Input { name, source, .. } = &inputs[numbered.input];
@@ -286,7 +286,7 @@ mod tests {
         assert!(error(|o| o.special.bos = None).contains("none is named"));
         assert!(error(|o| o.chat_template = Some("{% if".into())).contains("template"));
         let empty =
-            PrepareOptions { clean: clean::CleanOptions { min_chars: 1000, ..Default::default() }, ..data.clone() };
+            PrepareOptions { clean: crate::CleanOptions { min_chars: 1000, ..Default::default() }, ..data.clone() };
         let text = train_tokenizer(&empty, &options(300), &mut |_| ()).unwrap_err().to_string();
         assert!(text.contains("is left to learn from"), "{text}");
     }

@@ -1,6 +1,9 @@
 //! Parquet and Arrow files, batch by batch.
 use super::{Raw, RawRow, RawRows, rows, value::value};
-use crate::{Error, Result, RowOptions, input, source::Kind};
+use crate::{
+    Error, Result, RowOptions, input,
+    source::{self, Kind},
+};
 use arrow_array::RecordBatch;
 use arrow_ipc::reader::{FileReader, StreamReader};
 use arrow_schema::{ArrowError, Schema};
@@ -167,7 +170,7 @@ fn check_buffer(
     file.read_exact(&mut bytes)?;
     match i64::from_le_bytes(bytes) {
         -1 => Ok(()),
-        unpacked if (0..=(length * input::EXPANSION + (64 << 20)) as i64).contains(&unpacked) => Ok(()),
+        unpacked if (0..=(length * source::EXPANSION + (64 << 20)) as i64).contains(&unpacked) => Ok(()),
         _ => Err(lies()),
     }
 }

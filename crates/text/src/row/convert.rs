@@ -1,5 +1,5 @@
 //! The values of a row into what it says.
-use super::{RowFormat, RowKind, RowOptions, Turns, kind_of};
+use super::{RowFormat, RowKind, RowOptions, Turns, format::truth, kind_of};
 use crate::Message;
 use serde_json::{Map, Value, json};
 
@@ -338,16 +338,6 @@ fn string(key: &str, value: Value) -> Result<String, String> {
     match value {
         Value::String(text) => Ok(text),
         other => Err(format!("{key:?} must be a string, this is {}", kind_of(&other))),
-    }
-}
-
-/// True and false, as JSON and tables write them.
-pub(super) fn truth(value: &Value) -> Option<bool> {
-    match value {
-        Value::Bool(truth) => Some(*truth),
-        Value::String(text) if text.eq_ignore_ascii_case("true") => Some(true),
-        Value::String(text) if text.eq_ignore_ascii_case("false") => Some(false),
-        _ => None,
     }
 }
 

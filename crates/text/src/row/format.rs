@@ -1,5 +1,4 @@
 //! Which format a row is in, by its keys.
-use super::quoted;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
@@ -89,7 +88,7 @@ impl RowFormat {
         let one = self.required().iter().any(|keys| keys.iter().all(there));
         // A prompt with a completion and some other label is no judgement.
         one && match self {
-            Kto if !there(&"kto_tag") => row.get("label").is_some_and(|label| super::convert::truth(label).is_some()),
+            Kto if !there(&"kto_tag") => row.get("label").is_some_and(|label| truth(label).is_some()),
             _ => true,
         }
     }
@@ -107,6 +106,16 @@ impl RowFormat {
     /// The keys that it needs, for messages: the first set of them.
     pub(crate) fn describe(self) -> String {
         self.required().first().map_or_else(String::new, |keys| keys.join(" + "))
+    }
+}
+
+/// True and false, as JSON and tables write them.
+pub(super) fn truth(value: &Value) -> Option<bool> {
+    match value {
+        Value::Bool(truth) => Some(*truth),
+        Value::String(text) if text.eq_ignore_ascii_case("true") => Some(true),
+        Value::String(text) if text.eq_ignore_ascii_case("false") => Some(false),
+        _ => None,
     }
 }
 
@@ -172,4 +181,21 @@ fn slip<'a>(row: &'a Map<String, Value>, absent: &[&'static str]) -> Option<(&'a
     row.keys()
         .filter(|key| !is_key(key))
         .find_map(|key| absent.iter().find(|wanted| near(key, wanted)).map(|wanted| (key.as_str(), *wanted)))
+}
+
+/// Keys as messages list them.
+pub(super) fn quoted<'a>(keys: impl Iterator<Item = &'a str>) -> String {
+    keys.map(|key| format!("{key:?}")).collect::<Vec<_>>().join(", ")
+}
+
+/// What a JSON value is, as messages say it.
+pub(crate) fn kind_of(value: &Value) -> &'static str {
+    match value {
+        Value::Null => "null",
+        Value::Bool(_) => "a boolean",
+        Value::Number(_) => "a number",
+        Value::String(_) => "a string",
+        Value::Array(_) => "a list",
+        Value::Object(_) => "an object",
+    }
 }

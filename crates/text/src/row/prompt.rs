@@ -1,5 +1,5 @@
 //! Prompts made of the keys of a row: `"Review: {text}\nSentiment:"`.
-use super::kind_of;
+use super::format::{kind_of, quoted};
 use crate::{Error, PrepareOptions, Result};
 use serde_json::{Map, Value};
 
@@ -117,7 +117,7 @@ impl PromptTemplate {
                 Err(format!("{key:?}, which template names, is {}; text or a number is needed", kind_of(other)))
             }
             None => {
-                let keys = super::quoted(row.keys().map(String::as_str));
+                let keys = quoted(row.keys().map(String::as_str));
                 Err(format!("there is no {key:?}, which template names; the keys are {keys}"))
             }
         };

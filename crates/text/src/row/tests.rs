@@ -1,4 +1,5 @@
 use super::*;
+use crate::{PrepareOptions, TextRows, fixture::read_file, input::Encoding};
 use proptest::prelude::*;
 use serde_json::json;
 use std::fs;

@@ -3,11 +3,8 @@
 //!
 //! What an archive says of sizes is bounded before anything is read, and held against what comes: members that overlap, of
 //! which each for itself would be harmless, count together.
-use super::{DataFile, Kind, kind, known_endings};
-use crate::{
-    Error, Result,
-    input::{EXPANSION, EXPANSION_FREE},
-};
+use super::{DataFile, EXPANSION, EXPANSION_FREE, Kind, kind, known_endings};
+use crate::{Error, Result};
 use std::{
     collections::HashSet,
     fs::File,

@@ -1,9 +1,7 @@
 //! Files written by pyarrow and `datasets` (`fixtures/formats/make.py`), and damaged ones.
+use crate::{Error, Message, PrepareOptions, Row, RowFormat, RowKind, RowOptions, Turns, fixture::read_file, source};
 use proptest::prelude::*;
 use std::path::{Path, PathBuf};
-use tunesmith_text::{
-    Error, Message, PrepareOptions, Row, RowFormat, RowKind, RowOptions, Turns, row::read_file, source,
-};
 
 fn fixture(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/formats").join(name)
