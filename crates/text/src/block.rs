@@ -11,7 +11,8 @@ pub struct Block {
     pub ids: Vec<u32>,
     /// For each id whether it is a label: whether the loss of predicting it counts. False for the first of a document.
     pub trained: Vec<bool>,
-    /// How much the loss of predicting each id counts in training; empty when that is 1 where `trained` and 0 elsewhere.
+    /// How much the loss of predicting each id counts in training; empty when that is 1 where `trained` and 0
+    /// elsewhere.
     pub weights: Vec<f32>,
     /// Tokens of each document; their sum is `ids.len()`. Attention and positions start anew at each.
     pub lengths: Vec<usize>,

@@ -1,12 +1,12 @@
-//! Byte-level byte-pair encoding for whole data sets: the tokens and places that the `tokenizers` crate gives, several times
-//! as fast.
+//! Byte-level byte-pair encoding for whole data sets: the tokens and offsets that the `tokenizers` crate gives, several
+//! times as fast.
 //!
-//! The crate keeps, for every piece of a text, the text, its original and an alignment of each byte, and cuts words by a
-//! backtracking regular expression. Here words are ranges of the text, found by a scanner for each of the rules that models
-//! use ([`words`]), and the tokens of a short word come from a table of words that were seen before.
+//! The crate keeps, for every piece of a text, the text, its original and an alignment of each byte, and cuts words by
+//! a backtracking regular expression. Here words are ranges of the text, found by a scanner for each of the rules that
+//! models use ([`words`]), and the tokens of a short word come from a table of words that were seen before.
 //!
-//! Only what is known to give the same result is done here: [`Encoder::new`] refuses a tokenizer with any other step, and
-//! [`Encoder::encode`] a text that needs one. The caller then asks the `tokenizers` crate.
+//! Only what is known to give the same result is done here: [`Encoder::new`] refuses a tokenizer with any other step,
+//! and [`Encoder::encode`] a text that needs one. The caller then asks the `tokenizers` crate.
 mod classes;
 mod pipeline;
 mod words;
@@ -20,7 +20,7 @@ use std::{
 use unicode_normalization::IsNormalized;
 use words::Rule;
 
-/// A text as tokens, with the place of each token in it.
+/// A text as tokens, with the offsets of each token.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Encoded {
     /// Token ids.
@@ -49,12 +49,12 @@ pub(crate) struct Encoder {
     trim: Option<Trim>,
 }
 
-/// Blanks at both ends of tokens, which places leave out.
+/// Blanks at both ends of tokens, which offsets leave out.
 #[derive(Debug)]
 struct Trim {
     /// A first token that begins with one blank keeps it.
     keeps_first: bool,
-    /// By token: how many characters stand before and behind.
+    /// By token: how many characters stand before and after.
     blanks: Vec<(u16, u16)>,
 }
 
@@ -74,9 +74,9 @@ impl Encoder {
         pipeline::encoder(tokenizer)
     }
 
-    /// Tokens of `text`, as the `tokenizers` crate gives them without the special tokens around a text; their places too, if
-    /// `with_offsets`. `None` for a text that is left to it: one that its normal form would change, or with a byte that
-    /// the vocabulary lacks.
+    /// Tokens of `text`, as the `tokenizers` crate gives them without the special tokens around a text; their offsets
+    /// too, if `with_offsets`. `None` for a text that is left to it: one that its normal form would change, or with a
+    /// byte that the vocabulary lacks.
     pub(crate) fn encode(&self, text: &str, with_offsets: bool) -> Option<Encoded> {
         if self.nfc && !text.is_ascii() && unicode_normalization::is_nfc_quick(text.chars()) != IsNormalized::Yes {
             return None;
@@ -171,13 +171,13 @@ impl Encoder {
         Some(())
     }
 
-    /// The place of each token. A token that begins or ends inside a character has all of it.
+    /// The offsets of each token. A token that begins or ends inside a character has all of it.
     fn offsets(&self, text: &str, ids: &[u32], added: &[Found]) -> Vec<(usize, usize)> {
         let mut added = added.iter().peekable();
         let mut at = 0;
         let mut offsets = Vec::with_capacity(ids.len());
         for (index, &id) in ids.iter().enumerate() {
-            // At the place of an added token there is no other.
+            // At the offsets of an added token there is no other.
             let end = match added.next_if(|found| found.start == at) {
                 Some(found) => found.end,
                 None => at + self.lengths[id as usize] as usize,
@@ -204,8 +204,8 @@ impl Encoder {
 /// Words of up to this many bytes are merged by looking at all pairs again and again.
 const SHORT: usize = 40;
 
-/// Which pairs of tokens become one, and in which order: a table with open addressing, since most questions are answered
-/// with no.
+/// Which pairs of tokens become one, and in which order: a table with open addressing, since most questions are
+/// answered with no.
 #[derive(Debug)]
 struct Merges {
     /// The pair, its rank and the token that it becomes; the rank of an empty entry is [`NONE`].
@@ -253,8 +253,8 @@ impl Merges {
         }
     }
 
-    /// Merges `ids[start..]`, at most [`SHORT`] of them: of all pairs the one of the lowest rank, the first of equal ones, until
-    /// there is none.
+    /// Merges `ids[start..]`, at most [`SHORT`] of them: of all pairs the one of the lowest rank, the first of equal
+    /// ones, until there is none.
     fn merge_short(&self, ids: &mut Vec<u32>, start: usize) {
         let mut found = [(NONE, 0); SHORT];
         let mut count = ids.len() - start;
@@ -353,7 +353,7 @@ impl Key {
         if length > 16 {
             return None;
         }
-        // Sixteen bytes are read where there are as many, and those behind the word blanked out.
+        // Sixteen bytes are read where there are as many, and those after the word blanked out.
         let number = match text.get(start..start + 16).and_then(|bytes| bytes.try_into().ok()) {
             Some(bytes) => u128::from_le_bytes(bytes),
             None => {
@@ -384,12 +384,13 @@ struct Slot<const MOST: usize> {
     ids: [u32; MOST],
 }
 
-/// The places that a word may have. Of words of up to three tokens, nearly all, a pair is one line of the processor's cache.
+/// The slots that a word may have. Of words of up to three tokens, nearly all, a pair is one line of the CPU's cache.
 #[derive(Clone, Copy, Debug)]
 #[repr(align(64))]
 struct Pair<const MOST: usize>([Slot<MOST>; 2]);
 
-/// Words of up to `MOST` tokens that were seen lately, and their tokens. A new word drives out the older one of its pair.
+/// Words of up to `MOST` tokens that were seen lately, and their tokens. A new word drives out the older one of its
+/// pair.
 struct Words<const MOST: usize> {
     pairs: Vec<Pair<MOST>>,
 }
@@ -399,7 +400,7 @@ impl<const MOST: usize> Words<MOST> {
         Self { pairs: Vec::new() }
     }
 
-    /// Makes room for `count` pairs, a power of two, and forgets everything.
+    /// Reserves `count` pairs, a power of two, and forgets everything.
     fn empty(&mut self, count: usize) {
         self.pairs.clear();
         self.pairs.resize(count, Pair([Slot { low: 0, high: 0, length: 0, count: 0, ids: [0; MOST] }; 2]));

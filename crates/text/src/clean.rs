@@ -1,7 +1,7 @@
 //! Cleaning: each step is switched on by itself, and counts the rows that it touched.
 //!
-//! Steps that change text work on every text of a row for itself, in the order of [`Step`]; what is said by tools and calls
-//! is left alone. Then the row as a whole is kept or removed, for a [`Reason`].
+//! Steps that change text work on every text of a row for itself, in the order of [`Step`]; what is said by tools and
+//! calls is left alone. Then the row as a whole is kept or removed, for a [`Reason`].
 mod mojibake;
 mod steps;
 

@@ -117,8 +117,8 @@ pub(crate) struct PieceRules {
     pub(crate) charsmap: Vec<u8>,
     /// Spaces at both ends go, and several become one.
     pub(crate) remove_extra_spaces: bool,
-    /// User-defined pieces are cut out of the text behind its leading space and take part in no merge, as SentencePiece does;
-    /// otherwise they are tokens added beside the vocabulary.
+    /// User-defined pieces are cut out of the text after its leading space and take part in no merge, as SentencePiece
+    /// does; otherwise they are tokens added beside the vocabulary.
     pub(crate) isolate_user_defined: bool,
 }
 
@@ -147,9 +147,7 @@ pub(crate) fn build_with(vocabulary: GgufVocabulary, rules: &PieceRules) -> Resu
     let mut tokenizer = match vocabulary.model.as_str() {
         "gpt2" => byte_level(&vocabulary, &ids)?,
         "llama" => sentence_piece(&vocabulary, &ids, rules)?,
-        other => {
-            return Err(bad(format!("tokenizer.ggml.model is {other:?}; supported are \"gpt2\" and \"llama\"")));
-        }
+        other => return Err(bad(format!("tokenizer.ggml.model is {other:?}; supported are \"gpt2\" and \"llama\""))),
     };
     let is_llama3 = words(&vocabulary).is_ok_and(|rule| rule == WordRule::Llama3);
     let add_bos = vocabulary.add_bos.unwrap_or(vocabulary.model == "llama" || is_llama3);
@@ -398,7 +396,8 @@ fn owned(ids: &HashMap<&str, u32>) -> bpe::Vocab {
     ids.iter().map(|(token, id)| ((*token).to_owned(), *id)).collect()
 }
 
-/// The processor that puts BOS before and EOS after a text, each given as id and text. Without either it passes texts on.
+/// The processor that puts BOS before and EOS after a text, each given as id and text. Without either it passes texts
+/// on.
 pub(crate) fn surround(bos: Option<(u32, &str)>, eos: Option<(u32, &str)>) -> Result<tokenizers::PostProcessorWrapper> {
     let special = |token: Option<(u32, &str)>, type_id: u32| {
         token.map(|(_, text)| json!({"SpecialToken": {"id": text, "type_id": type_id}}))

@@ -73,7 +73,8 @@ impl Encoding {
     }
 }
 
-/// The bytes of one file, unpacked; what is not a superset of ASCII (UTF-16, by its byte order mark or by name) as UTF-8.
+/// The bytes of one file, unpacked; what is not a superset of ASCII (UTF-16, by its byte order mark or by name) as
+/// UTF-8.
 pub(crate) struct Input {
     reader: Box<dyn BufRead + Send>,
     /// What the bytes of `reader` mean.

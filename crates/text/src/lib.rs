@@ -1,8 +1,9 @@
 //! Records, chat templates, tokens, loss masks, splits and packing: text in, token shards out. Knows no tensors.
 //!
-//! In the order of the data's way: [`row`] reads files into rows, [`clean`] cleans them, [`split`] sends each row to train, validation or
-//! test, [`template`] renders conversations, [`tokenizer`] makes token ids, [`sample`] decides which of them are
-//! trained, [`pack`] lays documents into blocks, [`mix`] mixes several data sets, [`shard`] stores them, and [`prepare`](mod@prepare) drives it all.
+//! In the order of the data's way: [`row`] reads files into rows, [`clean`] cleans them, [`split`] sends each row to
+//! train, validation or test, [`template`] renders conversations, [`tokenizer`] makes token ids, [`sample`] decides
+//! which of them are trained, [`pack`] lays documents into blocks, [`mix`] mixes several data sets, [`shard`] stores
+//! them, and [`prepare`](mod@prepare) drives it all.
 mod atomic;
 mod block;
 mod bpe;
@@ -15,6 +16,7 @@ pub mod mix;
 mod model_file;
 pub mod options;
 pub mod pack;
+pub mod page;
 pub mod prepare;
 pub mod preview;
 mod read;
@@ -36,7 +38,7 @@ mod fixture;
 pub use block::Block;
 pub use bpe::Encoded;
 pub use clean::{CleanReport, Reason, Step};
-pub use data_page::{PAGE, escape, grouped, write_page};
+pub use data_page::{PAGE, write_page};
 pub use error::{Error, Result};
 pub use gguf::{GgufVocabulary, WordRule};
 pub use input::Encoding;
@@ -44,6 +46,7 @@ pub use mix::SourceReport;
 pub use options::{
     Balance, CleanOptions, DataSource, OnBadRow, Overlong, Preferences, PrepareOptions, Same, TextRows, TrainOn,
 };
+pub use page::{escape, grouped};
 pub use prepare::{
     BlockStream, Check, Diagnosis, Finding, LengthClass, Lengths, StreamCounts, TokenizerOptions, TrainedTokenizer,
     examine, prepare, train_tokenizer,

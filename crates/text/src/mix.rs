@@ -1,9 +1,9 @@
 //! Several data sets mixed: each with its own files, mapping and template, and its share of an epoch.
 //!
-//! Every set is packed into blocks of its own, and an epoch draws blocks of each: with n_s blocks, e_s epochs and weight w_s, the
-//! share of set s is p_s = w_s · (e_s n_s)^(1/T) / Σ, and an epoch of Σ e_s n_s blocks has round(p_s Σ e n) of them. So with
-//! temperature T = 1 and weights of 1 each set is seen e_s times an epoch; a higher temperature brings the shares nearer to each other
-//! (Arivazhagan et al. 2019, arXiv:1907.05019); a weight multiplies the share.
+//! Every set is packed into blocks of its own, and an epoch draws blocks of each: with n_s blocks, e_s epochs and
+//! weight w_s, the share of set s is p_s = w_s · (e_s n_s)^(1/T) / Σ, and an epoch of Σ e_s n_s blocks has round(p_s Σ
+//! e n) of them. So with temperature T = 1 and weights of 1 each set is seen e_s times an epoch; a higher temperature
+//! brings the shares nearer to each other (Arivazhagan et al. 2019, arXiv:1907.05019); a weight multiplies the share.
 use crate::PrepareOptions;
 use serde::{Deserialize, Serialize};
 

@@ -1,4 +1,5 @@
-//! Folders that have a `tokenizer.model` and no `tokenizer.json`: Llama 2's SentencePiece model, Llama 3's tiktoken file.
+//! Folders that have a `tokenizer.model` and no `tokenizer.json`: Llama 2's SentencePiece model, Llama 3's tiktoken
+//! file.
 //!
 //! Both become a Hugging Face tokenizer that gives the same ids, so that everything written from then on has a
 //! `tokenizer.json`. Further tokens come from `tokenizer_config.json` (`added_tokens_decoder`) and `added_tokens.json`.
@@ -21,7 +22,8 @@ struct Vocabulary {
     rules: PieceRules,
 }
 
-/// Reads `folder`'s `tokenizer.model` with what its configuration (`tokenizer_config.json`, `special_tokens_map.json`) adds.
+/// Reads `folder`'s `tokenizer.model` with what its configuration (`tokenizer_config.json`, `special_tokens_map.json`)
+/// adds.
 ///
 /// # Errors
 /// A damaged file, a kind of model that is not supported, or a configuration that contradicts it.

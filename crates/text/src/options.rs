@@ -274,7 +274,7 @@ pub struct PrepareOptions {
     pub validation: Vec<String>,
     /// The same for the final test. When given, no test rows are taken out of `train`.
     pub test: Vec<String>,
-    /// Several data sets that are mixed, in the place of `train`, `validation` and `test`.
+    /// Several data sets that are mixed, instead of `train`, `validation` and `test`.
     pub sources: Vec<DataSource>,
     /// How far the shares of `sources` are brought together: 1 = by size, higher = nearer to equal.
     pub mix_temperature: f64,
@@ -288,12 +288,14 @@ pub struct PrepareOptions {
     pub stratify_by: Option<String>,
     /// Changes which rows are set aside.
     pub split_seed: u64,
-    /// Whether `train` is read as training goes on, instead of before it: for sources too large to prepare. Needs `max_steps`.
+    /// Whether `train` is read as training goes on, instead of before it: for sources too large to prepare. Needs
+    /// `max_steps`.
     pub streaming: bool,
     /// With `streaming`: documents among which the next one is drawn; 10,000 when absent, 1 = as they come.
     pub shuffle_buffer: Option<usize>,
-    /// How training rows are balanced by the values of `balance_by`: `none`, `oversample` (rare ones are trained on several
-    /// times), `undersample` (some of the common ones are left out), or `loss_weight` (the loss of rare ones counts more).
+    /// How training rows are balanced by the values of `balance_by`: `none`, `oversample` (rare ones are trained on
+    /// several times), `undersample` (some of the common ones are left out), or `loss_weight` (the loss of rare ones
+    /// counts more).
     pub balance: Balance,
     /// With `balance`: the key to balance by; `stratify_by`, else `label`, when absent.
     pub balance_by: Option<String>,
@@ -307,11 +309,11 @@ pub struct PrepareOptions {
     pub overlong: Overlong,
     /// Whether several documents share a block (attention stays inside each).
     pub packing: bool,
-    /// Which tokens are trained: `completions` (what the assistant says), `last` (only its last turn), `all`, or a list of
-    /// roles such as `["assistant", "tool"]`. Plain text is always trained whole.
+    /// Which tokens are trained: `completions` (what the assistant says), `last` (only its last turn), `all`, or a list
+    /// of roles such as `["assistant", "tool"]`. Plain text is always trained whole.
     pub train_on: TrainOn,
-    /// How much the loss of tokens that `train_on` leaves out counts in training, 0 to 1; what is trained counts 1. Held-out data
-    /// is measured without them.
+    /// How much the loss of tokens that `train_on` leaves out counts in training, 0 to 1; what is trained counts 1.
+    /// Held-out data is measured without them.
     pub prompt_loss_weight: f64,
     /// A prompt made of the keys of each row, such as `"Review: {text}\nSentiment:"`; `{{` and `}}` are braces.
     pub template: Option<String>,
@@ -323,21 +325,21 @@ pub struct PrepareOptions {
     pub text_rows: TextRows,
     /// The format of rows with keys; detected when absent.
     pub row_format: Option<RowFormat>,
-    /// Other names of keys: `columns = { prompt = "question", completion = "answer" }`. `role` and `content` map the keys of
-    /// messages.
+    /// Other names of keys: `columns = { prompt = "question", completion = "answer" }`. `role` and `content` map the
+    /// keys of messages.
     pub columns: BTreeMap<String, String>,
     /// Other names of roles: `roles = { Kunde = "user" }`. Those of sharegpt are known.
     pub roles: BTreeMap<String, String>,
-    /// What text files are written in: `utf-8`, `auto` (UTF-8, and Windows-1252 in lines where that does not fit), or another
-    /// encoding by name. UTF-16 is told by its mark.
+    /// What text files are written in: `utf-8`, `auto` (UTF-8, and Windows-1252 in lines where that does not fit), or
+    /// another encoding by name. UTF-16 is told by its mark.
     pub encoding: String,
     /// Longest row, in bytes.
     pub max_row_bytes: usize,
     /// What becomes of rows that cannot be used: `error` stops at the first, `skip` counts them and writes them to
     /// `rejects.jsonl` beside the prepared data.
     pub on_bad_row: OnBadRow,
-    /// What preference and KTO rows are for: `refuse`, `chosen` to train on the better answers as on any others, or `keep` to
-    /// prepare both sides of each pair, and answers with their judgement, for training on preferences.
+    /// What preference and KTO rows are for: `refuse`, `chosen` to train on the better answers as on any others, or
+    /// `keep` to prepare both sides of each pair, and answers with their judgement, for training on preferences.
     pub preferences: Preferences,
     /// Cleaning, duplicates and leakage.
     pub clean: CleanOptions,

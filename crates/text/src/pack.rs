@@ -1,7 +1,8 @@
 //! Documents into blocks of tokens, without padding.
 //!
 //! Best fit decreasing: the longest documents first, each into the fullest block that still has room. Any two blocks
-//! together hold more than one block's worth, so less than half of the room is wasted; on real data it is a few percent.
+//! together hold more than one block's worth, so less than half of the room is wasted; on real data it is a few
+//! percent.
 use crate::{Preference, Result, Sample, shard};
 use std::collections::BTreeSet;
 
@@ -37,8 +38,8 @@ pub fn plan(lengths: &[usize], max_length: usize, packing: bool) -> Vec<Vec<usiz
     blocks
 }
 
-/// Documents that wait to be laid into blocks, in bounded memory: whenever `window` tokens wait, the blocks that they fill are
-/// handed on, and the documents of the others wait for more.
+/// Documents that wait to be laid into blocks, in bounded memory: whenever `window` tokens wait, the blocks that they
+/// fill are handed on, and the documents of the others wait for more.
 pub(crate) struct Waiting {
     max_length: usize,
     packing: bool,

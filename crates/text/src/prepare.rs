@@ -1,7 +1,7 @@
 //! From files to a folder of token blocks: `train.shard`, `validation.shard`, `test.shard` and `prepared.json`.
 //!
-//! Rows are read twice, in groups, so that memory does not grow with the data: [`scan`] looks at all of them and decides
-//! what becomes of each, [`emit`] tokenises those that stay and packs them into blocks.
+//! Rows are read twice, in groups, so that memory does not grow with the data: [`scan`] looks at all of them and
+//! decides what becomes of each, [`emit`] tokenises those that stay and packs them into blocks.
 //!
 //! A folder is keyed by a hash of everything that its content follows from: the bytes and names of the files, the
 //! tokenizer, the chat template, the options and the format version. With the same key and sound files nothing is done.

@@ -1,4 +1,4 @@
-//! What a model is trained on, token by token, for the eye.
+//! What a model is trained on, token by token, for inspection.
 use crate::{Preference, PreparedSplit, Result, Source, StreamDecoder, Tokenizer};
 
 /// One token as text.
@@ -27,8 +27,8 @@ pub struct PreviewDocument {
     pub tokens: Vec<PreviewToken>,
 }
 
-/// The first `n` documents of a prepared split, in the order of their rows inside each block; one more where that completes a
-/// pair of answers.
+/// The first `n` documents of a prepared split, in the order of their rows inside each block; one more where that
+/// completes a pair of answers.
 ///
 /// # Errors
 /// Damaged data, or an id outside the vocabulary.

@@ -1,5 +1,5 @@
-//! Files into rows as they stand there, one after the other, in bounded memory: what a row means is [`row`](crate::row)'s
-//! business.
+//! Files into rows as they stand there, one after the other, in bounded memory: what a row means is
+//! [`row`](crate::row)'s business.
 mod columnar;
 mod delimited;
 mod json;

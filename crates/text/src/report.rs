@@ -30,7 +30,7 @@ pub enum PrepareProgress {
         /// Of these.
         bytes: u64,
     },
-    /// Rows are being turned into tokens.
+    /// Rows are being tokenised.
     Tokenizing {
         /// Bytes of the files done.
         bytes_done: u64,
@@ -77,7 +77,8 @@ pub struct SplitReport {
     pub largest_group: usize,
     /// Rows by their number of tokens, before anything was cut off.
     pub lengths: Lengths,
-    /// Rows by what is to be learned from them, where that is one of a few short texts: what a label is, whatever it is called.
+    /// Rows by what is to be learned from them, where that is one of a few short texts: what a label is, whatever it is
+    /// called.
     pub completions: Option<BTreeMap<String, usize>>,
     /// SHA-256 (hex) of the split's file.
     pub sha256: String,

@@ -1,7 +1,7 @@
 //! Rows of data: plain text, prompts with completions, conversations, preferences, labelled texts.
 //!
-//! The keys of a row say its [`RowFormat`]; all rows of a file must be of one. Other keys are allowed and ignored, unless
-//! they look like a slip of the pen.
+//! The keys of a row say its [`RowFormat`]; all rows of a file must be of one. Other keys are allowed and ignored,
+//! unless they look like a typo.
 mod convert;
 mod format;
 mod options;
@@ -97,7 +97,7 @@ pub struct Row {
 }
 
 impl Row {
-    /// SHA-256 of what the row says, wherever it stands: equal rows have equal hashes.
+    /// SHA-256 of the content, independent of file and line: equal rows have equal hashes.
     ///
     /// # Errors
     /// The row does not serialise, which none that was read does.

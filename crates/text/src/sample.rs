@@ -1,9 +1,9 @@
 //! Tokenises a row and builds its loss mask.
 //!
-//! Text is tokenised in one piece and the mask comes from the offsets of each token in it, so that the tokens are exactly
-//! those that the model sees when it is used. In a conversation the assistant's turns are found by rendering it up to
-//! each turn; the token that ends the turn is trained (otherwise the model never learns to stop), the white space after
-//! it is not.
+//! Text is tokenised in one piece and the mask comes from the offsets of each token in it, so that the tokens are
+//! exactly those that the model sees when it is used. In a conversation the assistant's turns are found by rendering it
+//! up to each turn; the token that ends the turn is trained (otherwise the model never learns to stop), the white space
+//! after it is not.
 use crate::{
     ChatTemplate, Conversation, Encoded, Error, Overlong, Preferences, Result, Row, RowKind, Tokenizer, TrainOn, Turns,
     options::PrepareOptions, row::place,
@@ -69,7 +69,8 @@ pub struct Sample {
     /// For each id whether it is a label: whether the loss of predicting it counts. The first cannot be predicted, so
     /// it never is.
     pub trained: Vec<bool>,
-    /// How much the loss of predicting each id counts in training; empty when that is 1 where `trained` and 0 elsewhere.
+    /// How much the loss of predicting each id counts in training; empty when that is 1 where `trained` and 0
+    /// elsewhere.
     pub weights: Vec<f32>,
     /// UTF-8 bytes of the text that the trained tokens stand for; special tokens count nothing. For bits per byte.
     pub bytes: usize,
@@ -77,8 +78,8 @@ pub struct Sample {
     pub source: Source,
     /// What it is to training on preferences.
     pub preference: Preference,
-    /// Tokens of the prompt: those that both answers of a pair begin with, or that stand before a judged one; 0 for a plain
-    /// document.
+    /// Tokens of the prompt: those that both answers of a pair begin with, or that stand before a judged one; 0 for a
+    /// plain document.
     pub shared: usize,
 }
 
@@ -224,7 +225,9 @@ fn answers_of(
     let all = |masked: &Masked| masked.ids.len();
     counts.longest_row = answers.iter().map(|(_, masked)| all(masked)).max().unwrap_or(0);
     let is_long = counts.longest_row > max;
-    let length = |masked: &Masked| if options.overlong == Overlong::Drop && is_long { 0 } else { all(masked).min(max) };
+    let length = |masked: &Masked| {
+        if options.overlong == Overlong::Drop && is_long { 0 } else { all(masked).min(max) }
+    };
     let kept = answers.iter().all(|(_, masked)| masked.num_trained(0..length(masked)) > 0);
     if is_long {
         counts.overlong_rows = 1;
@@ -251,8 +254,8 @@ fn answers_of(
     answers.iter().map(sample).collect()
 }
 
-/// The tokens of a row and which of them are trained, unchecked: one list, two for the answers of a pair, none for a row with
-/// an undesirable answer where only the others are trained on.
+/// The tokens of a row and which of them are trained, unchecked: one list, two for the answers of a pair, none for a
+/// row with an undesirable answer where only the others are trained on.
 pub(crate) fn masks(
     kind: &RowKind,
     tokenizer: &Tokenizer,
@@ -345,7 +348,7 @@ pub(crate) struct Masked {
     pub(crate) trained: Vec<bool>,
     /// Bytes of text that each token adds to those before it.
     bytes: Vec<usize>,
-    /// The place of each token in `text`.
+    /// The offsets of each token in `text`.
     pub(crate) offsets: Vec<(usize, usize)>,
     pub(crate) text: String,
 }
@@ -489,7 +492,8 @@ impl Masked {
     }
 }
 
-/// The byte range of each answer: the `{% generation %}` blocks of the template, if it has any, else the assistant's turns.
+/// The byte range of each answer: the `{% generation %}` blocks of the template, if it has any, else the assistant's
+/// turns.
 fn answers(
     conversation: &Conversation<'_>,
     trained_from: usize,

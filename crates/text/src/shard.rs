@@ -1,10 +1,10 @@
 //! The file that holds the blocks of one split, read block by block.
 //!
-//! All numbers are little endian. A header of 88 bytes (below); for each token its id (u32, the highest bit says that it is
-//! trained); where the header says so, for each token the weight of its loss (f32); for each document its length (u32), its file (u32), its line (u64), its trained bytes (u64), its preference (u32) and the tokens of
-//! its prompt (u32); for each block
-//! and once at the end the index of its first token and of its first document (u64, u64); the names of the files as a JSON
-//! list. Tokens come first so that the file can be written block by block.
+//! All numbers are little endian. A header of 88 bytes (below); for each token its id (u32, the highest bit says that
+//! it is trained); where the header says so, for each token the weight of its loss (f32); for each document its length
+//! (u32), its file (u32), its line (u64), its trained bytes (u64), its preference (u32) and the tokens of its prompt
+//! (u32); for each block and once at the end the index of its first token and of its first document (u64, u64); the
+//! names of the files as a JSON list. Tokens come first so that the file can be written block by block.
 use crate::{
     Block, Error, Preference, Report, Result, Sample, Source, SourceReport, Split, atomic::Pending,
     report::FORMAT_VERSION, sample::plain_weights,
@@ -110,7 +110,7 @@ fn number(bytes: &[u8]) -> u64 {
 pub(crate) struct Writer {
     pending: Pending,
     header: Header,
-    /// What follows the tokens waits in files of its own, since there may be much of it.
+    /// What follows the tokens is kept in files of its own, since there may be much of it.
     weights: Option<BufWriter<File>>,
     documents: BufWriter<File>,
     blocks: Vec<(u64, u64)>,
@@ -326,7 +326,8 @@ impl PreparedSplit {
         Ok(self.documents(index)?.into_iter().map(|(_, length)| length).collect())
     }
 
-    /// Row (number of its file, line) and length in tokens of each document of block `index`, from 0; its tokens are not read.
+    /// Row (number of its file, line) and length in tokens of each document of block `index`, from 0; its tokens are
+    /// not read.
     ///
     /// # Errors
     /// As [`PreparedSplit::block`].
@@ -419,7 +420,7 @@ impl PreparedSplit {
     #[cfg(not(unix))]
     fn read_at(&self, bytes: &mut [u8], offset: u64) -> io::Result<()> {
         use std::io::{Seek, SeekFrom};
-        // The place in the file is shared by all threads.
+        // The position in the file is shared by all threads.
         let _guard = self.lock.lock().map_err(|_| io::Error::other("a reading thread failed"))?;
         let mut file = &self.file;
         file.seek(SeekFrom::Start(offset))?;

@@ -1,9 +1,10 @@
-//! Rows that say the same: exactly, or nearly by MinHash with locality-sensitive hashing (Broder 1997; Leskovec, Rajaraman,
-//! Ullman, Mining of Massive Datasets, chapter 3).
+//! Rows that say the same: exactly, or nearly by MinHash with locality-sensitive hashing (Broder 1997; Leskovec,
+//! Rajaraman, Ullman, Mining of Massive Datasets, chapter 3).
 //!
-//! A text is the set of its runs of three words. Of 126 hash functions the least value over the set is kept; the share of
-//! functions in which two texts agree estimates their Jaccard similarity (standard error 0.036 at 0.8). Texts that agree in
-//! one of 21 bands of 6 functions are compared: that finds 99.8 % of the pairs with similarity 0.8, 94 % at 0.7.
+//! A text is the set of its runs of three words. Of 126 hash functions the least value over the set is kept; the share
+//! of functions in which two texts agree estimates their Jaccard similarity (standard error 0.036 at 0.8). Texts that
+//! agree in one of 21 bands of 6 functions are compared: that finds 99.8 % of the pairs with similarity 0.8, 94 % at
+//! 0.7.
 use sha2::{Digest, Sha256};
 use std::collections::{HashMap, HashSet};
 
@@ -58,7 +59,8 @@ const fn mixed(mut number: u32) -> u32 {
     number ^ number >> 16
 }
 
-/// What makes each hash function another permutation of 32-bit numbers: a number to flip bits with, an odd one to multiply by.
+/// What makes each hash function another permutation of 32-bit numbers: a number to flip bits with, an odd one to
+/// multiply by.
 const PERMUTATIONS: [(u32, u32); FUNCTIONS] = {
     let mut permutations = [(0, 0); FUNCTIONS];
     let mut index = 0;

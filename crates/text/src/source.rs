@@ -40,8 +40,8 @@ pub enum Compression {
     Zstd,
 }
 
-/// A packed file may grow to [`EXPANSION_FREE`] bytes, and beyond that by this factor: real text stays far below it, and
-/// what is made to fill a disk does not.
+/// A packed file may grow to [`EXPANSION_FREE`] bytes, and beyond that by this factor: real text stays far below it,
+/// and what is made to fill a disk does not.
 pub(crate) const EXPANSION: u64 = 500;
 pub(crate) const EXPANSION_FREE: u64 = 256 << 20;
 
@@ -94,8 +94,8 @@ impl DataFile {
     }
 }
 
-/// Kind and compression of a file by its name: `data.jsonl.gz` is gzipped JSON lines. Columnar files compress inside, so
-/// packed ones are not read.
+/// Kind and compression of a file by its name: `data.jsonl.gz` is gzipped JSON lines. Columnar files compress inside,
+/// so packed ones are not read.
 ///
 /// # Errors
 /// An ending that is not known; the message lists those that are.
@@ -129,10 +129,10 @@ pub(crate) fn is_columnar(file: &str) -> bool {
     matches!(kind(Path::new(file)), Ok((Kind::Parquet | Kind::Arrow, _)))
 }
 
-/// The files that `places` name, each once, in the order given: a file stands for itself, a folder for every file of data
-/// below it (sorted; names that begin with a dot are left out, and `.json` files too where there are others, since they
-/// then describe the rest), a `.zip` archive for those inside it, anything with `*`, `?` or `[` for the files that match
-/// (sorted). Archives in a folder are left out: often they hold the same again.
+/// The files that `places` name, each once, in the order given: a file stands for itself, a folder for every file of
+/// data below it (sorted; names that begin with a dot are left out, and `.json` files too where there are others, since
+/// they then describe the rest), a `.zip` archive for those inside it, anything with `*`, `?` or `[` for the files that
+/// match (sorted). Archives in a folder are left out: often they hold the same again.
 ///
 /// # Errors
 /// A place that does not exist, holds no data, holds several splits, or is a file of another kind.

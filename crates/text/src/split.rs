@@ -66,8 +66,8 @@ pub(crate) fn place(content: &[u8], seed: u64) -> f64 {
     (number >> 11) as f64 / (1_u64 << 53) as f64
 }
 
-/// How many of `rows` rows of one value go to validation and to test: their share, at least one each where a fraction is
-/// asked for and one is left to train on.
+/// How many of `rows` rows of one value go to validation and to test: their share, at least one each where a fraction
+/// is asked for and one is left to train on.
 pub(crate) fn stratum(rows: usize, validation_fraction: f64, test_fraction: f64) -> (usize, usize) {
     let least = |fraction: f64| usize::from(fraction > 0.0);
     let share = |fraction: f64| ((rows as f64 * fraction).round() as usize).max(least(fraction));

@@ -7,7 +7,8 @@ const REPLACEMENT: char = '\u{fffd}';
 /// A model that keeps writing broken bytes must not make the decoder hold back text forever.
 const MAX_PENDING: usize = 32;
 
-/// Turns a growing list of token ids into text, piece by piece. The pieces joined equal [`Tokenizer::decode`] of all ids.
+/// Turns a growing list of token ids into text, piece by piece. The pieces joined equal [`Tokenizer::decode`] of all
+/// ids.
 #[derive(Clone, Debug)]
 pub struct StreamDecoder {
     tokenizer: Tokenizer,

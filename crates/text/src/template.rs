@@ -2,7 +2,8 @@
 //!
 //! Blocks eat the line break after them and the blanks before them; loops know `break` and `continue`; strings, lists
 //! and maps have Python's methods; `tojson` writes what Python's `json.dumps` writes; `raise_exception` refuses a
-//! conversation; `strftime_now` tells the date, which comes from the caller, so that rendering is a function of its input.
+//! conversation; `strftime_now` tells the date, which comes from the caller, so that rendering is a function of its
+//! input.
 use crate::{Error, Result, SpecialTokens, Tokenizer};
 use minijinja::{
     Environment, ErrorKind, context,
@@ -141,8 +142,8 @@ impl ChatTemplate {
         self.render_as(NAME, conversation)
     }
 
-    /// [`Self::render_conversation`], and the byte ranges of the `{% generation %}` blocks in it, if the template has such
-    /// blocks. Blanks before the end of a block do not belong to it.
+    /// [`Self::render_conversation`], and the byte ranges of the `{% generation %}` blocks in it, if the template has
+    /// such blocks. Blanks before the end of a block do not belong to it.
     ///
     /// # Errors
     /// As [`Self::render`]; blocks that are nested or change what is rendered.
@@ -191,8 +192,8 @@ fn explain(error: &minijinja::Error) -> Error {
 }
 
 /// `{% generation %}` marks the assistant's part for loss masks; it prints nothing, so here it becomes a condition that
-/// always holds, with the same white-space marks and on the same line. With `marks`, characters that say where the block
-/// begins and ends are printed inside it, beyond the blanks that the tags take away.
+/// always holds, with the same white-space marks and on the same line. With `marks`, characters that say where the
+/// block begins and ends are printed inside it, beyond the blanks that the tags take away.
 fn generation_tags(source: &str, marks: bool) -> String {
     let mut out = String::with_capacity(source.len());
     let mut rest = source;

@@ -36,8 +36,8 @@ pub struct Tokenizer {
 }
 
 impl Tokenizer {
-    /// Reads a Hugging Face folder: `tokenizer.json`, or without one `tokenizer.model` (SentencePiece BPE as Llama 2 has it, or
-    /// Llama 3's tiktoken file); special tokens from `tokenizer_config.json`, then
+    /// Reads a Hugging Face folder: `tokenizer.json`, or without one `tokenizer.model` (SentencePiece BPE as Llama 2
+    /// has it, or Llama 3's tiktoken file); special tokens from `tokenizer_config.json`, then
     /// `special_tokens_map.json`; the chat template from `chat_template.jinja`, then `tokenizer_config.json`.
     /// Truncation and padding stored in `tokenizer.json` are switched off: they would shorten rows silently.
     ///
@@ -123,8 +123,8 @@ impl Tokenizer {
         })
     }
 
-    /// Adds tokens behind the vocabulary and returns their ids. They are recognised wherever they stand in a text; `special` ones
-    /// can be left out when ids become text. After an error the tokenizer is what it was.
+    /// Adds tokens after the vocabulary and returns their ids. They are recognised wherever they stand in a text;
+    /// `special` ones can be left out when ids become text. After an error the tokenizer is what it was.
     ///
     /// # Errors
     /// A token that is empty, given twice, or in the vocabulary already.
@@ -182,9 +182,9 @@ impl Tokenizer {
         Ok(Encoded { ids: encoding.get_ids().to_vec(), offsets: encoding.get_offsets().to_vec() })
     }
 
-    /// Makes this tokenizer and its clones ready for much text: [`Self::encode`] and [`Self::encode_with_offsets`] without
-    /// special tokens then give the same several times as fast, if the tokenizer is of a kind that is known (byte-level BPE with the
-    /// ways to cut words of GPT-2, SmolLM, Llama 3 and Qwen 2).
+    /// Makes this tokenizer and its clones ready for much text: [`Self::encode`] and [`Self::encode_with_offsets`]
+    /// without special tokens then give the same several times as fast, if the tokenizer is of a kind that is known
+    /// (byte-level BPE with the ways to cut words of GPT-2, SmolLM, Llama 3 and Qwen 2).
     ///
     /// # Errors
     /// Why it is of another kind, in words. Nothing changes then.
@@ -313,8 +313,8 @@ fn failure(error: tokenizers::Error) -> Error {
     Error::Failure(format!("the tokenizer failed: {error}"))
 }
 
-/// A merge longer than every token would make the library that reads the file panic, so it is looked for first. Anything
-/// else that is wrong with the file, the library says itself.
+/// A merge longer than every token would make the library that reads the file panic, so it is looked for first.
+/// Anything else that is wrong with the file, the library says itself.
 fn check_merges(json: &[u8]) -> Result<(), String> {
     #[derive(Deserialize)]
     struct File {

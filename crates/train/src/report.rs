@@ -1,9 +1,10 @@
-//! `report.html`: one self-contained page about a run. It loads nothing, runs no script, follows the reader's light or
-//! dark theme, and reads on a phone and on paper.
+//! `report.html`: one self-contained page about a run.
 
 use std::{fmt::Write as _, path::Path};
 
 use serde::Serialize;
+use serde_json::{Value, json};
+use tunesmith_text::page;
 
 use crate::{
     Result,
@@ -15,7 +16,6 @@ mod chart;
 mod format;
 
 use chart::{Chart, Colour, Curve};
-use format::escape;
 
 /// Everything the page shows. Parts that are empty or `None` are left out of it.
 #[derive(Debug, Clone, Default, Serialize)]
@@ -92,57 +92,37 @@ pub struct ModelFacts {
 /// # Errors
 /// [`crate::Error::Input`] when the folder is missing; [`crate::Error::Io`].
 pub fn write(path: &Path, report: &RunReport) -> Result<()> {
-    write_atomically(path, render(report).as_bytes())
+    write_atomically(path, render(report)?.as_bytes())
 }
 
-/// The page. All text is escaped; nothing in it is taken from elsewhere when it is opened.
-pub fn render(report: &RunReport) -> String {
-    let title = escape(if report.title.is_empty() { "Fine-tuning report" } else { &report.title });
-    let mut page = format!(
-        "<!doctype html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n\
-         <meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n\
-         <meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'; \
-         img-src data:\">\n<link rel=\"icon\" href=\"data:,\">\n<title>{title}</title>\n<style>\n{}</style>\n</head>\n\
-         <body>\n<main>\n<header><h1>{title}</h1>",
-        include_str!("report/style.css")
-    );
-    if !report.subtitle.is_empty() {
-        page.push_str(&format!("<p class=\"soft\">{}</p>", escape(&report.subtitle)));
-    }
-    page.push_str("</header>\n");
-    for part in [
-        warnings(&report.warnings),
-        summary(report),
-        charts(&report.metrics),
-        samples(&report.samples),
-        data(&report.data),
-        model(report.model.as_ref()),
-        samples_while_training(&report.metrics),
-        notes(&report.metrics),
-        config(&report.config),
-        provenance(&report.provenance),
-    ] {
-        page.push_str(&part);
-    }
-    let version = env!("CARGO_PKG_VERSION");
-    page.push_str(&format!("<footer>Written by tunesmith {version}.</footer>\n</main>\n</body>\n</html>\n"));
-    page
-}
-
-/// Text of the user or of a model: every line end and space is shown, and its direction is its own.
-fn verbatim(text: &str) -> String {
-    if text.is_empty() {
-        return "<div class=\"text soft\">(empty)</div>".into();
-    }
-    format!("<div class=\"text\" dir=\"auto\">{}</div>", escape(text))
-}
-
-fn warnings(warnings: &[String]) -> String {
-    if warnings.is_empty() {
-        return String::new();
-    }
-    let items: String = warnings.iter().map(|warning| format!("<li>{}</li>", escape(warning))).collect();
-    format!("<ul class=\"warnings\" aria-label=\"Warnings\">{items}</ul>\n")
+/// The page; nothing in it is taken from elsewhere when it is opened.
+fn render(report: &RunReport) -> Result<String> {
+    let RunReport { title, subtitle, warnings, metrics, samples, config, provenance, .. } = report;
+    let title = if title.is_empty() { "Fine-tuning report" } else { title };
+    let sampled = |record: &MetricRecord| match record {
+        MetricRecord::Sample { step, prompt, text } => Some(json!([format::grouped(*step), prompt, text])),
+        _ => None,
+    };
+    let note = |record: &MetricRecord| match record {
+        MetricRecord::Note { step, message } => Some(json!([format!("step {}", format::grouped(*step)), message])),
+        _ => None,
+    };
+    let values = json!({
+        "title": title,
+        "subtitle": subtitle,
+        "warnings": warnings,
+        "comparison": report.comparison.as_ref().map(|comparison| compared(comparison, &report.compared_on)),
+        "facts": facts(metrics),
+        "charts": charts(metrics),
+        "samples": samples,
+        "data": report.data.iter().map(counts).collect::<Vec<_>>(),
+        "model": report.model.as_ref().map(model),
+        "samples_while_training": metrics.iter().filter_map(sampled).collect::<Vec<_>>(),
+        "notes": metrics.iter().filter_map(note).collect::<Vec<_>>(),
+        "config": config,
+        "provenance": provenance,
+    });
+    Ok(page::render(include_str!("report/report.html"), values)?)
 }
 
 fn verdict_class(verdict: Verdict) -> &'static str {
@@ -154,65 +134,49 @@ fn verdict_class(verdict: Verdict) -> &'static str {
     }
 }
 
-/// The comparison, if there is one, and the run in a few numbers.
-fn summary(report: &RunReport) -> String {
-    let mut html = String::new();
-    if let Some(comparison) = &report.comparison {
-        let class = verdict_class(comparison.verdict());
-        let (base, tuned) = (&comparison.base, &comparison.tuned);
-        let on = if report.compared_on.is_empty() { String::new() } else { format!("{}: ", report.compared_on) };
-        let _ = write!(
-            html,
-            "<section aria-label=\"Base against tuned\"><div class=\"verdict {class}\"><p>{}</p>\
-             <p class=\"soft\">{}{} documents, {} scored tokens. Intervals: {:.0} %, bootstrap over documents{}.</p></div>\
-             <div class=\"cards\">",
-            escape(&comparison.to_string()),
-            escape(&on),
-            format::grouped(base.num_documents),
-            format::grouped(base.num_tokens),
-            100.0 * comparison.confidence,
-            comparison.share_better.map_or(String::new(), |share| {
-                format!("; the tuned model is better in {} of the resamples", format::percent(share))
-            }),
-        );
-        html.push_str(&card("Loss", "nats per token", class, base.mean_loss, tuned.mean_loss, 3));
-        html.push_str(&card("Perplexity", "", class, base.perplexity, tuned.perplexity, 2));
-        if let (Some(base), Some(tuned)) = (base.bits_per_byte, tuned.bits_per_byte) {
-            html.push_str(&card("Bits per byte", "", class, base, tuned, 3));
-        }
-        html.push_str("</div></section>\n");
+/// Base against tuned: what was found, on what, and each measure before and after.
+fn compared(comparison: &Comparison, on: &str) -> Value {
+    let (base, tuned) = (&comparison.base, &comparison.tuned);
+    let mut basis = if on.is_empty() { String::new() } else { format!("{on}: ") };
+    let _ = write!(
+        basis,
+        "{} documents, {} scored tokens. Intervals: {:.0} %, bootstrap over documents",
+        format::grouped(base.num_documents),
+        format::grouped(base.num_tokens),
+        100.0 * comparison.confidence,
+    );
+    if let Some(share) = comparison.share_better {
+        let _ = write!(basis, "; the tuned model is better in {} of the resamples", format::percent(share));
     }
-    let facts: String = run_facts(&report.metrics)
-        .into_iter()
-        .map(|(name, value)| format!("<div><dt>{name}</dt><dd>{value}</dd></div>"))
-        .collect();
-    match (facts.is_empty(), report.comparison.is_none()) {
-        (false, _) => html + &format!("<dl class=\"facts\">{facts}</dl>\n"),
-        (true, true) => html + "<p class=\"soft\">Nothing has been measured in this run yet.</p>\n",
-        (true, false) => html,
+    let mut cards = vec![
+        card("Loss", "nats per token", base.mean_loss, tuned.mean_loss, 3),
+        card("Perplexity", "", base.perplexity, tuned.perplexity, 2),
+    ];
+    if let (Some(base), Some(tuned)) = (base.bits_per_byte, tuned.bits_per_byte) {
+        cards.push(card("Bits per byte", "", base, tuned, 3));
     }
+    json!({
+        "class": verdict_class(comparison.verdict()),
+        "verdict": comparison.to_string(),
+        "basis": basis + ".",
+        "cards": cards,
+    })
 }
 
 /// One measure before and after; lower is better for all of them.
-fn card(title: &str, unit: &str, class: &str, base: Estimate, tuned: Estimate, decimals: usize) -> String {
-    let value = |label: &str, estimate: Estimate| {
-        let interval = estimate
-            .interval()
-            .map_or(String::new(), |(low, high)| format!("<small>{low:.decimals$} to {high:.decimals$}</small>"));
-        format!("<dt>{label}</dt><dd><b>{:.decimals$}</b>{interval}</dd>", estimate.value)
+fn card(title: &str, unit: &str, base: Estimate, tuned: Estimate, decimals: usize) -> Value {
+    let row = |label: &str, estimate: Estimate| {
+        let interval = estimate.interval().map(|(low, high)| format!("{low:.decimals$} to {high:.decimals$}"));
+        json!([label, format!("{:.decimals$}", estimate.value), interval])
     };
-    let unit = if unit.is_empty() { String::new() } else { format!(" <span class=\"soft\">({unit})</span>") };
-    format!(
-        "<div class=\"card\"><div class=\"top\"><h3>{title}{unit}</h3><span class=\"chip {class}\">{}</span></div>\
-         <dl>{}{}</dl></div>",
-        format::change(base.value, tuned.value),
-        value("Base", base),
-        value("Tuned", tuned),
-    )
+    let rows = [row("Base", base), row("Tuned", tuned)];
+    json!({"title": title, "unit": unit, "change": format::change(base.value, tuned.value), "rows": rows})
 }
 
-fn run_facts(metrics: &[MetricRecord]) -> Vec<(&'static str, String)> {
+/// The run in a few numbers: name, value, and a note where there is one.
+fn facts(metrics: &[MetricRecord]) -> Vec<Value> {
     let mut facts = Vec::new();
+    let fact = |name: &str, value: String| json!([name, value]);
     let (mut speeds, mut peak) = (Vec::new(), 0);
     let mut last = None;
     let mut best: Option<(u64, f64)> = None;
@@ -234,25 +198,24 @@ fn run_facts(metrics: &[MetricRecord]) -> Vec<(&'static str, String)> {
         }
     }
     if let Some((step, epoch, loss, num_tokens, elapsed_s)) = last {
-        facts.push(("Steps", format::grouped(step)));
-        facts.push(("Epochs", format::significant(epoch, 3)));
-        facts.push(("Trained tokens", format::compact(num_tokens as f64)));
-        facts.push(("Last training loss", format::significant(loss, 4)));
+        facts.push(fact("Steps", format::grouped(step)));
+        facts.push(fact("Epochs", format::significant(epoch, 3)));
+        facts.push(fact("Trained tokens", format::compact(num_tokens as f64)));
+        facts.push(fact("Last training loss", format::significant(loss, 4)));
         if elapsed_s.is_finite() {
-            facts.push(("Training time", format::duration(elapsed_s)));
+            facts.push(fact("Training time", format::duration(elapsed_s)));
         }
     }
     if let Some((step, loss)) = best {
-        let text =
-            format!("{} <span class=\"soft\">(step {})</span>", format::significant(loss, 4), format::grouped(step));
-        facts.push(("Lowest validation loss", text));
+        let note = format!("(step {})", format::grouped(step));
+        facts.push(json!(["Lowest validation loss", format::significant(loss, 4), note]));
     }
     speeds.sort_by(f64::total_cmp);
     if let Some(median) = speeds.get(speeds.len() / 2) {
-        facts.push(("Median tokens/s", format::compact(*median)));
+        facts.push(fact("Median tokens/s", format::compact(*median)));
     }
     if peak > 0 {
-        facts.push(("Peak memory", format::bytes(peak)));
+        facts.push(fact("Peak memory", format::bytes(peak)));
     }
     facts
 }
@@ -306,139 +269,41 @@ fn charts(metrics: &[MetricRecord]) -> String {
             curves: vec![first("tokens per second", true, train(|_, _, _, tokens_per_s| tokens_per_s))],
         },
     ];
-    let html: String = figures.iter().filter_map(Chart::render).collect();
-    if html.is_empty() { html } else { format!("<h2>Training</h2>\n<div class=\"charts\">{html}</div>\n") }
+    figures.iter().filter_map(Chart::render).collect()
 }
 
-fn samples(samples: &[SamplePair]) -> String {
-    if samples.is_empty() {
-        return String::new();
-    }
-    let mut html = String::from("<h2>Samples</h2>\n");
-    for sample in samples {
-        let prompt = format!("<div class=\"prompt\"><p class=\"label\">Prompt</p>{}</div>", verbatim(&sample.prompt));
-        let tuned = format!("<div><p class=\"label tuned\">Tuned</p>{}</div>", verbatim(&sample.tuned));
-        let answers = match &sample.base {
-            Some(base) => {
-                format!("<div class=\"pair\"><div><p class=\"label\">Base</p>{}</div>{tuned}</div>", verbatim(base))
-            }
-            None => format!("<div class=\"pair alone\">{tuned}</div>"),
-        };
-        let _ = write!(html, "<article class=\"sample\">{prompt}{answers}</article>");
-    }
-    html.push('\n');
-    html
+fn counts(split: &SplitCounts) -> Vec<String> {
+    let share = match split.num_tokens {
+        0 => "\u{2013}".to_owned(),
+        all => format::percent(split.num_trained_tokens as f64 / all as f64),
+    };
+    vec![
+        split.split.clone(),
+        format::grouped(split.num_rows),
+        format::grouped(split.num_tokens),
+        format::grouped(split.num_trained_tokens),
+        share,
+        format::grouped(split.num_blocks),
+        format::grouped(split.num_too_long),
+    ]
 }
 
-fn data(splits: &[SplitCounts]) -> String {
-    if splits.is_empty() {
-        return String::new();
-    }
-    let cell = |number: u64| format!("<td class=\"number\">{}</td>", format::grouped(number));
-    let rows: String = splits
-        .iter()
-        .map(|split| {
-            let share = if split.num_tokens == 0 {
-                "\u{2013}".to_owned()
-            } else {
-                format::percent(split.num_trained_tokens as f64 / split.num_tokens as f64)
-            };
-            format!(
-                "<tr><th scope=\"row\">{}</th>{}{}{}<td class=\"number\">{share}</td>{}{}</tr>",
-                escape(&split.split),
-                cell(split.num_rows),
-                cell(split.num_tokens),
-                cell(split.num_trained_tokens),
-                cell(split.num_blocks),
-                cell(split.num_too_long),
-            )
-        })
-        .collect();
-    let heads: String = ["Rows", "Tokens", "With loss", "Share", "Blocks", "Too long"]
-        .map(|head| format!("<th scope=\"col\" class=\"number\">{head}</th>"))
-        .concat();
-    format!(
-        "<h2>Data</h2>\n<div class=\"scroll\"><table><thead><tr><th scope=\"col\">Split</th>{heads}</tr></thead>\
-         <tbody>{rows}</tbody></table></div>\n"
-    )
-}
-
-/// A table of names and values; values are escaped here.
-fn pairs<'a>(rows: impl IntoIterator<Item = (&'a str, String)>) -> String {
-    let rows: String = rows
-        .into_iter()
-        .map(|(name, value)| format!("<tr><th scope=\"row\">{}</th><td>{}</td></tr>", escape(name), escape(&value)))
-        .collect();
-    format!("<div class=\"scroll\"><table class=\"pairs\"><tbody>{rows}</tbody></table></div>\n")
-}
-
-fn model(model: Option<&ModelFacts>) -> String {
-    let Some(model) = model else { return String::new() };
+fn model(model: &ModelFacts) -> Vec<(&'static str, String)> {
     let number = |count: u64| format!("{} ({})", format::grouped(count), format::compact(count as f64));
-    let mut rows = vec![
-        ("Model", model.name.clone()),
-        ("Origin", model.origin.clone()),
-        ("Method", model.method.clone()),
-        ("Parameters", number(model.num_parameters)),
-    ];
     let mut trained = number(model.num_trained_parameters);
     if model.num_parameters > 0 {
         let share = model.num_trained_parameters as f64 / model.num_parameters as f64;
         let _ = write!(trained, ", {} of the model", format::percent(share));
     }
-    rows.push(("Trained parameters", trained));
+    let mut rows = vec![
+        ("Model", model.name.clone()),
+        ("Origin", model.origin.clone()),
+        ("Method", model.method.clone()),
+        ("Parameters", number(model.num_parameters)),
+        ("Trained parameters", trained),
+    ];
     rows.retain(|(_, value)| !value.is_empty());
-    format!("<h2>Model</h2>\n{}", pairs(rows))
-}
-
-fn samples_while_training(metrics: &[MetricRecord]) -> String {
-    let mut html = String::new();
-    for record in metrics {
-        if let MetricRecord::Sample { step, prompt, text } = record {
-            let _ = write!(
-                html,
-                "<article class=\"sample\"><div class=\"prompt\"><p class=\"label\">Step {}</p>{}</div>\
-                 <div class=\"pair alone\"><div>{}</div></div></article>",
-                format::grouped(*step),
-                verbatim(prompt),
-                verbatim(text)
-            );
-        }
-    }
-    folded("Samples while training", &html)
-}
-
-fn notes(metrics: &[MetricRecord]) -> String {
-    let rows: Vec<(String, String)> = metrics
-        .iter()
-        .filter_map(|record| match record {
-            MetricRecord::Note { step, message } => Some((format!("step {}", format::grouped(*step)), message.clone())),
-            _ => None,
-        })
-        .collect();
-    if rows.is_empty() {
-        return String::new();
-    }
-    folded("Events", &pairs(rows.iter().map(|(step, message)| (step.as_str(), message.clone()))))
-}
-
-fn config(config: &str) -> String {
-    if config.trim().is_empty() {
-        return String::new();
-    }
-    folded("Resolved configuration", &format!("<pre><code>{}</code></pre>", escape(config)))
-}
-
-fn provenance(rows: &[(String, String)]) -> String {
-    if rows.is_empty() {
-        return String::new();
-    }
-    folded("Versions and hashes", &pairs(rows.iter().map(|(name, value)| (name.as_str(), value.clone()))))
-}
-
-/// A part that opens on demand; nothing of no content.
-fn folded(title: &str, html: &str) -> String {
-    if html.is_empty() { String::new() } else { format!("<details><summary>{title}</summary>{html}</details>\n") }
+    rows
 }
 
 #[cfg(test)]

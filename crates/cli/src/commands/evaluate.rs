@@ -142,7 +142,7 @@ pub(crate) fn write_json(file: &Path, value: &impl Serialize) -> Result<()> {
 /// The rows to score: a split of a prepared folder, or all rows of the files, prepared in `folder`.
 fn data(args: &EvaluateArgs, opened: &Opened, folder: &Path, settings: &Settings) -> Result<PreparedSplit> {
     if let [place] = &args.data[..]
-        && Path::new(place).join(tunesmith_text::prepare::REPORT).exists()
+        && Path::new(place).join(tunesmith_text::report::REPORT).exists()
     {
         let (folder, report) = (Path::new(place), Report::read(Path::new(place))?);
         let split = match args.split {

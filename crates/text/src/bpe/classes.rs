@@ -1,6 +1,6 @@
-//! Letters, numbers and white space as Oniguruma understands `\p{L}`, `\p{N}` and `\s`: the tables follow the version of
-//! Unicode that the `tokenizers` crate is built with, not that of Rust, and a test compares them with it character by
-//! character.
+//! Letters, numbers and white space as Oniguruma understands `\p{L}`, `\p{N}` and `\s`: the tables follow the version
+//! of Unicode that the `tokenizers` crate is built with, not that of Rust, and a test compares them with it character
+//! by character.
 use std::sync::LazyLock;
 
 /// One of the four below.

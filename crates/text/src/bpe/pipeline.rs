@@ -167,7 +167,7 @@ fn normalises(steps: &[Value]) -> Result<bool, String> {
     }
 }
 
-/// Whether blanks at the ends of tokens are left out of their places, and if so whether a first token keeps one.
+/// Whether blanks at the ends of tokens are left out of their offsets, and if so whether a first token keeps one.
 fn trim(steps: &[Value]) -> Result<Option<bool>, String> {
     let mut trim = None;
     for step in steps {

@@ -100,8 +100,8 @@ fn run(text: &str, mut at: usize, class: Class) -> usize {
     at
 }
 
-/// A run of white space from `start`: where it ends, where its last character begins, and where its last line end ends (or
-/// `start`).
+/// A run of white space from `start`: where it ends, where its last character begins, and where its last line end ends
+/// (or `start`).
 fn blanks(text: &str, start: usize) -> (usize, usize, usize) {
     let (mut at, mut last, mut line) = (start, start, start);
     while at < text.len() {

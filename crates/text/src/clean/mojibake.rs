@@ -17,8 +17,8 @@ fn byte(character: char) -> Option<u8> {
 
 /// The text with runs of such characters decoded; `None` when there are none.
 ///
-/// A run is decoded only when all of it is UTF-8, and either begins as Latin letters, punctuation or emoji do in UTF-8, or
-/// has at least three characters of another script: what people write seldom looks like that.
+/// A run is decoded only when all of it is UTF-8, and either begins as Latin letters, punctuation or emoji do in UTF-8,
+/// or has at least three characters of another script: what people write seldom looks like that.
 pub(super) fn repair(text: &str) -> Option<String> {
     let mut repaired = once(text)?;
     // What was misread several times is wrapped as often.

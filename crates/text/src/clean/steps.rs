@@ -1,4 +1,5 @@
-//! The steps that change one text, and the measure of repetition. Each returns the new text, or `None` when nothing changes.
+//! The steps that change one text, and the measure of repetition. Each returns the new text, or `None` when nothing
+//! changes.
 use super::Mark;
 use regex::Regex;
 use std::{
@@ -73,9 +74,9 @@ pub(super) fn html(text: &str) -> Option<String> {
     changed(text, html_escape::decode_html_entities(&without).into_owned())
 }
 
-/// Control characters (category Cc), and marks that show nothing and mean nothing: byte order mark, zero-width space, word
-/// joiner, soft hyphen. Joiners of emoji and of scripts that need them stay. Line and paragraph separators, form feeds and
-/// vertical tabs become line ends.
+/// Control characters (category Cc), and marks that show nothing and mean nothing: byte order mark, zero-width space,
+/// word joiner, soft hyphen. Joiners of emoji and of scripts that need them stay. Line and paragraph separators, form
+/// feeds and vertical tabs become line ends.
 pub(super) fn control_characters(text: &str) -> Option<String> {
     let replacement = |character: char| match character {
         '\n' | '\t' => Some(character),
@@ -99,8 +100,8 @@ pub(super) fn unicode_nfc(text: &str) -> Option<String> {
     changed(text, text.nfc().collect())
 }
 
-/// One blank between words, none at the end of a line, at most one empty line; indentation stays. What stands at either end
-/// of the text is shortened in the same way but not taken away: a completion may begin with a blank.
+/// One blank between words, none at the end of a line, at most one empty line; indentation stays. What stands at either
+/// end of the text is shortened in the same way but not taken away: a completion may begin with a blank.
 pub(super) fn whitespace(text: &str) -> Option<String> {
     let lined = text.replace("\r\n", "\n");
     let core = lined.trim();

@@ -1,4 +1,5 @@
-//! Rank files of tiktoken, as Llama 3 has them: on each line the bytes of a token in base64 and its rank, which is its id.
+//! Rank files of tiktoken, as Llama 3 has them: on each line the bytes of a token in base64 and its rank, which is its
+//! id.
 use super::Vocabulary;
 use crate::gguf::{CONTROL, GgufVocabulary, NORMAL, PieceRules};
 use base64::{Engine, engine::general_purpose::STANDARD};
@@ -34,8 +35,8 @@ fn rank(line: &str) -> Result<(Vec<u8>, u32), String> {
     Ok((token, rank.parse().map_err(|_| wrong())?))
 }
 
-/// Reads `bytes`. `named` tokens (id and text) follow the ranks; without any, those of Llama 3, or of Llama 3.1 and later when
-/// `is_llama31`. The message of an error does not name the file.
+/// Reads `bytes`. `named` tokens (id and text) follow the ranks; without any, those of Llama 3, or of Llama 3.1 and
+/// later when `is_llama31`. The message of an error does not name the file.
 pub(super) fn parse(bytes: &[u8], named: bool, is_llama31: bool) -> Result<Vocabulary, String> {
     let text = std::str::from_utf8(bytes).map_err(|e| format!("not a tiktoken file: {e}"))?;
     let mut tokens: Vec<Vec<u8>> = Vec::new();
@@ -95,8 +96,8 @@ fn special(is_llama31: bool) -> Vec<String> {
 /// Two tokens that another one is made of.
 type Halves<'a> = (&'a [u8], &'a [u8]);
 
-/// Every way to make a token from two others, the token of the lowest rank first: tiktoken always joins the two neighbours
-/// whose union has the lowest rank.
+/// Every way to make a token from two others, the token of the lowest rank first: tiktoken always joins the two
+/// neighbours whose union has the lowest rank.
 fn merges(tokens: &[Vec<u8>]) -> Result<Vec<Halves<'_>>, String> {
     let mut ranks = HashMap::with_capacity(tokens.len());
     for (rank, token) in tokens.iter().enumerate() {
@@ -121,7 +122,8 @@ fn merges(tokens: &[Vec<u8>]) -> Result<Vec<Halves<'_>>, String> {
     Ok(merges)
 }
 
-/// The characters that stand for bytes in byte-level vocabularies: printable Latin-1 for itself, the rest moved up past it.
+/// The characters that stand for bytes in byte-level vocabularies: printable Latin-1 for itself, the rest moved up past
+/// it.
 fn alphabet() -> [char; 256] {
     let mut moved = 0;
     std::array::from_fn(|byte| {

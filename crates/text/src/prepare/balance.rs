@@ -86,9 +86,9 @@ pub(super) struct Plan {
 
 /// Balances the training rows among `facts`, in which rows that are not drawn are removed.
 ///
-/// With n_v rows of value v and a target share p_v: undersampling draws n · p_v rows of each, where n = min n_v / p_v, so that
-/// no row is drawn twice; oversampling takes n = max n_v / p_v, so that none is left out; loss weights are p_v · Σn / n_v, whose
-/// mean over all rows is 1. Which rows are drawn follows from a hash of what they say.
+/// With n_v rows of value v and a target share p_v: undersampling draws n · p_v rows of each, where n = min n_v / p_v,
+/// so that no row is drawn twice; oversampling takes n = max n_v / p_v, so that none is left out; loss weights are p_v
+/// · Σn / n_v, whose mean over all rows is 1. Which rows are drawn follows from a hash of what they say.
 ///
 /// # Errors
 /// A target that does not name exactly the values of the training rows.

@@ -221,8 +221,8 @@ impl Doctor<'_> {
         }
     }
 
-    /// The first piece of text between special tokens that does not come back when its tokens are decoded. Blanks at the
-    /// beginning are not looked at: SentencePiece adds and takes away one.
+    /// The first piece of text between special tokens that does not come back when its tokens are decoded. Blanks at
+    /// the beginning are not looked at: SentencePiece adds and takes away one.
     fn lost(&self, masked: &Masked) -> Option<String> {
         let is_text = |index: &usize| !self.tokenizer.is_added(masked.ids[*index]);
         let indices: Vec<usize> = (0..masked.ids.len()).filter(is_text).collect();

@@ -47,8 +47,8 @@ pub(super) struct Job<'a> {
 /// Ways through the rows when some are trained on several times: their copies are spread over the blocks.
 const MAX_PASSES: u32 = 8;
 
-/// How many of the `copies` of a row the pass `pass` of `passes` writes: all together make `copies`, and the first has at
-/// least one.
+/// How many of the `copies` of a row the pass `pass` of `passes` writes: all together make `copies`, and the first has
+/// at least one.
 fn copies_in_pass(copies: u32, pass: u32, passes: u32) -> u32 {
     let until = |pass: u32| (u64::from(copies) * u64::from(pass)).div_ceil(u64::from(passes));
     (until(pass + 1) - until(pass)) as u32
@@ -73,73 +73,19 @@ pub(super) fn emit(
     report: &mut Report,
     progress: &mut dyn FnMut(PrepareProgress),
 ) -> Result<()> {
-    let options = job.options;
-    // What is held out is measured by what is trained alone, so that runs with other weights compare.
-    let sample_options: Vec<[SampleOptions; 2]> = job
-        .sets
-        .iter()
-        .map(|set| {
-            let train = SampleOptions::from(&set.options);
-            [SampleOptions { prompt_loss_weight: 0.0, ..train.clone() }, train]
-        })
-        .collect();
-    let passes = job.copies.iter().copied().max().unwrap_or(1).clamp(1, MAX_PASSES);
-    let bytes = job.inputs.iter().map(|input| input.bytes).sum::<u64>() * u64::from(passes);
-    let mut packers = Vec::with_capacity(3);
-    for split in Split::ALL {
-        let (path, weighted) = (job.folder.join(shard::file_name(split)), options.is_weighted(split));
-        let writer = shard::Writer::create(&path, job.key, options.block_length(), weighted)?;
-        packers.push(Packer::new(writer, options.block_length(), options.packing, WINDOW));
-    }
+    let maker = Maker::new(job, decisions);
+    let bytes = job.inputs.iter().map(|input| input.bytes).sum::<u64>() * u64::from(maker.passes);
     let tokens = AtomicU64::new(0);
-    let work = |row: &Numbered, pass: u32| -> Result<Done> {
-        let Some(decision) = decisions.get(row.index) else { return Err(changed(job, row)) };
-        let (file, source) = (&job.inputs[row.input].name, job.inputs[row.input].source);
-        let line = row.raw.line;
-        let copies = copies_in_pass(job.copies.get(row.index).copied().unwrap_or(1), pass, passes);
-        if matches!(decision, Decision::Removed(_)) || copies == 0 || *decision == Decision::Rejected && pass > 0 {
-            return Ok(Done::Removed);
-        }
-        let understood = row::understand(&row.raw, file, &job.sets[source].rows, &mut |_| ());
-        let split = match (decision, &understood) {
-            (Decision::Keep(split), _) => *split,
-            (Decision::Removed(_), _) => return Ok(Done::Removed),
-            (Decision::Rejected, Err(bad)) => return Ok(Done::Rejected(bad.clone())),
-            (Decision::Rejected, Ok(odd)) => {
-                let what = format!(": the row is of format {}, unlike most rows of the file", odd.format.name());
-                return Ok(Done::Rejected(BadRow { line, what, content: row.raw.content.to_string() }));
-            }
-        };
-        let Ok(mut understood) = understood else { return Err(changed(job, row)) };
-        job.cleaner.clean(&mut understood.row);
-        let sample_options = &sample_options[source][usize::from(split == Split::Train)];
-        match sample::samples(&understood.row, job.tokenizer, job.template, sample_options) {
-            Ok((mut samples, counts)) => {
-                if let Some(&weight) = job.weights.get(row.index).filter(|_| split == Split::Train) {
-                    samples.iter_mut().for_each(|sample| sample.scale_weights(weight));
-                }
-                let counts = if pass == 0 { counts } else { RowCounts::default() };
-                Ok(Done::Samples(split, samples, counts, copies, label(&understood.row.kind)))
-            }
-            Err(Error::Input(_)) if options.on_bad_row == OnBadRow::Skip && pass > 0 => Ok(Done::Removed),
-            Err(Error::Input(what)) if options.on_bad_row == OnBadRow::Skip => {
-                let what = what.strip_prefix(&place(file, line)).unwrap_or(&what).to_owned();
-                Ok(Done::Rejected(BadRow { line, what, content: row.raw.content.to_string() }))
-            }
-            Err(error) => Err(error),
-        }
-    };
-    let rejects = Rejects { pending: None, rows: 0 };
-    let labels = [const { Labels::new() }; 3];
-    let mut writing = Writing { job, report, packers, rejects, labels, tokens: &tokens };
+    let mut writing = Writing::new(job, report, &tokens)?;
     let (mut start, mut index, mut bytes_before) = (0, 0, 0);
     for set in 0..job.sets.len() {
         let end = start + job.inputs[start..].iter().take_while(|input| input.source == set).count();
         let before = writing.report.train.clone();
         let mut next = index;
-        for pass in 0..passes {
-            let work =
-                |group: Vec<Numbered>| -> Vec<_> { group.par_iter().map(|row| (row.input, work(row, pass))).collect() };
+        for pass in 0..maker.passes {
+            let work = |group: Vec<Numbered>| -> Vec<_> {
+                group.par_iter().map(|row| (row.input, maker.make(row, pass))).collect()
+            };
             next = files::for_each_group(
                 job.inputs,
                 (start..end, index),
@@ -154,31 +100,74 @@ pub(super) fn emit(
             bytes_before += job.inputs[start..end].iter().map(|input| input.bytes).sum::<u64>();
         }
         (start, index) = (end, next);
-        if !options.sources.is_empty() {
+        if !job.options.sources.is_empty() {
             writing.end_source(set, &before)?;
         }
     }
-    let Writing { report, packers, rejects, labels, .. } = writing;
-    job.inputs.iter().try_for_each(Input::check_unchanged)?;
-    report.rejected_rows = rejects.rows;
-    for split in Split::ALL {
-        let streamed = options.streaming && split == Split::Train;
-        if !streamed && !options.places(split).is_empty() && report.split(split).documents == 0 {
-            return Err(nothing_in(split, options, report));
+    writing.finish()
+}
+
+/// Makes samples of rows.
+struct Maker<'a> {
+    job: &'a Job<'a>,
+    decisions: &'a [Decision],
+    /// Of each data set, for rows that are held out and for those that are trained on.
+    options: Vec<[SampleOptions; 2]>,
+    /// Ways through the rows.
+    passes: u32,
+}
+
+impl<'a> Maker<'a> {
+    fn new(job: &'a Job<'a>, decisions: &'a [Decision]) -> Self {
+        // What is held out is measured by what is trained alone, so that runs with other weights compare.
+        let both = |set: &DataSet| {
+            let train = SampleOptions::from(&set.options);
+            [SampleOptions { prompt_loss_weight: 0.0, ..train.clone() }, train]
+        };
+        let passes = job.copies.iter().copied().max().unwrap_or(1).clamp(1, MAX_PASSES);
+        Self { job, decisions, options: job.sets.iter().map(both).collect(), passes }
+    }
+
+    /// What becomes of a row in a pass. A row that is not kept is told of once, in the first.
+    fn make(&self, row: &Numbered, pass: u32) -> Result<Done> {
+        let Self { job, decisions, passes, .. } = self;
+        let Some(decision) = decisions.get(row.index) else { return Err(changed(job, row)) };
+        let input = &job.inputs[row.input];
+        let copies = copies_in_pass(job.copies.get(row.index).copied().unwrap_or(1), pass, *passes);
+        if matches!(decision, Decision::Removed(_)) || copies == 0 || *decision == Decision::Rejected && pass > 0 {
+            return Ok(Done::Removed);
+        }
+        let rejected = |what| {
+            let content = row.raw.content.to_string();
+            Ok(Done::Rejected(BadRow { line: row.raw.line, what, content }))
+        };
+        let understood = row::understand(&row.raw, &input.name, &job.sets[input.source].rows, &mut |_| ());
+        let split = match (decision, &understood) {
+            (Decision::Keep(split), _) => *split,
+            (Decision::Removed(_), _) => return Ok(Done::Removed),
+            (Decision::Rejected, Err(bad)) => return Ok(Done::Rejected(bad.clone())),
+            (Decision::Rejected, Ok(odd)) => {
+                return rejected(format!(": the row is of format {}, unlike most rows of the file", odd.format.name()));
+            }
+        };
+        let Ok(mut understood) = understood else { return Err(changed(job, row)) };
+        job.cleaner.clean(&mut understood.row);
+        let options = &self.options[input.source][usize::from(split == Split::Train)];
+        match sample::samples(&understood.row, job.tokenizer, job.template, options) {
+            Ok((mut samples, counts)) => {
+                if let Some(&weight) = job.weights.get(row.index).filter(|_| split == Split::Train) {
+                    samples.iter_mut().for_each(|sample| sample.scale_weights(weight));
+                }
+                let counts = if pass == 0 { counts } else { RowCounts::default() };
+                Ok(Done::Samples(split, samples, counts, copies, label(&understood.row.kind)))
+            }
+            Err(Error::Input(_)) if job.options.on_bad_row == OnBadRow::Skip && pass > 0 => Ok(Done::Removed),
+            Err(Error::Input(what)) if job.options.on_bad_row == OnBadRow::Skip => {
+                rejected(what.strip_prefix(&place(&input.name, row.raw.line)).unwrap_or(&what).to_owned())
+            }
+            Err(error) => Err(error),
         }
     }
-    if let Some(empty) = report.sources.iter().find(|source| source.blocks == 0) {
-        return Err(Error::Input(format!("source {:?}: no row of it is left to train on; take it out", empty.name)));
-    }
-    mix::plan(&mut report.sources, options);
-    for (split, labels) in Split::ALL.into_iter().zip(labels) {
-        report.split_mut(split).completions = labels.found();
-    }
-    for (split, packer) in Split::ALL.into_iter().zip(packers) {
-        report.split_mut(split).blocks = packer.finish()?;
-        report.split_mut(split).sha256 = hex(&digest(&job.folder.join(shard::file_name(split)))?);
-    }
-    rejects.finish(job.folder)
 }
 
 /// What is written, and counted.
@@ -191,8 +180,21 @@ struct Writing<'a> {
     tokens: &'a AtomicU64,
 }
 
-impl Writing<'_> {
-    /// Writes what became of rows, each with its file, in order, so that of several wrong rows the first is the one reported.
+impl<'a> Writing<'a> {
+    fn new(job: &'a Job<'a>, report: &'a mut Report, tokens: &'a AtomicU64) -> Result<Self> {
+        let options = job.options;
+        let packer = |split| {
+            let (path, weighted) = (job.folder.join(shard::file_name(split)), options.is_weighted(split));
+            let writer = shard::Writer::create(&path, job.key, options.block_length(), weighted)?;
+            Ok(Packer::new(writer, options.block_length(), options.packing, WINDOW))
+        };
+        let packers = Split::ALL.into_iter().map(packer).collect::<Result<_>>()?;
+        let rejects = Rejects { pending: None, rows: 0 };
+        Ok(Self { job, report, packers, rejects, labels: [const { Labels::new() }; 3], tokens })
+    }
+
+    /// Writes what became of rows, each with its file, in order, so that of several wrong rows the first is the one
+    /// reported.
     fn write(&mut self, done: Vec<(usize, Result<Done>)>) -> Result<()> {
         for (input, done) in done {
             match done? {
@@ -226,7 +228,8 @@ impl Writing<'_> {
         Ok(())
     }
 
-    /// Lets the training blocks of a data set end with it, and notes what it held; `before` is what there was before it.
+    /// Lets the training blocks of a data set end with it, and notes what it held; `before` is what there was before
+    /// it.
     fn end_source(&mut self, set: usize, before: &SplitReport) -> Result<()> {
         let written = self.packers[Split::Train as usize].flush()?;
         let (train, sources) = (&self.report.train, &mut self.report.sources);
@@ -241,6 +244,34 @@ impl Writing<'_> {
             blocks_per_epoch: 0,
         });
         Ok(())
+    }
+
+    /// Checks that nothing is missing, closes the files and completes the report.
+    fn finish(self) -> Result<()> {
+        let Self { job, report, packers, rejects, labels, .. } = self;
+        let options = job.options;
+        job.inputs.iter().try_for_each(Input::check_unchanged)?;
+        report.rejected_rows = rejects.rows;
+        for split in Split::ALL {
+            let streamed = options.streaming && split == Split::Train;
+            if !streamed && !options.places(split).is_empty() && report.split(split).documents == 0 {
+                return Err(nothing_in(split, options, report));
+            }
+        }
+        if let Some(empty) = report.sources.iter().find(|source| source.blocks == 0) {
+            return Err(Error::Input(format!(
+                "source {:?}: no row of it is left to train on; take it out",
+                empty.name
+            )));
+        }
+        mix::plan(&mut report.sources, options);
+        for ((split, labels), packer) in Split::ALL.into_iter().zip(labels).zip(packers) {
+            let part = report.split_mut(split);
+            part.completions = labels.found();
+            part.blocks = packer.finish()?;
+            part.sha256 = hex(&digest(&job.folder.join(shard::file_name(split)))?);
+        }
+        rejects.finish(job.folder)
     }
 }
 

@@ -158,7 +158,7 @@ pub(super) fn digest(path: &Path) -> Result<[u8; 32]> {
     }
 }
 
-/// A row with its place among all rows of all files.
+/// A row with its position among all rows of all files.
 pub(super) struct Numbered {
     /// Index of its file.
     pub(super) input: usize,
@@ -167,10 +167,10 @@ pub(super) struct Numbered {
     pub(super) raw: RawRow,
 }
 
-/// Reads all rows of the files of a range, in order and in groups; small files share a group. `work` makes something of each group,
-/// on all cores, while `take` takes what was made of the group before it, in order, and the next one is read. After each,
-/// `progress` hears how many bytes have been read. `from` is the range and the number of its first row; the number after the
-/// last row is returned.
+/// Reads all rows of the files of a range, in order and in groups; small files share a group. `work` makes something of
+/// each group, on all cores, while `take` takes what was made of the group before it, in order, and the next one is
+/// read. After each, `progress` hears how many bytes have been read. `from` is the range and the number of its first
+/// row; the number after the last row is returned.
 ///
 /// # Errors
 /// Those of reading and of `take`, whichever comes first in the order of the rows.

@@ -20,8 +20,8 @@ pub struct LengthClass {
 #[serde(transparent)]
 pub struct Lengths(pub Vec<LengthClass>);
 
-/// The end of the class that `tokens` belongs to: every number to 16, then eight to each doubling, so that powers of two end
-/// a class.
+/// The end of the class that `tokens` belongs to: every number to 16, then eight to each doubling, so that powers of
+/// two end a class.
 fn class_end(tokens: usize) -> usize {
     if tokens <= EXACT {
         return tokens;
@@ -73,8 +73,8 @@ impl Lengths {
         self.0.iter().map(|class| class.tokens).sum()
     }
 
-    /// Rows longer than `limit`, and their tokens beyond it: exact where `limit` ends a class, as powers of two do; otherwise
-    /// rows of the class that it cuts are not counted.
+    /// Rows longer than `limit`, and their tokens beyond it: exact where `limit` ends a class, as powers of two do;
+    /// otherwise rows of the class that it cuts are not counted.
     pub fn beyond(&self, limit: usize) -> (usize, usize) {
         let longer = self.0.iter().filter(|class| class.start() > limit);
         longer.fold((0, 0), |(rows, tokens), class| (rows + class.rows, tokens + class.tokens - class.rows * limit))

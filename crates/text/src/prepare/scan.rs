@@ -115,62 +115,32 @@ const TASK: usize = 256;
 /// Looks at all rows.
 ///
 /// # Errors
-/// A file that cannot be read; with `on_bad_row = "error"` the first bad row, or the first row of the rarer format where
-/// a file has several.
+/// A file that cannot be read; with `on_bad_row = "error"` the first bad row, or the first row of the rarer format
+/// where a file has several.
 pub(super) fn scan(
     options: &PrepareOptions,
     sets: &[DataSet],
     inputs: &[Input],
     progress: &mut dyn FnMut(PrepareProgress),
 ) -> Result<Scan> {
-    let bytes = inputs.iter().map(|input| input.bytes).sum();
     let examiner = Examiner::new(options, sets, inputs)?;
-    let mut facts: Vec<Facts> = Vec::new();
-    let mut ends = vec![0; inputs.len()];
-    let mut all: Vec<Seen> = inputs.iter().map(|_| Seen::default()).collect();
-    let look = |group: Vec<Numbered>| -> Vec<_> {
-        // A task looks at rows of one file only, so that what it has seen belongs to that.
-        let tasks: Vec<&[Numbered]> =
-            group.chunk_by(|a, b| a.input == b.input).flat_map(|rows| rows.chunks(TASK)).collect();
-        tasks
-            .par_iter()
-            .map(|rows| {
-                let mut seen = Seen::default();
-                let found: Vec<_> = rows.iter().map(|row| examiner.look(row, &mut seen)).collect();
-                (rows[0].input, found, seen)
-            })
-            .collect()
-    };
-    let mut note = |done: Vec<(usize, Vec<Result<Facts>>, Seen)>| {
-        for (input, found, seen) in done {
-            all[input].add(seen);
-            for found in found {
-                facts.push(found?);
-            }
-            ends[input] = facts.len();
-        }
-        Ok(())
-    };
-    files::for_each_group(inputs, (0..inputs.len(), 0), sets, &look, &mut note, &mut |bytes_done| {
-        progress(PrepareProgress::Scanning { bytes_done, bytes });
-    })?;
-    let mut clean = CleanReport::default();
-    let mut start = 0;
-    let mut reports = Vec::with_capacity(inputs.len());
-    for ((input, mut seen), end) in inputs.iter().zip(all).zip(ends) {
-        let end = end.max(start);
+    let (mut facts, seen) = examiner.look_at_all(progress)?;
+    let mut clean = CleanReport { compared: examiner.compare != Same::Keep, ..CleanReport::default() };
+    let mut rest = &mut facts[..];
+    let mut files = Vec::with_capacity(inputs.len());
+    for (input, mut seen) in inputs.iter().zip(seen) {
+        let (rows, others) = rest.split_at_mut(seen.rows);
+        rest = others;
         let format = common_format(&input.name, &seen, options.on_bad_row)?;
-        let rows = &mut facts[start..end];
         for odd in rows.iter_mut().filter(|row| row.format.is_some() && row.format != format) {
             odd.decision = Decision::Rejected;
             seen.bad_rows += 1;
         }
         cut_licence(rows);
-        start = end;
         for (step, count) in seen.changed {
             *clean.changed.entry(step).or_default() += count;
         }
-        reports.push(FileReport {
+        files.push(FileReport {
             file: input.name.to_string(),
             split: input.split,
             format,
@@ -180,7 +150,6 @@ pub(super) fn scan(
         });
     }
     stratify(&mut facts, inputs, sets);
-    clean.compared = examiner.compare != Same::Keep;
     clean.kept_duplicates = remove_same(&mut facts, &options.clean, clean.compared);
     let names = examiner.values.names(options)?;
     let shares = Split::ALL.map(|split| Share::of(&facts, split, &names, options));
@@ -191,7 +160,7 @@ pub(super) fn scan(
             *clean.removed.entry(*reason).or_default() += 1;
         }
     }
-    Ok(Scan { decisions, files: reports, clean, shares, balance })
+    Ok(Scan { decisions, files, clean, shares, balance })
 }
 
 /// Looks at single rows.
@@ -220,6 +189,44 @@ impl<'a> Examiner<'a> {
         };
         let (cleaner, values) = (Cleaner::new(clean)?, Values::new(options));
         Ok(Self { options, sets, inputs, cleaner, compare, values })
+    }
+
+    /// The facts of all rows, in order, and what each file holds.
+    fn look_at_all(&self, progress: &mut dyn FnMut(PrepareProgress)) -> Result<(Vec<Facts>, Vec<Seen>)> {
+        let bytes = self.inputs.iter().map(|input| input.bytes).sum();
+        let mut facts: Vec<Facts> = Vec::new();
+        let mut all: Vec<Seen> = self.inputs.iter().map(|_| Seen::default()).collect();
+        let look = |group: Vec<Numbered>| -> Vec<_> {
+            // A task looks at rows of one file only, so that what it has seen belongs to that.
+            let tasks: Vec<&[Numbered]> =
+                group.chunk_by(|a, b| a.input == b.input).flat_map(|rows| rows.chunks(TASK)).collect();
+            let task = |rows: &&[Numbered]| {
+                let mut seen = Seen::default();
+                let found: Vec<_> = rows.iter().map(|row| self.look(row, &mut seen)).collect();
+                (rows[0].input, found, seen)
+            };
+            tasks.par_iter().map(task).collect()
+        };
+        let mut note = |done: Vec<(usize, Vec<Result<Facts>>, Seen)>| {
+            for (input, found, seen) in done {
+                all[input].add(seen);
+                for found in found {
+                    facts.push(found?);
+                }
+            }
+            Ok(())
+        };
+        files::for_each_group(
+            self.inputs,
+            (0..self.inputs.len(), 0),
+            self.sets,
+            &look,
+            &mut note,
+            &mut |bytes_done| {
+                progress(PrepareProgress::Scanning { bytes_done, bytes });
+            },
+        )?;
+        Ok((facts, all))
     }
 
     fn look(&self, row: &Numbered, seen: &mut Seen) -> Result<Facts> {
@@ -313,7 +320,7 @@ fn stratify(facts: &mut [Facts], inputs: &[Input], sets: &[DataSet]) {
     let mut held_out = Vec::new();
     for ((source, _), rows) in &mut strata {
         let (validation, test) = sets[*source].options.fractions();
-        // Equal rows have equal places: they stay in one split unless the border lies between them.
+        // Equal rows have equal positions: they stay in one split unless the border lies between them.
         rows.sort_by(|a, b| a.0.total_cmp(&b.0).then(a.1.cmp(&b.1)));
         let (validation, test) = split::stratum(rows.len(), validation, test);
         held_out.extend(rows[..validation].iter().map(|(_, index)| (*index, Split::Validation)));
@@ -324,8 +331,8 @@ fn stratify(facts: &mut [Facts], inputs: &[Input], sets: &[DataSet]) {
     }
 }
 
-/// Removes duplicates within each split, and training rows that are held out too. Held-out rows come first, so that of two
-/// such rows the one to train on goes. The number of duplicates that stay, where rows were `compared` at all.
+/// Removes duplicates within each split, and training rows that are held out too. Held-out rows come first, so that of
+/// two such rows the one to train on goes. The number of duplicates that stay, where rows were `compared` at all.
 fn remove_same(facts: &mut [Facts], options: &CleanOptions, compared: bool) -> usize {
     let mut kept = 0;
     let mut held_out = HashSet::new();
@@ -376,7 +383,8 @@ fn remove_same(facts: &mut [Facts], options: &CleanOptions, compared: bool) -> u
     kept
 }
 
-/// The format of most rows of a file, the first of several that are as many. Others are errors, unless they are skipped.
+/// The format of most rows of a file, the first of several that are as many. Others are errors, unless they are
+/// skipped.
 fn common_format(file: &str, seen: &Seen, on_bad_row: OnBadRow) -> Result<Option<RowFormat>> {
     let common = seen.formats.iter().max_by_key(|(_, (count, line))| (*count, std::cmp::Reverse(*line)));
     if seen.formats.len() < 2 || on_bad_row == OnBadRow::Skip {

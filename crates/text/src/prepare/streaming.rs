@@ -1,9 +1,9 @@
-//! Blocks made while the data is read, for sources too large to prepare: a row is read, cleaned, tokenised, put into a buffer
-//! from which the next document is drawn at random, and packed with those drawn around it.
+//! Blocks made while the data is read, for sources too large to prepare: a row is read, cleaned, tokenised, put into a
+//! buffer from which the next document is drawn at random, and packed with those drawn around it.
 //!
-//! Memory is bounded by the buffer and by what waits to be packed. Where the stream stands is the place of the next row, how many
-//! random numbers were drawn, and the documents in between: that is what a checkpoint holds, so that a resumed run sees the same
-//! blocks as one that was never interrupted, without tokenising a row twice.
+//! Memory is bounded by the buffer and by what waits to be packed. Where the stream stands is the position of the next
+//! row, how many random numbers were drawn, and the documents in between: that is what a checkpoint holds, so that a
+//! resumed run sees the same blocks as one that was never interrupted, without tokenising a row twice.
 use super::files::{self, DataSet, Input, Numbered};
 use crate::{
     Block, ChatTemplate, Error, OnBadRow, PrepareOptions, PreparedSplit, Result, RowFormat, Same, Sample,
@@ -157,8 +157,8 @@ impl<'a> BlockStream<'a> {
     /// The next block.
     ///
     /// # Errors
-    /// A file that cannot be read or has changed; with `on_bad_row = "error"` the first row that cannot be used; files without a
-    /// row that can.
+    /// A file that cannot be read or has changed; with `on_bad_row = "error"` the first row that cannot be used; files
+    /// without a row that can.
     pub fn next_block(&mut self) -> Result<Block> {
         loop {
             if let Some(samples) = self.ready.pop_front() {
@@ -301,8 +301,8 @@ impl<'a> BlockStream<'a> {
         Ok(())
     }
 
-    /// A random number below `below`, which follows from the seed and how many were drawn before it (SplitMix64: Steele, Lea,
-    /// Flood 2014, doi:10.1145/2660193.2660195).
+    /// A random number below `below`, which follows from the seed and how many were drawn before it (SplitMix64:
+    /// Steele, Lea, Flood 2014, doi:10.1145/2660193.2660195).
     fn random(&mut self, below: usize) -> usize {
         self.position.drawn += 1;
         let mut z = self.seed.wrapping_add(self.position.drawn.wrapping_mul(0x9e37_79b9_7f4a_7c15));

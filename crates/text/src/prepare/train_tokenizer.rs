@@ -100,9 +100,9 @@ pub struct TrainedTokenizer {
     pub bytes: u64,
 }
 
-/// Learns a byte-level BPE tokenizer from the rows that `data` would train on: cleaned, without duplicates where that is asked
-/// for, and without held-out rows. The same data and options give the same tokenizer. It has fewer tokens than asked for when
-/// the data has no more pairs.
+/// Learns a byte-level BPE tokenizer from the rows that `data` would train on: cleaned, without duplicates where that
+/// is asked for, and without held-out rows. The same data and options give the same tokenizer. It has fewer tokens than
+/// asked for when the data has no more pairs.
 ///
 /// # Errors
 /// Options out of range; data as in [`prepare`](super::prepare); no rows; more than 2 GiB of text.

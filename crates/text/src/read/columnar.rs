@@ -110,7 +110,8 @@ fn arrow(mut file: File, size: u64) -> Result<(Schema, Batches, Option<u64>), Ar
     })
 }
 
-/// The library makes room for what a message says it has before reading it, so the sizes are held against the file first.
+/// The library makes room for what a message says it has before reading it, so the sizes are held against the file
+/// first.
 fn check_messages(file: &File, start: u64, size: u64) -> Result<(), ArrowError> {
     let lies = || ArrowError::ParseError("a message says it is longer than the file".into());
     let mut file = BufReader::new(file);

@@ -1,4 +1,5 @@
-//! Tables in text: fields separated by commas, semicolons or tabs, with names in the first line and quotes as in RFC 4180.
+//! Tables in text: fields separated by commas, semicolons or tabs, with names in the first line and quotes as in RFC
+//! 4180.
 use super::{Raw, RawRow, RawRows, rows};
 use crate::{
     Error, Result,
@@ -95,8 +96,8 @@ fn csv_error(path: &Path, line: usize, error: csv::Error) -> Error {
     }
 }
 
-/// Ends a record that does not end: a quote that is never closed would take the rest of the file into memory. Line ends become
-/// `\n`, and the last line has one, so that lines can be counted.
+/// Ends a record that does not end: a quote that is never closed would take the rest of the file into memory. Line ends
+/// become `\n`, and the last line has one, so that lines can be counted.
 struct Budget {
     inner: Input,
     left: Arc<AtomicU64>,

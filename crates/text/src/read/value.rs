@@ -10,8 +10,8 @@ use arrow_array::{
 use arrow_schema::DataType;
 use serde_json::{Map, Number, Value};
 
-/// The cell `index` of `array`. In structures fields without a value are left out: columnar files give every message every
-/// field that any of them has.
+/// The cell `index` of `array`. In structures fields without a value are left out: columnar files give every message
+/// every field that any of them has.
 ///
 /// # Errors
 /// A type that no row of text is made of.

@@ -16,8 +16,8 @@ pub enum RowFormat {
     Sharegpt,
     /// `instruction`, `output`, optional `input`, `system`, `history`.
     Alpaca,
-    /// `chosen`, `rejected`, and a prompt: `prompt`, or `instruction`, or `messages`, or `conversations`, or what both begin
-    /// with.
+    /// `chosen`, `rejected`, and a prompt: `prompt`, or `instruction`, or `messages`, or `conversations`, or what both
+    /// begin with.
     Preference,
     /// `prompt`, `completion` and `label` (true or false); or an alpaca, messages or sharegpt row with `kto_tag`.
     Kto,
@@ -144,7 +144,7 @@ pub(super) fn detect(row: &Map<String, Value>, given: Option<RowFormat>) -> Resu
     match fitting.iter().copied().filter(special).collect::<Vec<_>>()[..] {
         [format] => {
             let absent: Vec<_> = format.optional().iter().copied().filter(|key| !row.contains_key(*key)).collect();
-            match slip(row, &absent) {
+            match typo(row, &absent) {
                 None => Ok(format),
                 Some((found, meant)) => {
                     Err(format!("the key {found:?} is not known; did you mean {meant:?}? Rename it or take it out"))
@@ -154,7 +154,7 @@ pub(super) fn detect(row: &Map<String, Value>, given: Option<RowFormat>) -> Resu
         [] => {
             let absent: Vec<_> =
                 candidates.iter().flat_map(|format| format.keys()).filter(|key| !row.contains_key(*key)).collect();
-            let hint = slip(row, &absent)
+            let hint = typo(row, &absent)
                 .map_or_else(String::new, |(found, meant)| format!("; did you mean {meant:?} instead of {found:?}?"));
             let expected: Vec<_> = candidates.iter().map(|format| format.describe()).collect();
             let keys = match row.is_empty() {
@@ -173,7 +173,7 @@ pub(super) fn detect(row: &Map<String, Value>, given: Option<RowFormat>) -> Resu
 }
 
 /// A key that is not known but nearly spells one that is missing.
-fn slip<'a>(row: &'a Map<String, Value>, absent: &[&'static str]) -> Option<(&'a str, &'static str)> {
+fn typo<'a>(row: &'a Map<String, Value>, absent: &[&'static str]) -> Option<(&'a str, &'static str)> {
     let near = |key: &str, wanted: &str| {
         let (key, limit) = (key.to_lowercase(), if wanted.len() > 4 { 2 } else { 1 });
         strsim::osa_distance(&key, wanted) <= limit

@@ -1,8 +1,8 @@
-//! Files of data inside a `.zip` archive, read where they stand: nothing is unpacked to a disk, so names cannot lead out of
-//! anything.
+//! Files of data inside a `.zip` archive, read where they stand: nothing is unpacked to a disk, so names cannot lead
+//! out of anything.
 //!
-//! What an archive says of sizes is bounded before anything is read, and held against what comes: members that overlap, of
-//! which each for itself would be harmless, count together.
+//! What an archive says of sizes is bounded before anything is read, and held against what comes: members that overlap,
+//! of which each for itself would be harmless, count together.
 use super::{DataFile, EXPANSION, EXPANSION_FREE, Kind, kind, known_endings};
 use crate::{Error, Result};
 use std::{
@@ -37,12 +37,12 @@ pub(super) fn is_archive(path: &Path) -> bool {
     path.extension().is_some_and(|ending| ending.eq_ignore_ascii_case("zip"))
 }
 
-/// The files of data in the archive at `path`, by name. Names that begin with a dot are left out, and `.json` files where
-/// there are others, as in a folder.
+/// The files of data in the archive at `path`, by name. Names that begin with a dot are left out, and `.json` files
+/// where there are others, as in a folder.
 ///
 /// # Errors
-/// An archive that is damaged, holds no data, or holds data that cannot be read from inside it: with a password, compressed
-/// in another way than by deflate, in columns. More than it may grow to.
+/// An archive that is damaged, holds no data, or holds data that cannot be read from inside it: with a password,
+/// compressed in another way than by deflate, in columns. More than it may grow to.
 pub(super) fn members(path: &Path) -> Result<Vec<DataFile>> {
     let wrong = |what: String| Error::Input(format!("{}: {what}", path.display()));
     let damaged = |error: zip::result::ZipError| wrong(format!("the archive is damaged: {error}"));

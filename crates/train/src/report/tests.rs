@@ -99,7 +99,7 @@ fn example() -> RunReport {
 
 #[test]
 fn every_part_is_there() {
-    let page = render(&example());
+    let page = render(&example()).unwrap();
     for part in [
         "<title>smollm2-135m-instruct on Shakespeare&#39;s plays</title>",
         "Finished 400 of 400 steps",
@@ -151,7 +151,7 @@ fn text_cannot_become_markup_and_nothing_is_loaded() {
     });
     report.metrics.push(MetricRecord::Sample { step: 1, prompt: hostile.into(), text: hostile.into() });
     report.metrics.push(MetricRecord::Note { step: 1, message: hostile.into() });
-    let page = render(&report);
+    let page = render(&report).unwrap();
     assert!(!page.contains("<script") && !page.contains("<img"));
     assert!(page.matches("&lt;script&gt;alert(1)&lt;/script&gt;&quot;&#39;&amp;").count() >= 14);
     // Addresses appear nowhere but as the name space of SVG.
@@ -163,18 +163,18 @@ fn text_cannot_become_markup_and_nothing_is_loaded() {
 
 #[test]
 fn missing_parts_leave_no_trace() {
-    let page = render(&RunReport::default());
+    let page = render(&RunReport::default()).unwrap();
     assert!(page.contains("<h1>Fine-tuning report</h1>") && page.contains("Nothing has been measured"));
     let body = &page[page.find("<body>").unwrap()..];
-    for part in ["<h2>", "<svg", "<table", "<details", "warnings", "verdict"] {
+    for part in ["<h2>", "<svg", "<table", "<details", "remarks", "verdict"] {
         assert!(!body.contains(part), "{part}");
     }
     // Training without validation, evaluation without training.
     let training = RunReport { metrics: vec![train(1, f64::NAN), train(2, 3.0)], ..RunReport::default() };
-    let page = render(&training);
+    let page = render(&training).unwrap();
     assert!(page.contains("<h3>Loss</h3>") && !page.contains(">validation<") && !page.contains("NaN"));
     let evaluation = RunReport { metrics: vec![], ..example() };
-    let page = render(&evaluation);
+    let page = render(&evaluation).unwrap();
     assert!(page.contains("class=\"verdict better\"") && !page.contains("<svg") && !page.contains("Nothing has been"));
 }
 
@@ -186,7 +186,7 @@ fn verdicts_without_an_interval_and_tuned_samples_alone_are_shown() {
         samples: vec![SamplePair { prompt: "Hi".into(), base: None, tuned: String::new() }],
         ..RunReport::default()
     };
-    let page = render(&report);
+    let page = render(&report).unwrap();
     assert!(page.contains("verdict too-few") && page.contains("Too few held-out documents"));
     assert!(!page.contains("Bits per byte") && !page.contains(">Base</p>"));
     assert!(page.contains("(empty)"));
@@ -195,7 +195,7 @@ fn verdicts_without_an_interval_and_tuned_samples_alone_are_shown() {
 #[test]
 fn long_runs_make_a_page_of_bounded_size() {
     let metrics = (1..=100_000).map(|step| train(step, 3.0 + (step as f64).sin())).collect();
-    let page = render(&RunReport { metrics, ..RunReport::default() });
+    let page = render(&RunReport { metrics, ..RunReport::default() }).unwrap();
     assert!(page.len() < 300_000, "{} bytes", page.len());
 }
 
@@ -205,5 +205,5 @@ fn the_page_is_written_as_a_file() {
     let path = folder.path().join("report.html");
     write(&path, &example()).unwrap();
     write(&path, &example()).unwrap();
-    assert_eq!(std::fs::read_to_string(&path).unwrap(), render(&example()));
+    assert_eq!(std::fs::read_to_string(&path).unwrap(), render(&example()).unwrap());
 }
