@@ -1,5 +1,5 @@
-//! Puts the archive of compiled kernels into the library: the file that `TUNESMITH_KERNELS` names when it is built (written by
-//! `cargo xtask kernels --archive FILE`), nothing without it.
+//! Puts the archive of compiled kernels into the library: the file that `TUNESMITH_KERNELS` names when it is built
+//! (written by `cargo xtask kernels --archive FILE`), nothing without it.
 
 #![allow(clippy::print_stdout, reason = "how a build script talks to cargo")]
 

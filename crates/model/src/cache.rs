@@ -122,7 +122,7 @@ impl KvCache {
             Layers::Device(layers) => {
                 let (k, v) = &layers[layer];
                 let segments = [Segment { queries: 0..q.rows(), keys: 0..num_keys }];
-                attention::forward_cached(q, k, v, &segments, self.heads, o);
+                attention::forward_cached(attention::Qkv { q, k, v, segments: &segments, heads: self.heads }, o);
             }
         }
     }

@@ -235,7 +235,7 @@ impl Workspace {
     /// The same for a model on a GPU, with the inputs of layers in the processor's memory between their forward and their backward
     /// pass: copied beside the work that goes on.
     pub fn parked(recompute: Recompute) -> Self {
-        Self { recompute, inputs: Inputs::Parked(Box::default()), ..Self::default() }
+        Self { recompute, inputs: Inputs::Offloaded(Box::default()), ..Self::default() }
     }
 
     /// Bytes of all buffers.
@@ -269,7 +269,7 @@ impl Workspace {
 
     /// Whether generation on a GPU goes by a record of its last pass.
     pub fn is_recorded(&self) -> bool {
-        self.generation.recorded.is_recorded()
+        self.generation.recorded.is_captured()
     }
 
     /// Loss (nats) of each position of the last batch that carries loss, in the order of [`Batch::loss_rows`].

@@ -159,7 +159,7 @@ impl Llama {
                 };
                 let (a, b) = (self.parameters[lora.a].value.tensor(), self.parameters[lora.b].value.tensor());
                 // B [out, r] · A [r, in] has the form of an input gradient: rows of the first times the second.
-                linear::matmul_input_gradient(b, a, lora.scale, &mut merged, linear::Into::Accumulate);
+                linear::matmul_input_gradient(b, a, lora.scale, &mut merged, linear::Store::Accumulate);
                 self.parameters[weight].value = merged.into();
             }
         }

@@ -131,7 +131,7 @@ impl Sequences {
         let (all_k, all_v) = &mut layers[layer];
         rows::scatter(k, index, all_k);
         rows::scatter(v, index, all_v);
-        attention::forward_cached(q, all_k, all_v, segments, *heads, o);
+        attention::forward_cached(attention::Qkv { q, k: all_k, v: all_v, segments, heads: *heads }, o);
     }
 
     /// Keys and values of all layers on a GPU; `None` on the processor.

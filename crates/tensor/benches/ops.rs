@@ -1,5 +1,5 @@
-//! Every operation, forward and backward, at the shapes of SmolLM2-135M on 512 tokens (attention also on one document of
-//! 2,048), and what generation adds: `cargo bench -p tunesmith-tensor [-- FILTER]`, less than a minute for all.
+//! Every operation, forward and backward, at the shapes of SmolLM2-135M on 512 tokens (attention also on one document
+//! of 2,048), and what generation adds: `cargo bench -p tunesmith-tensor [-- FILTER]`, less than a minute for all.
 //!
 //! Throughput of products and attention is counted in floating-point operations ("item/s"), that of everything else in
 //! bytes read and written. Timings of single operations say where to look; what counts is `tunesmith bench train`.
@@ -9,7 +9,7 @@ use divan::{Bencher, black_box};
 use half::f16;
 use tunesmith_tensor::ops::attention::{Heads, Segment};
 use tunesmith_tensor::ops::attention_decode::{Element, KeyValues};
-use tunesmith_tensor::ops::linear::{Adapter, Into};
+use tunesmith_tensor::ops::linear::{Adapter, Store};
 use tunesmith_tensor::ops::{
     adamw, adamw_8bit, attention, attention_decode, dropout, embedding, grad_norm, linear, linear_cross_entropy,
     products, rmsnorm, rope, rows, sample, swiglu,
@@ -58,14 +58,14 @@ const LINEAR: [(usize, usize); 6] = [(D, D), (192, D), (F, D), (D, F), (R, D), (
 fn linear_forward(bencher: Bencher<'_, '_>, (n_out, n_in): (usize, usize)) {
     let (x, w, mut y) = (random(&[T, n_in]), random(&[n_out, n_in]), Tensor::default());
     let flops = ItemsCount::new(2 * T * n_out * n_in);
-    bencher.counter(flops).bench_local(|| linear::matmul(black_box(&x), &w, 1.0, &mut y, Into::Overwrite));
+    bencher.counter(flops).bench_local(|| linear::matmul(black_box(&x), &w, 1.0, &mut y, Store::Overwrite));
 }
 
 #[divan::bench(args = LINEAR)]
 fn linear_input_gradient(bencher: Bencher<'_, '_>, (n_out, n_in): (usize, usize)) {
     let (d_y, w, mut d_x) = (random(&[T, n_out]), random(&[n_out, n_in]), Tensor::default());
     let flops = ItemsCount::new(2 * T * n_out * n_in);
-    let run = || linear::matmul_input_gradient(black_box(&d_y), &w, 1.0, &mut d_x, Into::Overwrite);
+    let run = || linear::matmul_input_gradient(black_box(&d_y), &w, 1.0, &mut d_x, Store::Overwrite);
     bencher.counter(flops).bench_local(run);
 }
 
@@ -83,7 +83,9 @@ fn linear_forward_adapted(bencher: Bencher<'_, '_>, (n_out, n_in): (usize, usize
     let (inner, outer) = (random(&[T, R]), random(&[n_out, R]));
     let adapter = Adapter { inner: &inner, outer: &outer, scale: 2.0 };
     let flops = ItemsCount::new(2 * T * n_out * (n_in + R));
-    bencher.counter(flops).bench_local(|| linear::forward_adapted(black_box(&x), &w, adapter, &mut y, Into::Overwrite));
+    bencher
+        .counter(flops)
+        .bench_local(|| linear::forward_adapted(black_box(&x), &w, adapter, &mut y, Store::Overwrite));
 }
 
 #[divan::bench(args = [(F, D), (D, F)])]
@@ -92,7 +94,7 @@ fn linear_input_gradient_adapted(bencher: Bencher<'_, '_>, (n_out, n_in): (usize
     let (inner, outer) = (random(&[T, R]), random(&[R, n_in]));
     let adapter = Adapter { inner: &inner, outer: &outer, scale: 2.0 };
     let flops = ItemsCount::new(2 * T * n_in * (n_out + R));
-    let run = || linear::input_gradient_adapted(black_box(&d_y), &w, adapter, &mut d_x, Into::Overwrite);
+    let run = || linear::input_gradient_adapted(black_box(&d_y), &w, adapter, &mut d_x, Store::Overwrite);
     bencher.counter(flops).bench_local(run);
 }
 
@@ -101,7 +103,7 @@ fn linear_input_gradient_adapted(bencher: Bencher<'_, '_>, (n_out, n_in): (usize
 fn linear_one_row(bencher: Bencher<'_, '_>, (n_out, n_in): (usize, usize)) {
     let (x, w, mut y) = (random(&[1, n_in]), random(&[n_out, n_in]), Tensor::default());
     let read = BytesCount::new(n_out * n_in * size_of::<f32>());
-    bencher.counter(read).bench_local(|| linear::matmul(black_box(&x), &w, 1.0, &mut y, Into::Overwrite));
+    bencher.counter(read).bench_local(|| linear::matmul(black_box(&x), &w, 1.0, &mut y, Store::Overwrite));
 }
 
 #[divan::bench]
@@ -132,7 +134,13 @@ fn attention_case(num: usize, length: usize) -> ([Tensor; 3], Vec<Segment>, usiz
 fn attention_forward(bencher: Bencher<'_, '_>, (num, length): (usize, usize)) {
     let ([q, k, v], segments, flops) = attention_case(num, length);
     let (mut o, mut lse) = (Tensor::default(), Tensor::default());
-    let run = || attention::forward(black_box(&q), &k, &v, &segments, HEADS, &mut o, &mut lse);
+    let run = || {
+        attention::forward(
+            attention::Qkv { q: black_box(&q), k: &k, v: &v, segments: &segments, heads: HEADS },
+            &mut o,
+            &mut lse,
+        )
+    };
     bencher.counter(ItemsCount::new(flops)).bench_local(run);
 }
 
@@ -141,15 +149,21 @@ fn attention_forward(bencher: Bencher<'_, '_>, (num, length): (usize, usize)) {
 fn attention_backward(bencher: Bencher<'_, '_>, (num, length): (usize, usize)) {
     let ([q, k, v], segments, flops) = attention_case(num, length);
     let (mut o, mut lse) = (Tensor::default(), Tensor::default());
-    attention::forward(&q, &k, &v, &segments, HEADS, &mut o, &mut lse);
+    attention::forward(attention::Qkv { q: &q, k: &k, v: &v, segments: &segments, heads: HEADS }, &mut o, &mut lse);
     let d_o = random(q.shape());
     let [mut d_q, mut d_k, mut d_v] = [(); 3].map(|()| Tensor::default());
     bencher.counter(ItemsCount::new(flops / 2 * 5)).bench_local(|| {
-        attention::backward(black_box(&q), &k, &v, &o, &lse, &d_o, &segments, HEADS, &mut d_q, &mut d_k, &mut d_v);
+        attention::backward(
+            attention::Qkv { q: black_box(&q), k: &k, v: &v, segments: &segments, heads: HEADS },
+            &o,
+            &lse,
+            &d_o,
+            [&mut d_q, &mut d_k, &mut d_v],
+        );
     });
 }
 
-/// New tokens of four sequences, each behind 512 that are cached.
+/// New tokens of four sequences, each after 512 that are cached.
 #[divan::bench(args = [1, 32])]
 fn attention_forward_cached(bencher: Bencher<'_, '_>, new: usize) {
     const CACHED: usize = 512;
@@ -160,14 +174,19 @@ fn attention_forward_cached(bencher: Bencher<'_, '_>, new: usize) {
         (0..4).map(|i| Segment { queries: i * new..(i + 1) * new, keys: i * keys..(i + 1) * keys }).collect();
     let mut o = Tensor::default();
     let flops = ItemsCount::new(2 * 2 * HEADS.q_cols() * 4 * new * (CACHED + new.div_ceil(2)));
-    let run = || attention::forward_cached(black_box(&q), &k, &v, &segments, HEADS, &mut o);
+    let run = || {
+        attention::forward_cached(
+            attention::Qkv { q: black_box(&q), k: &k, v: &v, segments: &segments, heads: HEADS },
+            &mut o,
+        )
+    };
     bencher.counter(flops).bench_local(run);
 }
 
 /// Tokens in the cache of one sequence.
 const CONTEXT: usize = 4096;
 
-/// One token behind [`CONTEXT`] others: reads the cache.
+/// One token after [`CONTEXT`] others: reads the cache.
 #[divan::bench(types = [f32, f16])]
 fn attention_decode_forward<E: Element>(bencher: Bencher<'_, '_>) {
     let [k, v] = [(); 2].map(|()| random(&[CONTEXT, HEADS.kv_cols()]));
@@ -437,14 +456,14 @@ const TRAIN: [Form; 6] = [
 fn packed_forward(bencher: Bencher<'_, '_>, form: Form) {
     let (x, w, mut y) = (random(&[T, PACKED_SHAPE[1]]), weight(form), Tensor::default());
     let flops = ItemsCount::new(2 * T * PACKED_SHAPE[0] * PACKED_SHAPE[1]);
-    bencher.counter(flops).bench_local(|| linear::forward(black_box(&x), &w, 1.0, &mut y, Into::Overwrite));
+    bencher.counter(flops).bench_local(|| linear::forward(black_box(&x), &w, 1.0, &mut y, Store::Overwrite));
 }
 
 #[divan::bench(args = TRAIN)]
 fn packed_input_gradient(bencher: Bencher<'_, '_>, form: Form) {
     let (d_y, w, mut d_x) = (random(&[T, PACKED_SHAPE[0]]), weight(form), Tensor::default());
     let flops = ItemsCount::new(2 * T * PACKED_SHAPE[0] * PACKED_SHAPE[1]);
-    bencher.counter(flops).bench_local(|| linear::input_gradient(black_box(&d_y), &w, 1.0, &mut d_x, Into::Overwrite));
+    bencher.counter(flops).bench_local(|| linear::input_gradient(black_box(&d_y), &w, 1.0, &mut d_x, Store::Overwrite));
 }
 
 /// The forms of generation.
@@ -466,7 +485,7 @@ fn products_one_row(bencher: Bencher<'_, '_>, form: Form) {
     bencher.counter(read).bench_local(|| {
         let together = weights.iter().zip(&mut y);
         let mut together: Vec<products::Product<'_>> = together
-            .map(|(weight, y)| products::Product { x: black_box(&x), weight, alpha: 1.0, y, into: Into::Overwrite })
+            .map(|(weight, y)| products::Product { x: black_box(&x), weight, alpha: 1.0, y, store: Store::Overwrite })
             .collect();
         products::forward(&mut together, &mut rounded);
     });

@@ -36,7 +36,8 @@ impl Heads {
 }
 
 /// One document (or one cached sequence): the rows of q that are its queries and the rows of k and v that they may see.
-/// The last query sees all keys, the one before all but the last, and so on; there are at least as many keys as queries.
+/// The last query sees all keys, the one before all but the last, and so on; there are at least as many keys as
+/// queries.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Segment {
     /// Rows of q.
@@ -46,7 +47,7 @@ pub struct Segment {
 }
 
 impl Segment {
-    /// The segments of documents with these `lengths`, one behind the other in a packed micro-batch.
+    /// The segments of documents with these `lengths`, one after the other in a packed micro-batch.
     pub fn documents(lengths: &[usize]) -> Vec<Self> {
         let mut start = 0;
         lengths
@@ -58,6 +59,21 @@ impl Segment {
             })
             .collect()
     }
+}
+
+/// What attention reads.
+#[derive(Clone, Copy, Debug)]
+pub struct Qkv<'a> {
+    /// Queries [T, H·D].
+    pub q: &'a Tensor,
+    /// Keys [S, K·D].
+    pub k: &'a Tensor,
+    /// Values [S, K·D].
+    pub v: &'a Tensor,
+    /// Which queries see which keys.
+    pub segments: &'a [Segment],
+    /// Numbers of heads and their size.
+    pub heads: Heads,
 }
 
 /// Which mask: a probability of dropping, a seed for the run, and a stream for (step, layer, module).

@@ -1,4 +1,4 @@
-//! Where tensors are, as values: the processor, or a GPU.
+//! Where tensors are, as values: the CPU, or a GPU.
 
 use crate::cuda::error::Error;
 use crate::cuda::gpu::Gpu;
@@ -7,7 +7,7 @@ use std::sync::Arc;
 /// Where a tensor's memory is and where its operations run.
 #[derive(Clone, Debug, Default)]
 pub enum Device {
-    /// The processor: always there, and the reference for every operation.
+    /// The CPU: always there, and the reference for every operation.
     #[default]
     Cpu,
     /// An NVIDIA GPU.
@@ -15,7 +15,7 @@ pub enum Device {
 }
 
 impl Device {
-    /// The GPU, unless this is the processor.
+    /// The GPU, unless this is the CPU.
     pub fn gpu(&self) -> Option<&Arc<Gpu>> {
         match self {
             Self::Cpu => None,
@@ -27,7 +27,7 @@ impl Device {
     ///
     /// # Errors
     /// The first failure since the device was opened. Operations do not report errors one by one, as the device works
-    /// behind the program's back: after a failure they do nothing, and this says what it was.
+    /// asynchronously: after a failure they do nothing, and this says what it was.
     pub fn synchronize(&self) -> Result<(), Error> {
         self.gpu().map_or(Ok(()), |gpu| gpu.synchronize())
     }

@@ -1,6 +1,6 @@
 //! Types of elements.
 
-/// Type of a tensor's elements. On the processor it is always f32.
+/// Type of a tensor's elements. On the CPU it is always f32.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Dtype {
     /// 32 bits.

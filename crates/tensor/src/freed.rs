@@ -1,12 +1,14 @@
 //! Giving freed memory back to the operating system.
 
-/// Gives back what was freed but is kept by the allocator for later, where the C library can (glibc). Called between phases:
-/// after many small allocations, such as those of reading text, this may be tens of megabytes that nothing uses again.
+/// Gives back what was freed but is kept by the allocator for later, where the C library can (glibc). Called between
+/// phases: after many small allocations, such as those of reading text, this may be tens of megabytes that nothing uses
+/// again.
 #[allow(unsafe_code)]
 pub fn release_freed_memory() {
     #[cfg(all(target_os = "linux", target_env = "gnu"))]
     {
-        // SAFETY: malloc_trim takes a number, may be called at any time from any thread, and touches no live allocation.
+        // SAFETY: malloc_trim takes a number, may be called at any time from any thread, and touches no live
+        // allocation.
         unsafe { libc::malloc_trim(0) };
     }
 }

@@ -6,11 +6,11 @@ use std::cell::Cell;
 
 thread_local! {
     /// The quantised operand, kept between products.
-    static ROWS: Cell<Int8Rows> = const { Cell::new(Int8Rows::new()) };
+    static ROWS: Cell<Int8Rows> = Cell::default();
 }
 
-/// A weight matrix [out, in] as 8-bit integers; see [`PackedInt`]. Its exact values are gone: whoever needs them reads the
-/// model again.
+/// A weight matrix [out, in] as 8-bit integers; see [`PackedInt`]. Its exact values are gone: whoever needs them reads
+/// the model again.
 #[derive(Clone, Debug)]
 pub struct Int8Weight {
     shape: [usize; 2],
@@ -39,7 +39,7 @@ impl Int8Weight {
         self.forward.bytes() + self.backward.as_ref().map_or(0, PackedInt::bytes)
     }
 
-    /// `y` [T, out] = or += `x` [T, in] · selfᵀ, over rows that lie one behind the other.
+    /// `y` [T, out] = or += `x` [T, in] · selfᵀ, over rows that lie one after the other.
     pub(crate) fn forward(&self, x: &[f32], y: &mut [f32], store: Store) {
         product(&self.forward, x, y, store);
     }
@@ -62,8 +62,8 @@ fn product(weights: &PackedInt, x: &[f32], y: &mut [f32], store: Store) {
     ROWS.set(rows);
 }
 
-/// Elements that share a scale. Longer blocks cost less (96 instead of 32: up to a quarter of a product) but let an outlier spoil
-/// more of its neighbours, and with 96 the loss of a trained model was visibly higher.
+/// Elements that share a scale. Longer blocks cost less (96 instead of 32: up to a quarter of a product) but let an
+/// outlier spoil more of its neighbours, and with 96 the loss of a trained model was visibly higher.
 const BLOCK: usize = 32;
 
 #[cfg(test)]

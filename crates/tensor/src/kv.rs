@@ -70,8 +70,8 @@ impl Element for f16 {
 #[repr(C, align(64))]
 struct Line([u8; 64]);
 
-/// Keys and values of one layer for the tokens of one sequence, as numbers of type `E`. Memory grows with the tokens, [`RUN`]
-/// at a time.
+/// Keys and values of one layer for the tokens of one sequence, as numbers of type `E`. Memory grows with the tokens,
+/// [`RUN`] at a time.
 #[derive(Clone, Debug)]
 pub struct KeyValues<E> {
     pub(crate) heads: Heads,
@@ -110,14 +110,14 @@ impl<E: Element> KeyValues<E> {
         Self { heads, per_head: vec![HeadCache::default(); heads.num_kv_heads], elements: PhantomData }
     }
 
-    /// Writes `k` and `v` [T, K·D] as tokens `at..at + T`; what was there or behind is forgotten.
+    /// Writes `k` and `v` [T, K·D] as tokens `at..at + T`; what was there or after it is forgotten.
     ///
     /// # Panics
     /// When the tokens before `at` were never written.
     pub fn write(&mut self, at: usize, k: &Tensor, v: &Tensor) {
         let (num_tokens, d) = (k.rows(), self.heads.head_dim);
         assert!(k.shape() == v.shape() && k.cols() == self.heads.kv_cols(), "k {:?}, v {:?}", k.shape(), v.shape());
-        assert!(at <= self.room(), "token {at} behind {} that are there", self.room());
+        assert!(at <= self.room(), "token {at} after {} that are there", self.room());
         let lines = ((at + num_tokens).next_multiple_of(RUN) * d * size_of::<E>()).div_ceil(size_of::<Line>());
         let write_head = |(head, cache): (usize, &mut HeadCache)| {
             for buffer in [&mut cache.k, &mut cache.v] {
@@ -176,7 +176,7 @@ impl<E: Element> KeyValues<E> {
         });
     }
 
-    /// Tokens that the memory held now has room for.
+    /// Tokens that fit into the memory held now.
     pub(crate) fn room(&self) -> usize {
         self.per_head.first().map_or(0, |cache| cache.k::<E>().len() / self.heads.head_dim)
     }

@@ -1,8 +1,8 @@
 //! Buffers, fused operations and CPU kernels of tunesmith: the only crate with `unsafe` code.
 //!
-//! [`ops`] holds one module an operation with its contract (formula, shapes, checks), its forward and its backward;
-//! the kernels behind them are in `cpu`. Gradients are added to (`d_x += ...`) or written (`d_x = ...`) as each
-//! function says.
+//! [`ops`] holds one module per op with its contract (formula, shapes, checks), its forward and its backward; their
+//! kernels are in `cpu` and `cuda`. Gradients are added to (`d_x += ...`) or written (`d_x = ...`) as each function
+//! says.
 
 mod contract;
 mod cpu;
@@ -15,9 +15,9 @@ mod kv;
 mod mapped;
 mod moments;
 pub mod nf4;
+mod offloaded_activations;
 pub mod ops;
 pub mod packed_int;
-mod parked;
 pub mod pool;
 pub mod quant;
 pub mod quant_encode;
@@ -26,17 +26,17 @@ pub mod team;
 mod tensor;
 mod weight;
 pub use cpu::view::threads as num_threads;
-pub use cuda::graph::Recorded;
+pub use cuda::graph::CapturedGraph;
 pub use device::Device;
 pub use dtype::Dtype;
 pub use freed::release_freed_memory;
 pub use int8_weight::Int8Weight;
 pub use mapped::MappedFile;
-pub use parked::Parked;
+pub use offloaded_activations::OffloadedActivations;
 pub use tensor::Tensor;
 pub use weight::{Bytes, Packed, Weight};
 
-/// Name of the instruction set that the kernels use on this processor: `baseline`, `AVX2` or `AVX-512`.
+/// Name of the instruction set that the kernels use on this CPU: `baseline`, `AVX2` or `AVX-512`.
 pub fn simd_level() -> &'static str {
     cpu::simd::level().name()
 }

@@ -29,9 +29,9 @@ impl MappedFile {
         Ok(Self(map))
     }
 
-    /// Gives the memory of the bytes in `range` back: they count as this process's no longer, and are read again when they
-    /// are touched again. Whoever has copied or decoded a part of a large file calls this, or the file stays in memory
-    /// beside the copy.
+    /// Gives the memory of the bytes in `range` back: they count as this process's no longer, and are read again when
+    /// they are touched again. Whoever has copied or dequantised a part of a large file calls this, or the file stays
+    /// in memory beside the copy.
     ///
     /// # Panics
     /// When `range` reaches past the end of the file.

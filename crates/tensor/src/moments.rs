@@ -17,7 +17,7 @@ pub enum Sign {
 /// A moment of `len` elements in about `len` · (1 + 4 / [`BLOCK`]) bytes.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Moment {
-    /// One code an element.
+    /// One code per element.
     pub codes: Vec<u8>,
     /// The largest magnitude of each block.
     pub scales: Vec<f32>,
@@ -35,11 +35,11 @@ impl Moment {
         len + 4 * len.div_ceil(BLOCK)
     }
 
-    /// What the moment decodes to.
-    pub fn decode(&self) -> Vec<f32> {
+    /// The values that the moment stands for.
+    pub fn dequantize(&self) -> Vec<f32> {
         let mut values = vec![0.0; self.codes.len()];
         let blocks = values.chunks_mut(BLOCK).zip(self.codes.chunks(BLOCK)).zip(&self.scales);
-        blocks.for_each(|((values, codes), scale)| decode(codes, *scale, self.sign, values));
+        blocks.for_each(|((values, codes), scale)| dequantize(codes, *scale, self.sign, values));
         values
     }
 }
@@ -74,8 +74,8 @@ pub(crate) fn tables() -> [f32; 1024] {
     tables
 }
 
-/// The magnitudes of the dynamic code: decade i of seven holds the middles of 2^i (signed) or 2^(i + 1) (unsigned) equal
-/// parts; 0 comes before them. The unsigned code has room for 1; the signed one is stretched to end there.
+/// The magnitudes of the dynamic code: decade i of seven holds the middles of 2^i (signed) or 2^(i + 1) (unsigned)
+/// equal parts; 0 comes before them. The unsigned code has room for 1; the signed one is stretched to end there.
 pub(crate) fn levels(sign: Sign) -> Vec<f32> {
     let more = i32::from(sign == Sign::Unsigned);
     let mut levels = vec![0.0f64];
@@ -111,8 +111,8 @@ impl Code {
     }
 }
 
-/// Decodes a block.
-pub(crate) fn decode(codes: &[u8], scale: f32, sign: Sign, values: &mut [f32]) {
+/// Dequantises a block.
+pub(crate) fn dequantize(codes: &[u8], scale: f32, sign: Sign, values: &mut [f32]) {
     let levels = &code(sign).levels;
     match sign {
         Sign::Unsigned => values.iter_mut().zip(codes).for_each(|(x, c)| *x = levels[*c as usize] * scale),
@@ -123,8 +123,8 @@ pub(crate) fn decode(codes: &[u8], scale: f32, sign: Sign, values: &mut [f32]) {
     }
 }
 
-/// Encodes a block and returns its scale.
-pub(crate) fn encode(values: &[f32], sign: Sign, codes: &mut [u8]) -> f32 {
+/// Quantises a block and returns its scale.
+pub(crate) fn quantize(values: &[f32], sign: Sign, codes: &mut [u8]) -> f32 {
     let scale = largest(values);
     if scale == 0.0 {
         codes.fill(0);

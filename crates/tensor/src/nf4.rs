@@ -1,6 +1,6 @@
 //! NF4, the 4-bit code of QLoRA (Dettmers et al., "QLoRA: efficient finetuning of quantized LLMs", 2023), laid out and
-//! rounded as bitsandbytes does: blocks of 64 elements with one absolute maximum each. With double quantisation the maxima
-//! are themselves stored in 8 bits, in groups of 256 around their mean: 4.127 bits a weight instead of 4.5.
+//! rounded as bitsandbytes does: blocks of 64 elements with one absolute maximum each. With double quantisation the
+//! maxima are themselves stored in 8 bits, in groups of 256 around their mean: 4.127 bits per weight instead of 4.5.
 
 use rayon::prelude::*;
 use std::ops::Range;
@@ -31,7 +31,7 @@ pub const CODE: [f32; 16] = [
     1.0,
 ];
 
-/// Elements in NF4: two a byte, the first in the high nibble, and the scales of their blocks.
+/// Elements in NF4: two per byte, the first in the high nibble, and the scales of their blocks.
 #[derive(Clone, Debug)]
 pub struct Nf4 {
     len: usize,
@@ -103,7 +103,7 @@ impl Nf4 {
         len.div_ceil(2) + blocks + 4 * blocks.div_ceil(GROUP)
     }
 
-    /// Decodes the elements `range` into `out`: code · scale of the block.
+    /// Dequantises the elements `range` into `out`: code · scale of the block.
     ///
     /// # Panics
     /// When `range` exceeds the elements, or `out` has another length.
@@ -166,9 +166,9 @@ fn nearest(x: f32) -> u8 {
     code
 }
 
-/// The 256 values of dynamic 8-bit quantisation, ascending in [-1, 1] (Dettmers et al., "8-bit optimizers via block-wise
-/// quantization", 2022): for each of seven powers of ten, twice as many values as for the one below, evenly spread over
-/// [0.1, 1] of it; both signs; 0 and 1.
+/// The 256 values of dynamic 8-bit quantisation, ascending in [-1, 1] (Dettmers et al., "8-bit optimizers via
+/// block-wise quantization", 2022): for each of seven powers of ten, twice as many values as for the one below, evenly
+/// spread over [0.1, 1] of it; both signs; 0 and 1.
 pub fn dynamic_code() -> &'static [f32; 256] {
     static CODE: OnceLock<[f32; 256]> = OnceLock::new();
     CODE.get_or_init(|| {

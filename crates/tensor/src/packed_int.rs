@@ -1,18 +1,19 @@
-//! Weights as small integers with a scale for each block, laid out for integer dot products, and activations quantised to
-//! multiply them.
+//! Weights as small integers with a scale for each block, laid out for integer dot products, and activations quantised
+//! to multiply them.
 //!
 //! An element of row n is w = d · c + m, where c is a signed code of 8 bits (or 4), and d and m (optional) belong to a
-//! block of [`PackedInt::block_len`] consecutive elements of the row. Activations are x ≈ s · a with codes a in −127..=127
-//! and a scale s = max |x| / 127 of their own for each token and block, so that an outlier spoils its block only. Then
+//! block of [`PackedInt::block_len`] consecutive elements of the row. Activations are x ≈ s · a with codes a in
+//! −127..=127 and a scale s = max |x| / 127 of their own for each token and block, so that an outlier spoils its block
+//! only. Then
 //!
 //! y[t, n] = Σ_b d[n, b] · s[t, b] · Σ_k c[n, k] · a[t, k] + m[n, b] · s[t, b] · Σ_k a[t, k]
 //!
-//! with exact integer sums inside a block and f32 across blocks. Nothing but the rounding of activations (and of weights
-//! that were not integers before) separates this from the f32 product.
+//! with exact integer sums inside a block and f32 across blocks. Nothing but the rounding of activations (and of
+//! weights that were not integers before) separates this from the f32 product.
 //!
-//! Layout: rows in groups of 16; a group is a sequence of lines of 64 bytes, four consecutive elements of each of its 16
-//! rows, so that one 512-bit register of weights meets four broadcast activations. Codes are stored as c + 128, or two a
-//! byte: the low halves of a line are the line before, the high halves the line behind.
+//! Layout: rows in groups of 16; a group is a sequence of lines of 64 bytes, four consecutive elements of each of its
+//! 16 rows, so that one 512-bit register of weights meets four broadcast activations. Codes are stored as c + 128, or
+//! two per byte: the low halves of a line are the line before, the high halves the line after.
 
 use crate::cpu::int8::{Output, Rows, Weights, products};
 use crate::cpu::int8_rows::quantize_row;
@@ -35,9 +36,9 @@ struct Line([u8; 64]);
 /// How codes are stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Codes {
-    /// One a byte, c + 128.
+    /// One per byte, c + 128.
     Bytes,
-    /// Two a byte, c + `zero`.
+    /// Two per byte, c + `zero`.
     Nibbles { zero: u8 },
 }
 
@@ -72,20 +73,6 @@ pub struct Int8Rows {
 }
 
 impl Int8Rows {
-    /// No rows.
-    pub const fn new() -> Self {
-        Self {
-            count: 0,
-            cols: 0,
-            blocks: 0,
-            block_len: 0,
-            codes: Vec::new(),
-            scales: Vec::new(),
-            offsets: Vec::new(),
-            sums: Vec::new(),
-        }
-    }
-
     /// Quantises `x` [T, in] in blocks of `block_len` elements; the last block of a row may be shorter.
     ///
     /// Infinities and NaN become the scale of their block, and so reach every product.
@@ -96,7 +83,7 @@ impl Int8Rows {
         self.quantize_rows(x.data(), x.cols(), block_len);
     }
 
-    /// As [`Int8Rows::quantize`] for rows of `cols` elements that lie one behind the other.
+    /// As [`Int8Rows::quantize`] for rows of `cols` elements that lie one after the other.
     pub fn quantize_rows(&mut self, x: &[f32], cols: usize, block_len: usize) {
         self.quantize_at(Level::best(), x, cols, block_len);
     }
@@ -211,8 +198,8 @@ fn multiply_at(level: Level, x: &Int8Rows, outputs: &mut [Product<'_>]) {
 }
 
 impl PackedInt {
-    /// Quantises the `rows` rows of `cols` weights that `row` writes (given a row's number and where it goes), to 8 bits
-    /// with blocks of `block_len` elements: d = max |w| / 127.
+    /// Quantises the `rows` rows of `cols` weights that `row` writes (given a row's number and where it goes), to 8
+    /// bits with blocks of `block_len` elements: d = max |w| / 127.
     ///
     /// # Panics
     /// When `block_len` is not a multiple of 32.
@@ -291,11 +278,12 @@ impl PackedInt {
         matches!(kind, BlockType::Q4_0 | BlockType::Q4_1 | BlockType::Q5_0 | BlockType::Q5_1 | BlockType::Q8_0)
     }
 
-    /// Repacks blocks of `kind` without changing a value: row i consists of the blocks that `row(i)` returns, so that rows
-    /// may come in another order than in the file. Five-bit codes take a byte.
+    /// Repacks blocks of `kind` without changing a value: row i consists of the blocks that `row(i)` returns, so that
+    /// rows may come in another order than in the file. Five-bit codes take a byte.
     ///
     /// # Panics
-    /// When the kind is not one that [`PackedInt::holds`], `cols` is not a multiple of 32, or a row has the wrong length.
+    /// When the kind is not one that [`PackedInt::holds`], `cols` is not a multiple of 32, or a row has the wrong
+    /// length.
     pub fn from_gguf<'a>(kind: BlockType, rows: usize, cols: usize, row: impl Fn(usize) -> &'a [u8] + Sync) -> Self {
         assert!(Self::holds(kind) && cols.is_multiple_of(GGUF_BLOCK), "{} of {cols} columns", kind.name());
         let codes_kind = match kind {

@@ -2,8 +2,9 @@
 
 /// Runs `f` on one of the threads that operations are dealt to.
 ///
-/// An operation called from any other thread hands its work over, sleeps, and is woken when it is done. That costs tens of
-/// microseconds, thousands of times a training step; inside `f` the calling thread does its share of the work itself.
+/// An operation called from any other thread hands its work over, sleeps, and is woken when it is done. That costs tens
+/// of microseconds, thousands of times per training step; inside `f` the calling thread does its share of the work
+/// itself.
 pub fn enter<R: Send>(f: impl FnOnce() -> R + Send) -> R {
     rayon::scope(|_| f())
 }

@@ -1,4 +1,4 @@
-//! Storage formats of weights as GGUF files hold them, and their decoding to f32.
+//! Storage formats of weights as GGUF files hold them, and their dequantisation to f32.
 //!
 //! A row is a sequence of blocks; a block packs [`BlockType::block_len`] consecutive elements with their scales into
 //! [`BlockType::block_bytes`] little-endian bytes. Products and differences are taken in f32 in the order that the
@@ -29,7 +29,7 @@ pub enum BlockType {
     Q6_K,
 }
 
-/// Elements that one task decodes: a multiple of every block length, large enough to hide the scheduling.
+/// Elements that one task dequantises: a multiple of every block length, large enough to hide the scheduling.
 const TASK: usize = 64 * 1024;
 
 impl BlockType {
@@ -155,7 +155,7 @@ impl BlockType {
     }
 }
 
-/// Decodes `bytes`, whole blocks of `kind`, into `out`, on all cores when there is much of it.
+/// Dequantises `bytes`, whole blocks of `kind`, into `out`, on all cores when there is much of it.
 ///
 /// # Panics
 /// When `bytes` is not [`BlockType::bytes_for`] the length of `out`.
@@ -168,8 +168,8 @@ pub fn dequantize(kind: BlockType, bytes: &[u8], out: &mut [f32]) {
     out.par_chunks_mut(TASK).zip(bytes.par_chunks(task_bytes)).for_each(|(out, bytes)| decode(kind, bytes, out));
 }
 
-/// Whether every element of `bytes`, whole blocks of `kind`, decodes to a finite number. Of quantised blocks only the scales
-/// are looked at: their codes are finite whatever they are.
+/// Whether every element of `bytes`, whole blocks of `kind`, dequantises to a finite number. Of quantised blocks only
+/// the scales are looked at: their codes are finite whatever they are.
 pub fn all_finite(kind: BlockType, bytes: &[u8]) -> bool {
     let scales: &[usize] = match kind {
         BlockType::F32 => {
@@ -288,7 +288,7 @@ fn q8_0(b: &[u8; 34], out: &mut [f32; 32]) {
     }
 }
 
-/// Bytes 0-15: scale (low nibble) and minimum (high) of each run of 16; 16-79: two bits an element; 80: d; 82: dmin.
+/// Bytes 0-15: scale (low nibble) and minimum (high) of each run of 16; 16-79: two bits per element; 80: d; 82: dmin.
 /// Each half of 128 elements is in 32 bytes, from the lowest bit pair to the highest in runs of 32.
 fn q2_k(b: &[u8; 84], out: &mut [f32; 256]) {
     let (d, dmin) = (half_at(b, 80), half_at(b, 82));

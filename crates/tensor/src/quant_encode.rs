@@ -1,4 +1,5 @@
-//! Encoding of f32 weights into the simple block formats of GGUF files, rounded as the formats' reference encoder rounds.
+//! Encoding of f32 weights into the simple block formats of GGUF files, rounded as the formats' reference encoder
+//! rounds.
 
 use crate::quant::BlockType;
 use half::{bf16, f16};
@@ -65,8 +66,8 @@ mod tests {
     #[test]
     fn decoding_comes_back_within_half_a_step() {
         let values = Rng::new(2, 0).normals(4096 * 3 + 64, 0.4);
-        // Steps between codes, as shares of a block's largest magnitude. The f16 scale is off by up to 2⁻¹¹, which adds 127 · 2⁻¹¹ of a
-        // step in Q8_0; in Q4_0 the side opposite to the largest element ends a whole step early.
+        // Steps between codes, as shares of a block's largest magnitude. The f16 scale is off by up to 2⁻¹¹, which adds
+        // 127 · 2⁻¹¹ of a step in Q8_0; in Q4_0 the side opposite to the largest element ends a whole step early.
         for (kind, step) in ENCODABLE.into_iter().zip([0.0f32, 1e-3, 8e-3, 1.13 / 127.0, 1.01 / 4.0]) {
             let bytes = quantize(kind, &values);
             let mut back = vec![f32::NAN; values.len()];

@@ -1,15 +1,15 @@
-//! Threads that stand by while one thread runs a chain of small parallel loops.
+//! A spinning fork-join team: no parking between small parallel loops.
 //!
-//! Handing a loop to a thread pool costs several microseconds, since its threads sleep in between. Decoding one token runs
-//! more than a hundred loops of ten or twenty microseconds each. Inside [`scope`] the other threads of the pool wait in a
-//! spin loop instead, and take part in a loop a few hundred nanoseconds after it begins.
+//! Handing a loop to a thread pool costs several microseconds, since its threads sleep in between. Decoding one token
+//! runs more than a hundred loops of ten or twenty microseconds each. Inside [`scope`] the other threads of the pool
+//! wait in a spin loop instead, and take part in a loop a few hundred nanoseconds after it begins.
 //!
-//! Nothing depends on them: parts of a loop are claimed one by one, so a thread that is late, or busy with something else,
-//! only means that the others do more parts.
+//! Nothing depends on them: parts of a loop are claimed one by one, so a thread that is late, or busy with something
+//! else, only means that the others do more parts.
 //!
-//! Between two loops the memory would stand idle, and memory is what decoding waits for. [`read_ahead`] names what the next loop
-//! will read; waiting threads fetch it into their caches meanwhile. They then take parts from the front, where that begins,
-//! and the leader from the back.
+//! Between two loops the memory would stand idle, and memory is what decoding waits for. [`read_ahead`] names what the
+//! next loop will read; waiting threads fetch it into their caches meanwhile. They then take parts from the front,
+//! where that begins, and the leader from the back.
 
 use rayon::prelude::*;
 use std::cell::Cell;
@@ -70,11 +70,12 @@ fn prefetch(line: *const u8) {
     unsafe { _mm_prefetch::<_MM_HINT_T0>(line.cast()) }
 }
 
-/// Stable Rust has no hint for other processors.
+/// Stable Rust has no hint for other CPUs.
 #[cfg(not(target_arch = "x86_64"))]
 fn prefetch(_line: *const u8) {}
 
-/// Names `bytes` as what the loop after the one that this thread runs next will read first. Threads that wait for it fetch them.
+/// Names `bytes` as what the loop after the one that this thread runs next will read first. Threads that wait for it
+/// fetch them.
 pub(crate) fn read_ahead(bytes: &[u8]) {
     if let Role::Leader(team) = ROLE.get() {
         #[allow(unsafe_code)]
@@ -87,7 +88,7 @@ pub(crate) fn read_ahead(bytes: &[u8]) {
     }
 }
 
-/// The place where the thread that runs the chain and its helpers meet.
+/// What the thread that runs the chain shares with its helpers.
 struct Team {
     /// Odd while a job is open to helpers. Only the leader changes it.
     epoch: Counter,
@@ -97,8 +98,8 @@ struct Team {
     claimed: Counter,
     /// Of those, the ones that helpers claimed, which are the first ones.
     front: Counter,
-    /// What the next loop will read. The three may be of different ranges for a moment: fetching what nobody reads, or what is
-    /// not there any more, does no harm.
+    /// What the next loop will read. The three may be of different ranges for a moment: fetching what nobody reads, or
+    /// what is not there any more, does no harm.
     ahead: Ahead,
     /// Set when the chain is at its end.
     ended: AtomicBool,
@@ -109,8 +110,8 @@ struct Team {
 }
 
 // SAFETY: all fields but `job` are atomics. `job` is written only by the leader, while `epoch` is even and no helper is
-// inside; helpers read it only after they have counted themselves in and then seen `epoch` odd, which the leader's later
-// write waits for (`Team::run`). The body it points to is `Sync`.
+// inside; helpers read it only after they have counted themselves in and then seen `epoch` odd, which the leader's
+// later write waits for (`Team::run`). The body it points to is `Sync`.
 #[allow(unsafe_code)]
 unsafe impl Sync for Team {}
 
@@ -144,7 +145,7 @@ impl Drop for Acting {
     }
 }
 
-/// Turns of the spin loop before the thread offers its core to others.
+/// Iterations of the spin loop before the thread offers its core to others.
 const SPINS: u32 = 20_000;
 
 /// Waits until `ready` says so, and does `meanwhile` in between.
@@ -161,7 +162,7 @@ fn wait(ready: impl Fn() -> bool, meanwhile: impl Fn()) {
     }
 }
 
-/// Runs `chain` on a thread of the current rayon pool while the pool's other threads stand by for its loops.
+/// Runs `chain` on a thread of the current rayon pool while the pool's other threads spin for its loops.
 ///
 /// Rayon's own parallel iterators inside `chain` get no help from those threads.
 ///
@@ -227,8 +228,8 @@ pub(crate) fn for_each(parts: usize, body: impl Fn(usize) + Sync) {
 fn run(team: *const Team, parts: usize, body: &(dyn Fn(usize) + Sync)) {
     // SAFETY: it was this thread's role, which `scope` takes back before the team goes.
     let team = unsafe { &*team };
-    // SAFETY: only the lifetime changes. Helpers use the pointer only while they are counted in `inside` of an open job,
-    // and `Open::drop` closes the job and waits for them before this function returns or unwinds.
+    // SAFETY: only the lifetime changes. Helpers use the pointer only while they are counted in `inside` of an open
+    // job, and `Open::drop` closes the job and waits for them before this function returns or unwinds.
     let body: *const (dyn Fn(usize) + Sync) = unsafe { std::mem::transmute(ptr::from_ref(body)) };
     team.job.set(Some(Job { body, parts }));
     team.claimed.0.store(0, SeqCst);
@@ -246,8 +247,8 @@ fn run(team: *const Team, parts: usize, body: &(dyn Fn(usize) + Sync)) {
     assert!(!team.failed.load(SeqCst), "a part of a loop panicked on another thread");
 }
 
-/// Works through unclaimed parts until there are none. As many are handed out as there are, so that those that `next` takes from
-/// the front and from the back never meet.
+/// Works through unclaimed parts until there are none. As many are handed out as there are, so that those that `next`
+/// takes from the front and from the back never meet.
 fn claim(team: &Team, parts: usize, body: &(dyn Fn(usize) + Sync), mut next: impl FnMut() -> usize) {
     let _in_loop = Acting::new(Role::InLoop);
     while team.claimed.0.fetch_add(1, SeqCst) < parts {

@@ -1,4 +1,4 @@
-//! Row-major, contiguous tensors: f32 in cache-line-aligned memory of the processor, f32 or bf16 in that of a GPU.
+//! Row-major, contiguous tensors: f32 in cache-line-aligned host memory, f32 or bf16 in that of a GPU.
 
 use crate::cuda::gpu::{Buffer, Gpu};
 use crate::{device::Device, dtype::Dtype};
@@ -14,18 +14,19 @@ struct Line([f32; 16]);
 
 const LINE: usize = 16;
 
-/// Bytes from which a buffer is a mapping of its own instead of a piece of the heap. Buffers of a layer grow by a little when a
-/// longer pass comes; on the heap each would leave a hole that none of the others, grown too, fits into.
+/// Bytes from which a buffer is a mapping of its own instead of a piece of the heap. Buffers of a layer grow by a
+/// little when a longer pass comes; on the heap each would leave a hole that none of the others, grown too, fits into.
 const LARGE: usize = 256 << 10;
 
 /// Bytes from which pages of 2 MB are asked for.
 const HUGE: usize = 4 << 20;
 
-/// Memory of the processor that is zero when it is new.
+/// Host memory that is zero when it is new.
 enum Host {
     Heap(Vec<Line>),
-    /// Pages of its own: given back at once when dropped, not touched before they are used (the heap writes zeros into memory that
-    /// has to be aligned), and of 2 MB where Linux can, since products stride over more small pages than a processor remembers.
+    /// Pages of its own: given back at once when dropped, not touched before they are used (the heap writes zeros into
+    /// memory that has to be aligned), and of 2 MB where Linux can, since products stride over more small pages than a
+    /// TLB holds.
     Pages(MmapMut),
 }
 
@@ -75,7 +76,7 @@ const CHUNK: usize = 1 << 16;
 /// different lengths without going back to the operating system (fresh pages have to be zeroed, which costs more than
 /// most of the ops).
 ///
-/// The elements of a tensor on the processor are f32 and can be looked at ([`Tensor::data`]). Those of a tensor on a GPU are
+/// The elements of a tensor on the CPU are f32 and can be looked at ([`Tensor::data`]). Those of a tensor on a GPU are
 /// what operations and [`Tensor::to_host`] make of them.
 #[derive(Default)]
 pub struct Tensor {
@@ -103,7 +104,7 @@ impl Tensor {
         tensor
     }
 
-    /// A tensor of `shape` on `device`, filled with zeros. The processor has f32 only.
+    /// A tensor of `shape` on `device`, filled with zeros. The CPU has f32 only.
     pub fn zeros_on(device: &Device, dtype: Dtype, shape: &[usize]) -> Self {
         let mut tensor = Self::default();
         tensor.resize_on(device, dtype, shape);
@@ -201,12 +202,12 @@ impl Tensor {
         }
     }
 
-    /// An f32 tensor of the processor as two halves of 16 bits on a GPU: its bf16 (to nearest, ties away from zero) and what
-    /// that rounding left, so that [`Tensor::join`] gives the same bits again.
+    /// An f32 master weight in host memory as two tensors on a GPU: its bf16 (to nearest, ties away from zero) and the
+    /// residual of that rounding in 16 bits per element, so that [`Tensor::join_master`] gives the same bits.
     ///
     /// # Panics
     /// When the tensor or `device` is not where it must be.
-    pub fn split(&self, device: &Device) -> (Self, Self) {
+    pub fn split_master(&self, device: &Device) -> (Self, Self) {
         let halves = |f: fn(u32) -> u16| {
             let mut half = Self::default();
             half.resize_on(device, Dtype::BF16, &self.shape);
@@ -218,17 +219,17 @@ impl Tensor {
         (halves(upper), halves(|bits| bits.wrapping_sub((bits.wrapping_add(0x8000) >> 16) << 16) as u16))
     }
 
-    /// What [`Tensor::split`] was made from, as far as the halves were not changed since.
-    pub fn join(&self, low: &Self) -> Self {
+    /// The f32 master weight of a bf16 weight and its `residual`.
+    pub fn join_master(&self, residual: &Self) -> Self {
         let read = |half: &Self| {
             let mut values = vec![0u16; half.len];
             half.device_buffer().read(0, bytemuck::cast_slice_mut(&mut values));
             values
         };
         let mut joined = Self::zeros(&self.shape);
-        let halves = read(self).into_par_iter().zip(read(low));
-        joined.data_mut().par_iter_mut().zip(halves).for_each(|(x, (upper, low))| {
-            *x = f32::from_bits((u32::from(upper) << 16).wrapping_add_signed(i32::from(low as i16)));
+        let halves = read(self).into_par_iter().zip(read(residual));
+        joined.data_mut().par_iter_mut().zip(halves).for_each(|(x, (upper, residual))| {
+            *x = f32::from_bits((u32::from(upper) << 16).wrapping_add_signed(i32::from(residual as i16)));
         });
         joined
     }
@@ -257,7 +258,7 @@ impl Tensor {
         }
     }
 
-    /// Where the memory is, for telling whether it is another one than before: 0 on the processor.
+    /// Where the memory is, for telling whether it has changed: 0 on the CPU.
     pub fn address(&self) -> u64 {
         self.buffer().map_or(0, Buffer::address)
     }
@@ -270,7 +271,7 @@ impl Tensor {
         }
     }
 
-    /// A copy of a tensor on the processor, on `device` in `dtype` (rounded to nearest, ties to even).
+    /// A copy of a tensor on the CPU, on `device` in `dtype` (rounded to nearest, ties to even).
     ///
     /// # Panics
     /// When the tensor is on a GPU.
@@ -281,7 +282,7 @@ impl Tensor {
         copy
     }
 
-    /// Takes the elements of `from`, which is on the processor and has this shape, rounded to nearest, ties to even.
+    /// Takes the elements of `from`, which is on the CPU and has this shape, rounded to nearest, ties to even.
     pub(crate) fn write(&mut self, from: &Self) {
         assert_eq!(self.shape, from.shape);
         match &self.memory {
@@ -296,7 +297,7 @@ impl Tensor {
         }
     }
 
-    /// A copy on the processor, in f32. Waits for the device.
+    /// A copy in host memory, in f32. Waits for the device.
     pub fn to_host(&self) -> Self {
         let mut copy = Self::zeros(&self.shape);
         self.read(copy.data_mut());

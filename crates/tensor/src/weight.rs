@@ -1,7 +1,7 @@
 //! Weight matrices as they are kept in memory: dense f32, or packed as a file stores them.
 //!
-//! A packed matrix is decoded to f32 a panel of rows at a time, where a product needs it; the dense matrix is never
-//! built. Decoding is exact, so products over a packed matrix are those over the dense one.
+//! A packed matrix is dequantised to f32 a panel of rows at a time, where a product needs it; the dense matrix is never
+//! built. Dequantising is exact, so products over a packed matrix are those over the dense one.
 
 use crate::cuda::dequantize::DeviceWeight;
 use crate::packed_int::{GGUF_BLOCK, PackedInt};
@@ -68,11 +68,9 @@ impl Weight {
     /// # Panics
     /// When the weight is not dense.
     pub fn tensor(&self) -> &Tensor {
-        match self {
-            Self::Dense(tensor) => tensor,
-            Self::Packed(_) | Self::Int8(_) | Self::Device(_) => {
-                panic!("a weight of shape {:?} is {} where a dense one is needed", self.shape(), self.encoding())
-            }
+        match self.dense() {
+            Some(tensor) => tensor,
+            None => panic!("a weight of shape {:?} is {} where a dense one is needed", self.shape(), self.encoding()),
         }
     }
 
@@ -83,13 +81,11 @@ impl Weight {
     pub fn tensor_mut(&mut self) -> &mut Tensor {
         match self {
             Self::Dense(tensor) => tensor,
-            Self::Packed(_) | Self::Int8(_) | Self::Device(_) => {
-                panic!("a weight of shape {:?} is {} where a dense one is needed", self.shape(), self.encoding())
-            }
+            _ => panic!("a weight of shape {:?} is {} where a dense one is needed", self.shape(), self.encoding()),
         }
     }
 
-    /// All elements as f32: a copy of a dense weight, a packed one decoded.
+    /// All elements as f32: a copy of a dense weight, a packed one dequantised.
     ///
     /// # Panics
     /// When the weight is rounded to 8 bits for products: its values are gone.
@@ -109,7 +105,7 @@ impl Weight {
     pub fn row_into(&self, i: usize, out: &mut [f32]) {
         match self {
             Self::Dense(tensor) => out.copy_from_slice(tensor.row(i)),
-            Self::Packed(packed) => packed.decode_rows(i..i + 1, out),
+            Self::Packed(packed) => packed.dequantize_rows(i..i + 1, out),
             Self::Int8(_) => panic!("the values of an int8 weight of shape {:?} are gone", self.shape()),
             Self::Device(_) => panic!("{ON_GPU}"),
         }
@@ -135,7 +131,7 @@ impl Weight {
                 }
                 Encoding::Blocks { .. } | Encoding::Nf4(_) => {
                     PackedInt::quantize(shape[0], shape[1], GGUF_BLOCK, |row, out| {
-                        packed.decode_rows(row..row + 1, out)
+                        packed.dequantize_rows(row..row + 1, out)
                     })
                 }
             },
@@ -151,8 +147,8 @@ impl Weight {
         }
     }
 
-    /// Says that the next parallel loop but one will read this weight, so that threads of a [`crate::team`] that wait can fetch its
-    /// beginning. Nothing where it is not read as it is.
+    /// Says that the next parallel loop but one will read this weight, so that threads of a [`crate::team`] that wait
+    /// can fetch its beginning. Nothing where it is not read as it is.
     pub fn read_ahead(&self) {
         match self {
             Self::Dense(dense) if dense.gpu().is_none() => crate::team::read_ahead(bytemuck::cast_slice(dense.data())),
@@ -165,7 +161,7 @@ impl Weight {
 
     /// Whether the weight is kept as integers, whose products round what they multiply ([`Weight::to_integers`]).
     pub fn is_integers(&self) -> bool {
-        matches!(self, Self::Packed(Packed { encoding: Encoding::Integers(_), .. }))
+        self.integers().is_some()
     }
 
     /// Bytes of the encoded elements.
@@ -199,7 +195,7 @@ impl Weight {
         }
     }
 
-    /// Where the memory is on a GPU, for telling whether it is another one than before: 0 on the processor.
+    /// Where the memory is on a GPU, for telling whether it has changed: 0 on the CPU.
     pub fn address(&self) -> u64 {
         match self {
             Self::Dense(tensor) => tensor.address(),
@@ -208,11 +204,11 @@ impl Weight {
         }
     }
 
-    /// A copy on `device` for products with activations of `dtype`: quantised blocks and NF4 as they are, everything else
-    /// dense in `dtype`.
+    /// A copy on `device` for products with activations of `dtype`: quantised blocks and NF4 as they are, everything
+    /// else dense in `dtype`.
     ///
     /// # Panics
-    /// When the weight is rounded to 8 bits for the processor's products.
+    /// When the weight is rounded to 8 bits for the CPU's products.
     pub fn to_device(&self, device: &Device, dtype: Dtype) -> Self {
         let Some(gpu) = device.gpu() else { return self.clone() };
         match self {
@@ -227,7 +223,7 @@ impl Weight {
                     Self::Dense(packed.to_tensor().to_device(device, dtype))
                 }
             },
-            Self::Int8(_) => panic!("int8 products are the processor's"),
+            Self::Int8(_) => panic!("int8 products are the CPU's"),
             Self::Device(_) => panic!("{ON_GPU}"),
         }
     }
@@ -276,9 +272,9 @@ impl Bytes {
 }
 
 impl Packed {
-    /// A matrix of `shape` whose rows are whole blocks of `kind`. `interleaved_heads` is the number of heads when rows are
-    /// stored in the order of interleaved rotation (q and k in GGUF files): row `2 j + s` of a head is then row
-    /// `s * head_dim / 2 + j` of the matrix.
+    /// A matrix of `shape` whose rows are whole blocks of `kind`. `interleaved_heads` is the number of heads when rows
+    /// are stored in the order of interleaved rotation (q and k in GGUF files): row `2 j + s` of a head is then row `s
+    /// * head_dim / 2 + j` of the matrix.
     ///
     /// # Panics
     /// When the bytes do not have the length that shape and encoding ask for, or the heads do not divide the rows.
@@ -324,11 +320,11 @@ impl Packed {
         }
     }
 
-    /// Decodes `rows` into `out` [rows, cols].
+    /// Dequantises `rows` into `out` [rows, cols].
     ///
     /// # Panics
     /// When `out` has another length.
-    pub fn decode_rows(&self, rows: Range<usize>, out: &mut [f32]) {
+    pub fn dequantize_rows(&self, rows: Range<usize>, out: &mut [f32]) {
         let cols = self.shape[1];
         assert_eq!(out.len(), rows.len() * cols, "rows {rows:?} of {cols} columns");
         match &self.encoding {
@@ -348,20 +344,20 @@ impl Packed {
         }
     }
 
-    /// Decodes `rows` into `out` [rows, cols] on all threads.
-    pub fn decode_rows_parallel(&self, rows: Range<usize>, out: &mut [f32]) {
+    /// Dequantises `rows` into `out` [rows, cols] on all threads.
+    pub fn dequantize_rows_parallel(&self, rows: Range<usize>, out: &mut [f32]) {
         let cols = self.shape[1];
         let step = (1usize << 14).div_ceil(cols.max(1));
         out.par_chunks_mut(step * cols).enumerate().for_each(|(i, out)| {
             let first = rows.start + i * step;
-            self.decode_rows(first..first + out.len() / cols, out);
+            self.dequantize_rows(first..first + out.len() / cols, out);
         });
     }
 
     /// The whole matrix as f32.
     pub fn to_tensor(&self) -> Tensor {
         let mut tensor = Tensor::zeros(&self.shape);
-        self.decode_rows_parallel(0..self.shape[0], tensor.data_mut());
+        self.dequantize_rows_parallel(0..self.shape[0], tensor.data_mut());
         tensor
     }
 
@@ -383,7 +379,7 @@ impl Packed {
         }
     }
 
-    /// Whether every element decodes to a finite number.
+    /// Whether every element dequantises to a finite number.
     pub fn is_finite(&self) -> bool {
         match &self.encoding {
             Encoding::Blocks { kind, bytes, .. } => all_finite(*kind, bytes.as_slice()),

@@ -11,7 +11,7 @@ use std::time::Instant;
 use tunesmith_model::memory::Offload;
 use tunesmith_model::{AdapterConfig, Batch, Config, Gradients, Llama, LossOptions, Modules, Recompute, Workspace};
 use tunesmith_tensor::cuda::sizes;
-use tunesmith_tensor::ops::linear::{self, Into};
+use tunesmith_tensor::ops::linear::{self, Store};
 use tunesmith_tensor::ops::sample::{self, Choice, Scratch};
 use tunesmith_tensor::{Device, Dtype, Tensor, rng::Rng};
 
@@ -265,7 +265,7 @@ pub fn peaks(device: &Device, dtype: Dtype, size: usize) -> Result<Peaks> {
         Ok(start.elapsed().as_secs_f64() / REPEATS as f64)
     };
     let copy = 2.0 * (a.len() * dtype.bytes()) as f64 / time(Box::new(|| to.assign(&a)))?;
-    let product = time(Box::new(|| linear::matmul(&a, &b, 1.0, &mut c, Into::Overwrite)))?;
+    let product = time(Box::new(|| linear::matmul(&a, &b, 1.0, &mut c, Store::Overwrite)))?;
     Ok(Peaks { copy, product: 2.0 * (size as f64).powi(3) / product })
 }
 

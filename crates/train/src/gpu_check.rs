@@ -12,7 +12,7 @@ use crate::selftest::{Check, small, worst};
 use crate::{Error, Result};
 use tunesmith_model::{AdapterConfig, Batch, Config, Gradients, KvCache, Llama, LossOptions, Recompute, Workspace};
 use tunesmith_tensor::ops::attention::{Heads, Segment};
-use tunesmith_tensor::ops::linear::{Adapter, Into};
+use tunesmith_tensor::ops::linear::{Adapter, Store};
 use tunesmith_tensor::ops::{
     attention, dropout, embedding, grad_norm, linear, linear_cross_entropy, rmsnorm, rope, rows, sample, swiglu,
 };
@@ -166,12 +166,12 @@ impl Lab<'_> {
                 &weight,
                 Adapter { inner: &x[3], outer: &x[4], scale: 0.5 },
                 &mut y,
-                Into::Overwrite,
+                Store::Overwrite,
             );
             linear::add_bias(&x[6], &mut y);
             let adapter = Adapter { inner: &x[7], outer: &x[5], scale: 1.0 };
-            linear::input_gradient_adapted(&x[2], &weight, adapter, &mut d_x, Into::Overwrite);
-            linear::input_gradient(&x[2], &weight, 0.5, &mut d_x, Into::Accumulate);
+            linear::input_gradient_adapted(&x[2], &weight, adapter, &mut d_x, Store::Overwrite);
+            linear::input_gradient(&x[2], &weight, 0.5, &mut d_x, Store::Accumulate);
             let mut d_w = Tensor::zeros_on(&device, Dtype::F32, x[1].shape());
             let mut d_bias = Tensor::zeros_on(&device, Dtype::F32, x[6].shape());
             linear::matmul_weight_gradient(&x[2], &x[0], 1.0, &mut d_w);
@@ -181,12 +181,12 @@ impl Lab<'_> {
         let (w, x) = (self.random(&[n, k]), self.random(&[t, k]));
         if let Some(gpu) = self.device.gpu().filter(|_| self.dtype == Dtype::F32) {
             let [mut want, mut got, mut exact] = [(); 3].map(|()| Tensor::default());
-            linear::matmul(&x, &w, 1.0, &mut want, Into::Overwrite);
+            linear::matmul(&x, &w, 1.0, &mut want, Store::Overwrite);
             let [x, w] = [&x, &w].map(|t| t.to_device(self.device, self.dtype));
             gpu.set_tf32(true);
-            linear::matmul(&x, &w, 1.0, &mut got, Into::Overwrite);
+            linear::matmul(&x, &w, 1.0, &mut got, Store::Overwrite);
             gpu.set_tf32(false);
-            linear::matmul(&x, &w, 1.0, &mut exact, Into::Overwrite);
+            linear::matmul(&x, &w, 1.0, &mut exact, Store::Overwrite);
             self.device.synchronize()?;
             for (check, y, bound) in [("linear in TF32", &got, TF32_BOUND), ("linear after TF32", &exact, F32_BOUND)] {
                 let error = crate::selftest::of_largest(y.to_host().data(), want.data());
@@ -195,9 +195,9 @@ impl Lab<'_> {
         }
         let packed = Packed::nf4(&w, true);
         let (mut want, mut got) = (Tensor::default(), Tensor::default());
-        linear::forward(&x, &packed.to_tensor().into(), 1.0, &mut want, Into::Overwrite);
+        linear::forward(&x, &packed.to_tensor().into(), 1.0, &mut want, Store::Overwrite);
         let weight = Weight::Packed(packed).to_device(self.device, self.dtype);
-        linear::forward(&x.to_device(self.device, self.dtype), &weight, 1.0, &mut got, Into::Overwrite);
+        linear::forward(&x.to_device(self.device, self.dtype), &weight, 1.0, &mut got, Store::Overwrite);
         self.device.synchronize()?;
         let error = crate::selftest::of_largest(got.to_host().data(), want.data());
         let bound = if self.dtype == Dtype::F32 { F32_BOUND } else { BF16_BOUND };
@@ -229,9 +229,17 @@ impl Lab<'_> {
             let compared = format!("output and gradients, {num_heads}/{num_kv_heads} heads of {head_dim}");
             self.compare("attention", &compared, inputs.clone(), |x| {
                 let [mut o, mut lse, mut d_q, mut d_k, mut d_v] = [(); 5].map(|()| Tensor::default());
-                attention::forward(&x[0], &x[1], &x[2], &segments, heads, &mut o, &mut lse);
+                attention::forward(
+                    attention::Qkv { q: &x[0], k: &x[1], v: &x[2], segments: &segments, heads },
+                    &mut o,
+                    &mut lse,
+                );
                 attention::backward(
-                    &x[0], &x[1], &x[2], &o, &lse, &x[3], &segments, heads, &mut d_q, &mut d_k, &mut d_v,
+                    attention::Qkv { q: &x[0], k: &x[1], v: &x[2], segments: &segments, heads },
+                    &o,
+                    &lse,
+                    &x[3],
+                    [&mut d_q, &mut d_k, &mut d_v],
                 );
                 vec![o, lse, d_q, d_k, d_v]
             })?;
@@ -239,7 +247,10 @@ impl Lab<'_> {
             self.compare("attention over a cache", &format!("output, {t} keys"), last, |x| {
                 let mut o = Tensor::default();
                 let segments = [Segment { queries: 0..2, keys: 0..t }];
-                attention::forward_cached(&x[0], &x[1], &x[2], &segments, heads, &mut o);
+                attention::forward_cached(
+                    attention::Qkv { q: &x[0], k: &x[1], v: &x[2], segments: &segments, heads },
+                    &mut o,
+                );
                 vec![o]
             })?;
         }

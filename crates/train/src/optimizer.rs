@@ -240,7 +240,13 @@ impl AdamW {
                     adamw_8bit::update_on_device(value, low.as_mut(), gradient, m, r, &step);
                 }
                 (Moments::Offloaded(moments), low) => {
-                    offloaded.push(adamw_offloaded::Update { value, low: low.as_mut(), grad: gradient, moments, step });
+                    offloaded.push(adamw_offloaded::Update {
+                        value,
+                        residual: low.as_mut(),
+                        grad: gradient,
+                        moments,
+                        step,
+                    });
                 }
             }
         }

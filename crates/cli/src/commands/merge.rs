@@ -60,7 +60,7 @@ pub(crate) fn run(args: &MergeArgs, settings: &Settings) -> Result<()> {
         if let Some((a, b)) = adapter.tensors.get(module) {
             // W += s · B A, where B [out, r] · A [r, in] has the form of an input gradient.
             let scale = adapter.config.scaling_for(module);
-            linear::matmul_input_gradient(b, a, scale, &mut weight, linear::Into::Accumulate);
+            linear::matmul_input_gradient(b, a, scale, &mut weight, linear::Store::Accumulate);
         }
         if vocab_size > old.vocab_size && weight.shape() == [old.vocab_size, old.hidden_size] && is_token_matrix(name) {
             weight = grown(&weight, vocab_size);

@@ -8,11 +8,11 @@ use super::{DOWN, GATE, K, Layer, Llama, Lora, O, Q, UP, V, Workspace};
 use crate::KvCache;
 use rayon::prelude::*;
 use tunesmith_tensor::ops::attention::{self, Segment};
-use tunesmith_tensor::ops::linear::Into::{Accumulate, Overwrite};
+use tunesmith_tensor::ops::linear::Store::{Accumulate, Overwrite};
 use tunesmith_tensor::ops::products::{self, Product};
 use tunesmith_tensor::ops::{attention_cached, attention_decode, embedding, linear, rmsnorm, rope, swiglu};
 use tunesmith_tensor::packed_int::Int8Rows;
-use tunesmith_tensor::{Device, Recorded, Tensor, pool, team};
+use tunesmith_tensor::{CapturedGraph, Device, Tensor, pool, team};
 
 /// Tokens of a prompt that go through the model at once: enough for large products, few enough that what a layer makes of
 /// them stays in the processor's cache.
@@ -38,8 +38,8 @@ pub(super) struct Buffers {
     pub(super) xa_tr: [Tensor; 3],
     pub(super) attention: attention_decode::Scratch,
     /// On a GPU: where one new token of each sequence goes, and the record of such a pass.
-    pub(super) places: attention_cached::Places,
-    pub(super) recorded: Recorded,
+    pub(super) places: attention_cached::SlotMapping,
+    pub(super) recorded: CapturedGraph,
     /// The input of products with integer weights.
     pub(super) rounded: Int8Rows,
 }
@@ -168,7 +168,7 @@ impl Llama {
         } else {
             let (k, v) = cache.extend(l, k_tk, v_tk);
             let segments = [Segment { queries: 0..num_rows, keys: 0..num_keys }];
-            attention::forward(q_th, k, v, &segments, self.heads(), o_th, lse);
+            attention::forward(attention::Qkv { q: q_th, k, v, segments: &segments, heads: self.heads() }, o_th, lse);
         }
     }
 
@@ -219,7 +219,7 @@ impl Llama {
         layer: &Layer,
         x: &Tensor,
         outputs: &mut [(usize, &mut Tensor)],
-        into: linear::Into,
+        into: linear::Store,
         xa_tr: &mut [Tensor; 3],
         rounded: &mut Int8Rows,
     ) {
@@ -227,9 +227,9 @@ impl Llama {
         let mut products = Vec::with_capacity(2 * outputs.len());
         for ((i, y), xa) in outputs.iter_mut().zip(xa_tr.iter_mut()) {
             let weight = self.value(layer.linears[*i].weight);
-            products.push(Product { x, weight, alpha: 1.0, y, into });
+            products.push(Product { x, weight, alpha: 1.0, y, store: into });
             if let Some(lora) = adapter(*i) {
-                products.push(Product { x, weight: self.value(lora.a), alpha: 1.0, y: xa, into: Overwrite });
+                products.push(Product { x, weight: self.value(lora.a), alpha: 1.0, y: xa, store: Overwrite });
             }
         }
         products::forward(&mut products, rounded);
@@ -239,7 +239,7 @@ impl Llama {
                 linear::add_bias(self.tensor(bias), y);
             }
             if let Some(Lora { b, scale, .. }) = adapter(*i) {
-                products.push(Product { x: xa, weight: self.value(*b), alpha: *scale, y, into: Accumulate });
+                products.push(Product { x: xa, weight: self.value(*b), alpha: *scale, y, store: Accumulate });
             }
         }
         if !products.is_empty() {
@@ -255,7 +255,7 @@ impl Llama {
         if self.device() != Device::Cpu {
             return linear::logits(normed_td, weight, logits);
         }
-        let product = Product { x: normed_td, weight, alpha: 1.0, y: logits, into: Overwrite };
+        let product = Product { x: normed_td, weight, alpha: 1.0, y: logits, store: Overwrite };
         products::forward(&mut [product], rounded);
     }
 }

@@ -1,13 +1,13 @@
 //! The inputs of all layers, kept for the backward pass: where the model is, or in the processor's memory beside a GPU.
 
 use super::grow;
-use tunesmith_tensor::{Parked, Tensor};
+use tunesmith_tensor::{OffloadedActivations, Tensor};
 
 #[derive(Debug)]
 pub(super) enum Inputs {
     /// One tensor [T, d] a layer.
     Here(Vec<Tensor>),
-    Parked(Box<Parked>),
+    Offloaded(Box<OffloadedActivations>),
 }
 
 impl Default for Inputs {
@@ -24,7 +24,7 @@ impl Inputs {
                 grow(inputs, l + 1);
                 inputs[l].assign(x_td);
             }
-            Self::Parked(parked) => parked.put(l, x_td),
+            Self::Offloaded(parked) => parked.put(l, x_td),
         }
     }
 
@@ -32,13 +32,13 @@ impl Inputs {
     pub(super) fn get(&mut self, l: usize) -> &Tensor {
         match self {
             Self::Here(inputs) => &inputs[l],
-            Self::Parked(parked) => parked.get(l),
+            Self::Offloaded(parked) => parked.get(l),
         }
     }
 
     /// Layer `l` has had its backward pass: another input may take the place of its own.
     pub(super) fn done(&mut self, l: usize) {
-        if let Self::Parked(parked) = self
+        if let Self::Offloaded(parked) = self
             && l >= 2
         {
             parked.fetch(l - 2);
@@ -49,7 +49,7 @@ impl Inputs {
     pub(super) fn num_bytes(&self) -> usize {
         match self {
             Self::Here(inputs) => inputs.iter().map(Tensor::capacity_bytes).sum(),
-            Self::Parked(parked) => parked.num_bytes(),
+            Self::Offloaded(parked) => parked.num_bytes(),
         }
     }
 }

@@ -86,13 +86,17 @@ impl Llama {
         let mut apply = |i: usize, x: &Tensor, y: &mut Tensor, into, xa: &mut Tensor| {
             self.linear_forward(&layer.linears[i], x, y, into, xa, Masks::of(masks, l, i), dropped);
         };
-        use linear::Into::{Accumulate, Overwrite};
+        use linear::Store::{Accumulate, Overwrite};
         apply(Q, normed_td, &mut act.q_th, Overwrite, &mut act.xa_tr[Q]);
         apply(K, normed_td, &mut act.k_tk, Overwrite, &mut act.xa_tr[K]);
         apply(V, normed_td, &mut act.v_tk, Overwrite, &mut act.xa_tr[V]);
         rope::forward(&mut act.q_th, angles);
         rope::forward(&mut act.k_tk, angles);
-        attention::forward(&act.q_th, &act.k_tk, &act.v_tk, &batch.segments, self.heads(), &mut act.o_th, &mut act.lse);
+        attention::forward(
+            attention::Qkv { q: &act.q_th, k: &act.k_tk, v: &act.v_tk, segments: &batch.segments, heads: self.heads() },
+            &mut act.o_th,
+            &mut act.lse,
+        );
         apply(O, &act.o_th, stream_td, Accumulate, &mut act.xa_tr[O]);
         if !matches!(pass, Pass::Discard) {
             act.x2_td.assign(stream_td);
@@ -138,7 +142,7 @@ impl Llama {
             let buffers = LinearBuffers { xa: &xa_tr[i], d_xa: d_xa_tr, dropped, d_dropped };
             self.linear_backward(&layer.linears[i], x, d_y, d_x, into, buffers, Masks::of(masks, l, i), gradients);
         };
-        use linear::Into::{Accumulate, Overwrite};
+        use linear::Store::{Accumulate, Overwrite};
         apply(DOWN, &made.act_tf, d_stream_td, d_act_tf, Overwrite, gradients);
         swiglu::backward(gate_tf, up_tf, d_act_tf);
         apply(GATE, &made.normed2_td, gate_tf, d_n_td, Overwrite, gradients);
@@ -146,7 +150,13 @@ impl Llama {
         let d_norm = gradients.tensors[layer.post_norm].as_mut();
         rmsnorm::backward(x2_td, post_norm, rstd2_t, d_n_td, d_stream_td, d_norm);
         apply(O, o_th, d_stream_td, d_o_th, Overwrite, gradients);
-        attention::backward(q_th, k_tk, v_tk, o_th, lse, d_o_th, &batch.segments, self.heads(), d_q_th, d_k_tk, d_v_tk);
+        attention::backward(
+            attention::Qkv { q: q_th, k: k_tk, v: v_tk, segments: &batch.segments, heads: self.heads() },
+            o_th,
+            lse,
+            d_o_th,
+            [d_q_th, d_k_tk, d_v_tk],
+        );
         rope::backward(d_q_th, angles);
         rope::backward(d_k_tk, angles);
         apply(Q, &made.normed_td, d_q_th, d_n_td, Overwrite, gradients);
@@ -162,7 +172,7 @@ impl Llama {
         layer: &Linear,
         x: &Tensor,
         y: &mut Tensor,
-        into: linear::Into,
+        into: linear::Store,
         xa_tr: &mut Tensor,
         mask: Option<MaskSource>,
         dropped: &mut Tensor,
@@ -197,7 +207,7 @@ impl Llama {
             }
             None => x,
         };
-        linear::matmul(x, self.tensor(lora.a), 1.0, xa_tr, linear::Into::Overwrite);
+        linear::matmul(x, self.tensor(lora.a), 1.0, xa_tr, linear::Store::Overwrite);
         Some(lora)
     }
 
@@ -207,7 +217,7 @@ impl Llama {
         x: &Tensor,
         d_y: &Tensor,
         d_x: &mut Tensor,
-        into: linear::Into,
+        into: linear::Store,
         buffers: LinearBuffers<'_>,
         mask: Option<MaskSource>,
         gradients: &mut Gradients,
@@ -224,7 +234,7 @@ impl Llama {
         };
         let LinearBuffers { xa, d_xa, dropped, d_dropped } = buffers;
         let (a, b) = (self.tensor(lora.a), self.tensor(lora.b));
-        linear::matmul_input_gradient(d_y, b, lora.scale, d_xa, linear::Into::Overwrite);
+        linear::matmul_input_gradient(d_y, b, lora.scale, d_xa, linear::Store::Overwrite);
         if let Some(d_b) = gradients.tensors[lora.b].as_mut() {
             linear::matmul_weight_gradient(d_y, xa, lora.scale, d_b);
         }
@@ -242,7 +252,7 @@ impl Llama {
         match mask {
             Some(mask) => {
                 linear::input_gradient(d_y, weight, 1.0, d_x, into);
-                linear::matmul_input_gradient(d_xa, a, 1.0, d_dropped, linear::Into::Overwrite);
+                linear::matmul_input_gradient(d_xa, a, 1.0, d_dropped, linear::Store::Overwrite);
                 dropout::backward(d_dropped, mask, d_x);
             }
             None => {

@@ -94,7 +94,7 @@ impl Parameter {
     /// When the value is a quantised weight on a GPU, or rounded for 8-bit products.
     pub fn host(&self) -> Cow<'_, Tensor> {
         match (&self.value, &self.low) {
-            (Weight::Dense(value), Some(low)) => Cow::Owned(value.join(low)),
+            (Weight::Dense(value), Some(low)) => Cow::Owned(value.join_master(low)),
             (Weight::Dense(value), None) if value.device() == Device::Cpu => Cow::Borrowed(value),
             (Weight::Dense(value), None) => Cow::Owned(value.to_host()),
             (other, _) => Cow::Owned(other.to_tensor()),
@@ -107,7 +107,7 @@ impl Parameter {
         }
         match &self.value {
             Weight::Dense(value) if self.trained && dtype == Dtype::BF16 && device.gpu().is_some() => {
-                let (upper, low) = value.split(device);
+                let (upper, low) = value.split_master(device);
                 (self.value, self.low) = (upper.into(), Some(low));
             }
             value => self.value = value.to_device(device, dtype),
@@ -123,7 +123,7 @@ impl Parameter {
         if device == Device::Cpu {
             self.value = value.into();
         } else if self.low.is_some() {
-            let (upper, low) = value.split(&device);
+            let (upper, low) = value.split_master(&device);
             (self.value, self.low) = (upper.into(), Some(low));
         } else {
             self.value = value.to_device(&device, dtype).into();

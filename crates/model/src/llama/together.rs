@@ -5,7 +5,7 @@ use super::decode::Buffers;
 use super::{K, Llama, Q, V, Workspace};
 use crate::Sequences;
 use tunesmith_tensor::ops::attention::Segment;
-use tunesmith_tensor::ops::linear::Into::Overwrite;
+use tunesmith_tensor::ops::linear::Store::Overwrite;
 use tunesmith_tensor::ops::products::{self, Product};
 use tunesmith_tensor::ops::{linear, rmsnorm, rope, rows};
 use tunesmith_tensor::{Device, Dtype, Tensor, pool, team};
@@ -175,7 +175,7 @@ impl Llama {
             }
             let Buffers { stream_td, normed_td, rstd_t, rounded, .. } = buffers;
             rmsnorm::forward(stream_td, self.tensor(self.norm), self.config.rms_norm_eps, normed_td, rstd_t);
-            let product = Product { x: normed_td, weight: self.head_weight(), alpha: 1.0, y: logits, into: Overwrite };
+            let product = Product { x: normed_td, weight: self.head_weight(), alpha: 1.0, y: logits, store: Overwrite };
             products::forward(&mut [product], rounded);
         };
         if products::are_few(parts.len()) {

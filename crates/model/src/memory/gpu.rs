@@ -32,7 +32,7 @@ impl OnGpu {
 
     /// Bytes of the decoded part of a quantised matrix.
     fn decoded(&self) -> u64 {
-        sizes::decoded(self.largest_quantised, self.dtype) as u64
+        sizes::dequantized(self.largest_quantised, self.dtype) as u64
     }
 }
 
@@ -155,7 +155,7 @@ pub fn generation_bytes(
         + 2 * float(b.t * b.head_dim / 2);
     let logits = float(places * b.vocab);
     // What a recorded pass keeps: partial results, the decoded part of a matrix, where tokens go and what they see.
-    let decoded = if sizes::decodes(places) { on.decoded() } else { 0 };
+    let decoded = if sizes::dequantizes(places) { on.decoded() } else { 0 };
     let parts = sizes::decoding(places, capacity, heads(&b)) as u64;
     let kept = parts + decoded + (allocated(4 * places) + allocated(8 * places)) as u64;
     let transient = logits.max(float(b.t * b.num_heads)).max(on.decoded());

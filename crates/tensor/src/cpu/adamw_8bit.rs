@@ -2,7 +2,7 @@
 
 use crate::contract::{Factors, Step};
 use crate::cpu::simd::multiversion;
-use crate::moments::{BLOCK, Moment, Sign, decode, encode};
+use crate::moments::{BLOCK, Moment, Sign, dequantize, quantize};
 use rayon::prelude::*;
 
 /// Blocks that one task takes.
@@ -24,11 +24,11 @@ pub(crate) fn update(value: &mut [f32], grad: &[f32], m: &mut Moment, r: &mut Mo
         let scales = m_scales.iter_mut().zip(r_scales);
         for (((value, grad), (m_codes, r_codes)), (m_scale, r_scale)) in blocks.zip(codes).zip(scales) {
             let (m, r) = (&mut m[..value.len()], &mut r[..value.len()]);
-            decode(m_codes, *m_scale, Sign::Signed, m);
-            decode(r_codes, *r_scale, Sign::Unsigned, r);
+            dequantize(m_codes, *m_scale, Sign::Signed, m);
+            dequantize(r_codes, *r_scale, Sign::Unsigned, r);
             update_block(value, grad, m, r, &factors);
-            *m_scale = encode(m, Sign::Signed, m_codes);
-            *r_scale = encode(r, Sign::Unsigned, r_codes);
+            *m_scale = quantize(m, Sign::Signed, m_codes);
+            *r_scale = quantize(r, Sign::Unsigned, r_codes);
         }
     });
 }

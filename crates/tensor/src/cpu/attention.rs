@@ -1,15 +1,15 @@
 //! Attention kernels that never hold more than one tile of scores; contract in `ops/attention.rs`.
 //!
 //! The online softmax of Dao et al., "FlashAttention" (2022): scores are made tile by tile, the running maximum and sum
-//! of each row rescale what has been added up so far, and the backward pass makes each tile again from the saved
+//! of each row rescale what has been added up so far, and the backward pass recomputes each tile from the saved
 //! log-sum-exp of its rows.
 //!
-//! Tiles are kept transposed, [keys, queries]: a row holds the scores of one key for [`LANES`] queries of one head, side
-//! by side. So the softmax runs down the rows with nothing to add up across a vector, and every product is one of
+//! Tiles are kept transposed, [keys, queries]: a row holds the scores of one key for [`LANES`] queries of one head,
+//! side by side. So the softmax runs down the rows with nothing to add up across a vector, and every product is one of
 //! `tile.rs` with both operands where they lie: k, v, q and d_o in the caller's memory, tiles as they were written.
-//! Only the queries (and d_o) of a tile are turned once. Keys that no query of a strip sees are left out.
+//! Only the queries (and d_o) of a tile are transposed, once. Keys that no query of a strip sees are left out.
 
-use crate::contract::{Heads, Segment};
+use crate::contract::{Heads, Qkv, Segment};
 use crate::cpu::simd::{exp, multiversion};
 use crate::cpu::tile::{Panels, product};
 use crate::cpu::transpose::transpose;
@@ -18,8 +18,8 @@ use crate::tensor::Tensor;
 use rayon::prelude::*;
 use std::cell::{Cell, RefCell};
 
-/// Queries of a tile, and keys of a tile: with q, d_o, k and v of its head, a tile's buffers fill a quarter of a 1 MiB L2
-/// cache. Keys are a multiple of the rows of a register tile.
+/// Queries of a tile, and keys of a tile: with q, d_o, k and v of its head, a tile's buffers fill a quarter of a 1 MiB
+/// L2 cache. Keys are a multiple of the rows of a register tile.
 const LANES: usize = 64;
 const KEYS: usize = 96;
 
@@ -46,7 +46,7 @@ thread_local! {
     static PARTIAL: Cell<Tensor> = Cell::default();
 }
 
-/// The queries of a tile: `rows` of them from `first` on in their segment, whose own keys begin behind `cached` others.
+/// The queries of a tile: `rows` of them from `first` on in their segment, whose own keys begin after `cached` others.
 #[derive(Clone, Copy)]
 struct Queries {
     first: usize,
@@ -85,15 +85,9 @@ impl Queries {
 }
 
 #[allow(unsafe_code)]
-pub(crate) fn forward(
-    q: &[f32],
-    k: &[f32],
-    v: &[f32],
-    segments: &[Segment],
-    heads: Heads,
-    o: &mut [f32],
-    lse: &mut [f32],
-) {
+pub(crate) fn forward(qkv: Qkv<'_>, o: &mut [f32], lse: &mut [f32]) {
+    let Qkv { segments, heads, .. } = qkv;
+    let [q, k, v] = [qkv.q, qkv.k, qkv.v].map(Tensor::data);
     let (q_cols, kv_cols, hd) = (heads.q_cols(), heads.kv_cols(), heads.head_dim);
     let mut tasks = Vec::new();
     for segment in segments {
@@ -154,8 +148,8 @@ pub(crate) fn forward(
 }
 
 multiversion! {
-    /// Of the first `keys` rows of `scores` (rows [`LANES`] apart, one strip wide), makes exp(score − running maximum) of
-    /// the visible scores and 0 of the others; `factors` are those for what was added up under the old maximum.
+    /// Of the first `keys` rows of `scores` (rows [`LANES`] apart, one strip wide), makes exp(score − running maximum)
+    /// of the visible scores and 0 of the others; `factors` are those for what was added up under the old maximum.
     fn online_softmax(
         scores: &mut [f32],
         keys: usize,
@@ -210,13 +204,13 @@ struct Share<'a> {
     segment: &'a Segment,
     kv_head: usize,
     queries: std::ops::Range<usize>,
-    /// Where its d_k and d_v lie among the partial sums; `None` for the last queries, which see all keys and write to the
-    /// gradients themselves.
+    /// Where its d_k and d_v lie among the partial sums; `None` for the last queries, which see all keys and write to
+    /// the gradients themselves.
     partial: Option<usize>,
 }
 
-/// Cuts the queries of each segment and key/value head into parts of about the same number of scores. Returns the shares
-/// and the number of floats of their partial sums.
+/// Cuts the queries of each segment and key/value head into parts of about the same number of scores. Returns the
+/// shares and the number of floats of their partial sums.
 fn shares(segments: &[Segment], heads: Heads) -> (Vec<Share<'_>>, usize) {
     let wanted = TASKS.div_ceil((segments.len() * heads.num_kv_heads).max(1));
     let (mut shares, mut floats) = (Vec::new(), 0);
@@ -253,19 +247,9 @@ pub(crate) fn tile_bytes(head_dim: usize) -> usize {
 }
 
 #[allow(unsafe_code)]
-pub(crate) fn backward(
-    q: &[f32],
-    k: &[f32],
-    v: &[f32],
-    o: &[f32],
-    lse: &[f32],
-    d_o: &[f32],
-    segments: &[Segment],
-    heads: Heads,
-    d_q: &mut [f32],
-    d_k: &mut [f32],
-    d_v: &mut [f32],
-) {
+pub(crate) fn backward(qkv: Qkv<'_>, o: &[f32], lse: &[f32], d_o: &[f32], [d_q, d_k, d_v]: [&mut [f32]; 3]) {
+    let Qkv { segments, heads, .. } = qkv;
+    let [q, k, v] = [qkv.q, qkv.k, qkv.v].map(Tensor::data);
     let (kv_cols, hd) = (heads.kv_cols(), heads.head_dim);
     let (shares, floats) = shares(segments, heads);
     let mut sums = PARTIAL.take();
@@ -313,8 +297,8 @@ struct Inputs<'a> {
     heads: Heads,
 }
 
-/// The gradients that the queries of `share` cause: d_q of these queries, and `d_k` and `d_v` of the keys they see, whose
-/// rows are `stride` apart.
+/// The gradients that the queries of `share` cause: d_q of these queries, and `d_k` and `d_v` of the keys they see,
+/// whose rows are `stride` apart.
 #[allow(unsafe_code)]
 fn backward_share(
     inputs: &Inputs<'_>,
@@ -389,7 +373,8 @@ multiversion! {
 }
 
 multiversion! {
-    /// One strip of a tile. p: scores → probabilities; d_s: gradient of probabilities → gradient of the unscaled scores.
+    /// One strip of a tile. p: scores → probabilities; d_s: gradient of probabilities → gradient of the unscaled
+    /// scores.
     fn score_gradient(
         p: &mut [f32],
         d_s: &mut [f32],

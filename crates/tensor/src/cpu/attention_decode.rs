@@ -9,8 +9,9 @@ const QUERIES: usize = 4;
 
 /// The partial result of `seen` keys for the query heads that share a key/value head.
 ///
-/// `q` is [group, d]; `keys` holds tiles [d, TILE] and `values` rows [d], both from the run's first token on. `record` takes
-/// group x d sums of exp(score − maximum) · value, then the group's maxima, then its totals of exp(score − maximum).
+/// `q` is [group, d]; `keys` holds tiles [d, TILE] and `values` rows [d], both from the run's first token on. `record`
+/// takes group x d sums of exp(score − maximum) · value, then the group's maxima, then its totals of exp(score −
+/// maximum).
 pub(crate) fn partial<E: Element>(
     q: &[f32],
     keys: &[E],
@@ -87,7 +88,7 @@ multiversion! {
 fn score<E: Element>(q: &[f32], keys: &[E], d: usize, scores: &mut [[f32; RUN]]) {
     #[cfg(target_arch = "x86_64")]
     if crate::cpu::simd::level() == crate::cpu::simd::Level::Avx512 {
-        // SAFETY: `level` has seen AVX-512 F on this processor.
+        // SAFETY: `level` has seen AVX-512 F on this CPU.
         return unsafe { avx512::score(q, keys, d, scores) };
     }
     score_portable(q, keys, d, scores);

@@ -8,8 +8,8 @@ pub(crate) fn forward(table: &Weight, ids: &[u32], x: &mut Tensor) {
     }
 }
 
-/// Row `r` of `d_table` += row `t` of `d_x` for each (r, t) of `pairs`, in their order on one thread: rows that occur twice are
-/// summed in one order, and this is a sliver of the step.
+/// Row `r` of `d_table` += row `t` of `d_x` for each (r, t) of `pairs`, in their order on one thread: rows that occur
+/// twice are summed in one order, and this is a sliver of the step.
 pub(crate) fn backward(d_x: &[f32], pairs: impl Iterator<Item = (u32, u32)>, d_table: &mut Tensor) {
     let cols = d_table.cols();
     for (row, t) in pairs {

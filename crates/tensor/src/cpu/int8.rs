@@ -1,8 +1,8 @@
 //! Products of int8 activations with packed integer weights; contract and layout in `packed_int.rs`.
 //!
-//! Work is cut into strips of rows and of 16-column groups; a strip goes through the inner dimension in chunks that stay
-//! in L1, and each chunk in register tiles. The sum of an output element over the blocks has one order, whatever the
-//! strips, the number of rows and the number of threads.
+//! Work is cut into strips of rows and of 16-column groups; a strip goes through the inner dimension in chunks that
+//! stay in L1, and each chunk in register tiles. The sum of an output element over the blocks has one order, whatever
+//! the strips, the number of rows and the number of threads.
 
 use crate::cpu::int8_tile::{GROUP, Level, STRIP_GROUPS, Tile};
 use crate::cpu::simd::multiversion;
@@ -36,9 +36,9 @@ pub(crate) struct Weights<'a> {
     pub blocks: usize,
     /// Elements of a block: a multiple of 32.
     pub block_len: usize,
-    /// One byte a code (signed code + 128), or two codes a byte.
+    /// One byte per code (signed code + 128), or two codes per byte.
     pub codes: &'a [u8],
-    /// For two codes a byte: what is subtracted from a code.
+    /// For two codes per byte: what is subtracted from a code.
     pub nibble_zero: Option<u8>,
     /// [groups, blocks, 16].
     pub scales: &'a [f16],
@@ -157,7 +157,7 @@ pub(crate) fn products(level: Level, x: Rows<'_>, outputs: &[Option<Output<'_>>]
 
 /// Everything that `strip` covers.
 fn run_strip(level: Level, x: Rows<'_>, output: &Output<'_>, strip: Strip) {
-    // Codes of two a byte that the kernel does not read itself are spread out chunk by chunk.
+    // Codes of two per byte that the kernel does not read itself are spread out chunk by chunk.
     match output.weights.nibble_zero.filter(|_| x.count > FEW_ROWS || !level.reads_nibbles()) {
         Some(zero) => spread_strip(level, x, output, strip, zero),
         None => walk_strip(level, x, output, strip, None, &mut []),
@@ -226,7 +226,7 @@ fn walk_strip(level: Level, x: Rows<'_>, output: &Output<'_>, strip: Strip, spre
     }
 }
 
-/// `nibble_zero`: the codes are two a byte, with this zero.
+/// `nibble_zero`: the codes are two per byte, with this zero.
 #[allow(unsafe_code)]
 fn run_tile(level: Level, tile: &Tile<'_>, nibble_zero: Option<u8>) {
     match level {
@@ -246,7 +246,7 @@ fn run_tile(level: Level, tile: &Tile<'_>, nibble_zero: Option<u8>) {
 }
 
 multiversion! {
-    /// Two codes a byte to one: of each 64 bytes the low halves, then the high halves, plus `bias`.
+    /// Two codes per byte to one: of each 64 bytes the low halves, then the high halves, plus `bias`.
     fn spread_nibbles(packed: &[u8], bias: u8, out: &mut [u8]) {
         for (packed, out) in packed.as_chunks::<64>().0.iter().zip(out.as_chunks_mut::<128>().0) {
             for i in 0..64 {
@@ -257,8 +257,8 @@ multiversion! {
     }
 }
 
-/// The kernel for processors without one of their own. Rounds products and sums separately, so that its sums may differ
-/// from those of fused kernels in the last bits; the integers in them are the same.
+/// The kernel for CPUs without one of their own. Rounds products and sums separately, so that its sums may differ from
+/// those of fused kernels in the last bits; the integers in them are the same.
 ///
 /// # Safety
 /// No other thread touches the tile's elements of the destination.

@@ -6,7 +6,7 @@ use std::arch::x86_64::*;
 /// Computes `t` with AVX2.
 ///
 /// # Safety
-/// The processor has AVX2, FMA and F16C, and no other thread touches the tile's elements of the destination.
+/// The CPU has AVX2, FMA and F16C, and no other thread touches the tile's elements of the destination.
 #[allow(unsafe_code)]
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(crate) unsafe fn tile(t: &Tile<'_>) {
@@ -29,7 +29,7 @@ pub(crate) unsafe fn tile(t: &Tile<'_>) {
 /// Computes `t` with AVX-VNNI.
 ///
 /// # Safety
-/// As [`tile`], and the processor has AVX-VNNI.
+/// As [`tile`], and the CPU has AVX-VNNI.
 #[allow(unsafe_code)]
 #[target_feature(enable = "avx2,fma,f16c,avxvnni")]
 pub(crate) unsafe fn tile_vnni(t: &Tile<'_>) {

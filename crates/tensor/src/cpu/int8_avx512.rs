@@ -3,10 +3,10 @@
 use crate::cpu::int8_tile::{GROUP, QuantizedRow, Tile, scale_of};
 use std::arch::x86_64::*;
 
-/// Computes `t`; `nibble_zero` is given when codes are two a byte (then of one group only).
+/// Computes `t`; `nibble_zero` is given when codes are two per byte (then of one group only).
 ///
 /// # Safety
-/// The processor has AVX-512 F, BW, VL and VNNI, and no other thread touches the tile's elements of the destination.
+/// The CPU has AVX-512 F, BW, VL and VNNI, and no other thread touches the tile's elements of the destination.
 #[allow(unsafe_code)]
 pub(crate) unsafe fn tile(t: &Tile<'_>, nibble_zero: Option<u8>) {
     // SAFETY: the caller's promises, handed on.
@@ -46,8 +46,8 @@ unsafe fn kernel<const ROWS: usize, const GROUPS: usize, const NIBBLES: bool>(t:
     let mask = (u32::MAX >> (32 - lanes)) as u16;
     let mut sum = [[_mm512_setzero_ps(); GROUPS]; ROWS];
     // SAFETY: `check` has seen that every block of every row and group lies inside the slices, and offsets below stay
-    // within a block; rows of the destination come as slices of `width` elements, of which the last group's masked lanes
-    // are not touched.
+    // within a block; rows of the destination come as slices of `width` elements, of which the last group's masked
+    // lanes are not touched.
     unsafe {
         if t.accumulate {
             let per_unit = _mm512_set1_ps(1.0 / t.unit);
@@ -63,7 +63,7 @@ unsafe fn kernel<const ROWS: usize, const GROUPS: usize, const NIBBLES: bool>(t:
             let mut acc = [[_mm512_setzero_si512(); GROUPS]; ROWS];
             for r in 0..ROWS {
                 let offset = *t.x_offsets.as_ptr().add(r * t.x_blocks + b);
-                // Codes of two a byte have a zero of 8 or 0 instead of 128.
+                // Codes of two per byte have a zero of 8 or 0 instead of 128.
                 let offset = if NIBBLES { offset / 128 * i32::from(zero) } else { offset };
                 acc[r] = [_mm512_set1_epi32(offset); GROUPS];
             }
@@ -119,7 +119,7 @@ unsafe fn kernel<const ROWS: usize, const GROUPS: usize, const NIBBLES: bool>(t:
             let y = t.y_row(r).as_mut_ptr();
             for g in 0..GROUPS {
                 let value = _mm512_mul_ps(sum[r][g], unit);
-                // Masked stores are slow on some processors; full groups do without.
+                // Masked stores are slow on some CPUs; full groups do without.
                 if g + 1 < GROUPS || lanes == GROUP {
                     _mm512_storeu_ps(y.add(g * GROUP), value);
                 } else {
@@ -133,7 +133,7 @@ unsafe fn kernel<const ROWS: usize, const GROUPS: usize, const NIBBLES: bool>(t:
 /// See `int8_rows::quantize_row`.
 ///
 /// # Safety
-/// The processor has AVX-512 F, BW and VL.
+/// The CPU has AVX-512 F, BW and VL.
 #[allow(unsafe_code)]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
 pub(crate) unsafe fn quantize_row(row: &[f32], block_len: usize, out: QuantizedRow<'_>) {

@@ -27,7 +27,7 @@ pub(crate) enum Level {
 }
 
 impl Level {
-    /// Every level that this processor has, the best one last.
+    /// Every level that this CPU has, the best one last.
     pub(crate) fn available() -> Vec<Self> {
         #[cfg_attr(not(target_arch = "x86_64"), expect(unused_mut))]
         let mut levels = vec![Self::Portable];
@@ -65,7 +65,7 @@ impl Level {
         }
     }
 
-    /// Whether the kernel takes two codes a byte.
+    /// Whether the kernel takes two codes per byte.
     pub(crate) fn reads_nibbles(self) -> bool {
         match self {
             #[cfg(target_arch = "x86_64")]
@@ -135,8 +135,8 @@ impl Tile<'_> {
 /// Blocks whose largest element is below this count as zero: their reciprocal scale would overflow.
 const TINY: f32 = 1e-30;
 
-/// Where the quantised form of one row goes: codes (filled up to whole blocks with zeros), and for each block its scale,
-/// −128 · Σ codes, and scale · Σ codes.
+/// Where the quantised form of one row goes: codes (filled up to whole blocks with zeros), and for each block its
+/// scale, −128 · Σ codes, and scale · Σ codes.
 pub(crate) struct QuantizedRow<'a> {
     pub codes: &'a mut [i8],
     pub scales: &'a mut [f32],
@@ -146,8 +146,8 @@ pub(crate) struct QuantizedRow<'a> {
 
 /// Scale and reciprocal scale of a block, given the bits of its largest magnitude.
 ///
-/// The largest magnitude is found on bit patterns, in which infinity and NaN are the largest, so that a block that holds
-/// one gets it as its scale and every product shows it.
+/// The largest magnitude is found on bit patterns, in which infinity and NaN are the largest, so that a block that
+/// holds one gets it as its scale and every product shows it.
 #[inline(always)]
 pub(crate) fn scale_of(largest_bits: i32) -> (f32, f32) {
     let largest = f32::from_bits(largest_bits as u32);

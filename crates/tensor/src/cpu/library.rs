@@ -2,7 +2,8 @@
 
 use crate::cpu::view::View;
 
-/// `dst[m, n] = accumulate · dst + alpha · a[m, k] · b[k, n]` on `threads` threads; rows of `dst` are `dst_stride` apart.
+/// `dst[m, n] = accumulate · dst + alpha · a[m, k] · b[k, n]` on `threads` threads; rows of `dst` are `dst_stride`
+/// apart.
 #[allow(unsafe_code)]
 pub(crate) fn product(
     (m, n, k): (usize, usize, usize),

@@ -9,31 +9,31 @@ use crate::weight::{Packed, Weight};
 use rayon::prelude::*;
 use std::cell::Cell;
 
-/// Elements of a packed weight that are decoded at a time (4 MiB of f32).
+/// Elements of a packed weight that are dequantised at a time (4 MiB of f32).
 pub const PANEL: usize = 1 << 20;
 
 thread_local! {
-    /// The decoded panel, kept between products. Taken out while it is in use: a thread that waits for others may begin
-    /// another product meanwhile.
-    static DECODED: Cell<Vec<f32>> = Cell::default();
+    /// The dequantised panel, kept between products. Taken out while it is in use: a thread that waits for others may
+    /// begin another product meanwhile.
+    static DEQUANTIZED: Cell<Vec<f32>> = Cell::default();
 }
 
-/// Calls `f(first row, rows, decoded rows)` for one panel of `w` after the other.
+/// Calls `f(first row, rows, dequantised rows)` for one panel of `w` after the other.
 fn panels(w: &Packed, mut f: impl FnMut(usize, usize, &[f32])) {
     let [rows, cols] = w.shape();
     let step = (PANEL / cols.max(1)).max(1).min(rows);
-    let mut panel = DECODED.take();
+    let mut panel = DEQUANTIZED.take();
     panel.resize(panel.len().max(step * cols), 0.0);
     for first in (0..rows).step_by(step.max(1)) {
         let count = step.min(rows - first);
         let panel = &mut panel[..count * cols];
-        w.decode_rows_parallel(first..first + count, panel);
+        w.dequantize_rows_parallel(first..first + count, panel);
         f(first, count, panel);
     }
-    DECODED.set(panel);
+    DEQUANTIZED.set(panel);
 }
 
-/// `ops::linear::forward` over rows that lie one behind the other in `x` and `y`.
+/// `ops::linear::forward` over rows that lie one after the other in `x` and `y`.
 pub(crate) fn forward(x: &[f32], w: &Weight, alpha: f32, adapter: Option<Adapter<'_>>, y: &mut [f32], store: Store) {
     let (n, k) = (w.rows(), w.cols());
     let (m, accumulate) = (x.len() / k.max(1), store == Store::Accumulate);
@@ -42,9 +42,9 @@ pub(crate) fn forward(x: &[f32], w: &Weight, alpha: f32, adapter: Option<Adapter
         match w {
             Weight::Dense(w) => matmul_nt((m, n, k), y, accumulate, alpha, x, w.data()),
             Weight::Packed(w) => {
-                matmul_nt_by_row((m, n, k), y, accumulate, alpha, x, |j, row| w.decode_rows(j..j + 1, row));
+                matmul_nt_by_row((m, n, k), y, accumulate, alpha, x, |j, row| w.dequantize_rows(j..j + 1, row));
             }
-            Weight::Device(_) => panic!("a weight on a GPU times a tensor on the processor"),
+            Weight::Device(_) => panic!("a weight on a GPU times a tensor on the CPU"),
             Weight::Int8(w) => w.forward(x, y, store),
         }
         if let Some(Adapter { inner, outer, scale }) = adapter {
@@ -68,7 +68,7 @@ pub(crate) fn forward(x: &[f32], w: &Weight, alpha: f32, adapter: Option<Adapter
     match w {
         Weight::Dense(w) => columns(0, n, w.data()),
         Weight::Packed(w) => panels(w, columns),
-        Weight::Device(_) => panic!("a weight on a GPU times a tensor on the processor"),
+        Weight::Device(_) => panic!("a weight on a GPU times a tensor on the CPU"),
         Weight::Int8(w) => {
             w.forward(x, y, store);
             if let Some(Adapter { inner, outer, scale }) = adapter {
@@ -78,7 +78,7 @@ pub(crate) fn forward(x: &[f32], w: &Weight, alpha: f32, adapter: Option<Adapter
     }
 }
 
-/// `ops::linear::input_gradient` over rows that lie one behind the other in `d_y` and `d_x`.
+/// `ops::linear::input_gradient` over rows that lie one after the other in `d_y` and `d_x`.
 pub(crate) fn input_gradient(
     d_y: &[f32],
     w: &Weight,
@@ -106,7 +106,7 @@ pub(crate) fn input_gradient(
     match w {
         Weight::Dense(w) => rows(0, k, w.data()),
         Weight::Packed(w) => panels(w, rows),
-        Weight::Device(_) => panic!("a weight on a GPU times a tensor on the processor"),
+        Weight::Device(_) => panic!("a weight on a GPU times a tensor on the CPU"),
         Weight::Int8(w) => {
             w.input_gradient(d_y, d_x, store);
             if let Some(Adapter { inner, outer, scale }) = adapter {
@@ -117,7 +117,7 @@ pub(crate) fn input_gradient(
     }
 }
 
-/// `ops::linear::matmul_weight_gradient` over rows that lie one behind the other.
+/// `ops::linear::matmul_weight_gradient` over rows that lie one after the other.
 pub(crate) fn weight_gradient(d_y: &[f32], x: &[f32], alpha: f32, d_w: &mut Tensor) {
     let (m, n) = (d_w.rows(), d_w.cols());
     let k = x.len() / n.max(1);

@@ -1,12 +1,13 @@
 //! Matrix products on all threads, and the product with few rows that decoding needs.
 //!
-//! A task owns a block of columns of the result. It packs its columns of `b` into panels that fill half of the second-level
-//! cache, and lets the rows of `a` go by, read where they lie; `tile.rs` does the arithmetic. Packing turns `b` when its
-//! columns are not side by side (a weight in the forward pass), and keeps strides of a power of two, which fall on few
-//! cache sets, out of the inner loop. Against the `gemm` crate, which packs both operands, this was measured at 0.95 to 1.12
-//! times its speed on the forward products and the layers' input gradients of SmolLM2-135M (1,024 tokens, Zen 4), and it takes a
-//! sum of products in one pass over the result, which an adapter needs. Weight gradients, products of few columns and the head's
-//! input gradient were mostly slower (0.77 to 1.0): [`gemm`] leaves them to that crate.
+//! A task owns a block of columns of the result. It packs its columns of `b` into panels that fill half of the
+//! second-level cache, and lets the rows of `a` go by, read where they lie; `tile.rs` does the arithmetic. Packing
+//! transposes `b` when its columns are not side by side (a weight in the forward pass), and keeps strides of a power of
+//! two, which fall on few cache sets, out of the inner loop. Against the `gemm` crate, which packs both operands, this
+//! was measured at 0.95 to 1.12 times its speed on the forward products and the layers' input gradients of SmolLM2-135M
+//! (1,024 tokens, Zen 4), and it takes a sum of products in one pass over the result, which an adapter needs. Weight
+//! gradients, products of few columns and the head's input gradient were mostly slower (0.77 to 1.0): [`gemm`] leaves
+//! them to that crate.
 
 use crate::cpu::library;
 use crate::cpu::simd::{Level, level, multiversion, reduce2};
@@ -34,15 +35,17 @@ const BLOCK: usize = 112 * 1024;
 const ONE_PASS: usize = 1600;
 const PASS: usize = 512;
 
-/// Rows that lie a multiple of this many elements (4 KiB) apart share the sets of the first-level cache, which has fewer
-/// ways than a tile has rows: the models' usual widths, 2,048 and 4,096, do. Such rows of `a` are copied closer together.
+/// Rows that lie a multiple of this many elements (4 KiB) apart share the sets of the first-level cache, which has
+/// fewer ways than a tile has rows: the models' usual widths, 2,048 and 4,096, do. Such rows of `a` are copied closer
+/// together.
 const CONFLICT: usize = 1024;
 
-/// Single products that the `gemm` crate is better at: results of few columns, which packing `b` does not pay for, inner
-/// dimensions of several passes, and an `a` that is worth packing too since it has to be turned along a long inner dimension.
+/// Single products that the `gemm` crate is better at: results of few columns, which packing `b` does not pay for,
+/// inner dimensions of several passes, and an `a` that is worth packing too since it has to be transposed along a long
+/// inner dimension.
 const FEW_COLUMNS: usize = 16;
 const LONG: usize = 2048;
-const LONG_TURNED: usize = 512;
+const LONG_TRANSPOSED: usize = 512;
 
 /// Elements of an `a` that is read again and again from the last-level cache.
 const CACHED: usize = 4 << 20;
@@ -75,14 +78,14 @@ pub(crate) fn gemm(
     b: View<'_>,
 ) {
     let (m, n, k) = mn_k;
-    if m * n * k > 0 && (n <= FEW_COLUMNS || k > LONG || a.is_transposed() && k >= LONG_TURNED) {
+    if m * n * k > 0 && (n <= FEW_COLUMNS || k > LONG || a.is_transposed() && k >= LONG_TRANSPOSED) {
         return library::product(mn_k, dst, dst_stride, accumulate, alpha, a, b, threads());
     }
     gemm_sum((m, n), dst, dst_stride, accumulate, &[Term { a, b, k, alpha }]);
 }
 
-/// `dst[m, n] = accumulate · dst + Σ terms`: one pass over the destination for all of them, as if their inner dimensions
-/// lay one behind the other.
+/// `dst[m, n] = accumulate · dst + Σ terms`: one pass over the destination for all of them, as if their inner
+/// dimensions lay one after the other.
 pub(crate) fn gemm_sum(
     (m, n): (usize, usize),
     dst: &mut [f32],
@@ -115,8 +118,8 @@ pub(crate) fn gemm_sum(
     let dst = Shared::new(dst);
     (0..grid.tasks()).into_par_iter().with_max_len(1).for_each(|task| {
         let (rows, cols) = grid.task(task);
-        PACKED.with_borrow_mut(|(block, turned)| {
-            product_block(&grid, rows, cols, dst, dst_stride, accumulate, terms, block, turned);
+        PACKED.with_borrow_mut(|(block, copied)| {
+            product_block(&grid, rows, cols, dst, dst_stride, accumulate, terms, block, copied);
         });
     });
 }
@@ -133,10 +136,10 @@ struct Grid {
 }
 
 impl Grid {
-    fn new(m: usize, n: usize, total: usize, turns: bool) -> Self {
+    fn new(m: usize, n: usize, total: usize, transposed: bool) -> Self {
         let threads = threads();
         let panels = n.div_ceil(panel_width());
-        let pass = if total <= ONE_PASS && !turns { total } else { total.div_ceil(total.div_ceil(PASS)) };
+        let pass = if total <= ONE_PASS && !transposed { total } else { total.div_ceil(total.div_ceil(PASS)) };
         // Columns are cut first, so that each part of `b` is packed once; rows when that leaves a thread without its
         // even share.
         let even = panels.is_multiple_of(threads) || panels >= 16 * threads;
@@ -144,12 +147,12 @@ impl Grid {
         let share = panels.div_ceil(shares);
         let widest = (BLOCK / pass / panel_width()).max(1);
         let narrow = shares * share.div_ceil(widest);
-        // More tasks than their size asks for, so that a thread that is held up is waited for less. Narrower columns have
-        // `a` read more often, which is cheap while it lies in a cache, and does not have to be turned; fewer rows have `b`
-        // packed more often.
+        // More tasks than their size asks for, so that a thread that is held up is waited for less. Narrower columns
+        // have `a` read more often, which is cheap while it lies in a cache, and does not have to be transposed; fewer
+        // rows have `b` packed more often.
         let (row_tasks, col_tasks) = if !even {
             (2 * threads, narrow)
-        } else if turns {
+        } else if transposed {
             ((4 * threads).div_ceil(narrow), narrow)
         } else if m * total <= CACHED {
             (1, shares * share.div_ceil(widest).max(share.min(4)))
@@ -189,7 +192,7 @@ fn product_block(
     accumulate: bool,
     terms: &[Term<'_>],
     block: &mut Tensor,
-    turned: &mut Tensor,
+    copied: &mut Tensor,
 ) {
     if rows.is_empty() || cols.is_empty() {
         return;
@@ -227,18 +230,18 @@ fn product_block(
                 let mut a = term.a.part(first, k.start);
                 if a.is_transposed() {
                     // Steps that lie a row apart would miss the first-level cache at each step, for each panel.
-                    turned.resize(&[k.len(), ROWS]);
-                    for (to, l) in turned.data_mut().chunks_exact_mut(ROWS).zip(0..) {
+                    copied.resize(&[k.len(), ROWS]);
+                    for (to, l) in copied.data_mut().chunks_exact_mut(ROWS).zip(0..) {
                         copy(&a.data[l * a.col_stride..][..m], to);
                     }
-                    a = View { data: turned.data(), row_stride: 1, col_stride: ROWS };
+                    a = View { data: copied.data(), row_stride: 1, col_stride: ROWS };
                 } else if a.row_stride.is_multiple_of(CONFLICT) && n > panel_width() {
                     let stride = k.len().next_multiple_of(16) + 16;
-                    turned.resize(&[ROWS, stride]);
-                    for (to, i) in turned.data_mut().chunks_exact_mut(stride).take(m).zip(0..) {
+                    copied.resize(&[ROWS, stride]);
+                    for (to, i) in copied.data_mut().chunks_exact_mut(stride).take(m).zip(0..) {
                         copy(&a.data[i * a.row_stride..][..k.len()], to);
                     }
-                    a = View::rows(turned.data(), stride);
+                    a = View::rows(copied.data(), stride);
                 }
                 let b = if direct(&term.b) {
                     let b = term.b.part(k.start, cols.start);
@@ -246,7 +249,7 @@ fn product_block(
                 } else {
                     Panels::packed(&block.data()[at..], k.len())
                 };
-                // Rows of a long `a` come from memory in pieces too short for the processor to see a pattern in them.
+                // Rows of a long `a` come from memory in pieces too short for the CPU to see a pattern in them.
                 let next = first + ROWS;
                 if !term.a.is_transposed() && next < rows.end {
                     term.a.part(next, k.start).prefetch(ROWS.min(rows.end - next), k.len());
@@ -258,7 +261,7 @@ fn product_block(
     }
 }
 
-/// Lays the panels of `b` [k, n] one behind the other, each row by row, for [`Panels::packed`].
+/// Lays the panels of `b` [k, n] one after the other, each row by row, for [`Panels::packed`].
 fn pack(b: View<'_>, (k, n): (usize, usize), to: &mut [f32]) {
     let width = panel_width();
     if b.col_stride == 1 {
@@ -337,8 +340,8 @@ pub(crate) fn matmul_nt_by_row(
     });
 }
 
-/// One pass over the weights, cut into strips of output columns: `strip` appends the `m` products of each column of its range,
-/// which are then copied out.
+/// One pass over the weights, cut into strips of output columns: `strip` appends the `m` products of each column of its
+/// range, which are then copied out.
 fn few_rows(
     (m, n): (usize, usize),
     y: &mut [f32],
@@ -432,13 +435,13 @@ mod tests {
                 let cols = a.len() / rows;
                 (0..a.len()).map(|at| a[at % rows * cols + at / rows]).collect::<Vec<f32>>()
             };
-            let x_turned: Vec<Vec<f32>> = xs.iter().map(|x| turn(x, m)).collect();
-            let w_turned: Vec<Vec<f32>> = ws.iter().map(|w| turn(w, n)).collect();
+            let x_transposed: Vec<Vec<f32>> = xs.iter().map(|x| turn(x, m)).collect();
+            let w_transposed: Vec<Vec<f32>> = ws.iter().map(|w| turn(w, n)).collect();
             for (turn_x, turn_w) in [(false, false), (true, false), (false, true), (true, true)] {
                 let terms: Vec<Term<'_>> = (0..ks.len())
                     .map(|i| {
-                        let a = if turn_x { View::rows(&x_turned[i], m).t() } else { View::rows(&xs[i], ks[i]) };
-                        let b = if turn_w { View::rows(&w_turned[i], n) } else { View::rows(&ws[i], ks[i]).t() };
+                        let a = if turn_x { View::rows(&x_transposed[i], m).t() } else { View::rows(&xs[i], ks[i]) };
+                        let b = if turn_w { View::rows(&w_transposed[i], n) } else { View::rows(&ws[i], ks[i]).t() };
                         Term { a, b, k: ks[i], alpha: 0.5 }
                     })
                     .collect();

@@ -1,4 +1,4 @@
-//! CPU kernels: one file an op, called by `ops/<op>.rs` after it has checked the shapes.
+//! CPU kernels: one file per op, called by `ops/<op>.rs` after it has checked the shapes.
 //!
 //! Loops are written so that the compiler vectorises them, and compiled for several instruction sets by
 //! `simd::multiversion`; which one runs is decided once, at run time. Results do not depend on how work is cut among

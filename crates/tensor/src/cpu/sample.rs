@@ -10,7 +10,7 @@ pub struct Scratch {
     pub(crate) candidates: Vec<(u32, f32)>,
 }
 
-/// A token for the one row `logits` [V] of the processor.
+/// A token for the one row `logits` [V] in host memory.
 ///
 /// # Panics
 /// When an id of the history is not below V.
@@ -71,8 +71,8 @@ fn drawn(draw: &Draw, candidates: &mut Vec<(u32, f32)>) -> u32 {
     candidates[keep - 1].0
 }
 
-/// A number that at least `k` of `logits` reach and few others do, so that not all need sorting: the k-th largest of the
-/// maxima of short pieces. −∞ when there are not enough pieces, or for k = 0.
+/// A number that at least `k` of `logits` reach and few others do, so that not all need sorting: the k-th largest of
+/// the maxima of short pieces. −∞ when there are not enough pieces, or for k = 0.
 fn floor_of_top(k: usize, logits: &[f32], maxima: &mut Vec<f32>) -> f32 {
     maxima.clear();
     maxima.extend(

@@ -31,7 +31,7 @@ impl Level {
     }
 }
 
-/// The best level this processor has; probed once.
+/// The best level this CPU has; probed once.
 pub(crate) fn level() -> Level {
     static LEVEL: OnceLock<Level> = OnceLock::new();
     *LEVEL.get_or_init(|| {
@@ -79,7 +79,7 @@ macro_rules! multiversion {
                 #[target_feature(enable = "avx2,fma")]
                 fn avx2 $(<$E: $bound>)? ($($arg: $ty),*) $(-> $ret)? { body($($arg),*) }
                 match $crate::cpu::simd::level() {
-                    // SAFETY: `level` has seen these features on this processor.
+                    // SAFETY: `level` has seen these features on this CPU.
                     $crate::cpu::simd::Level::Avx512 => return unsafe { avx512($($arg),*) },
                     // SAFETY: as above.
                     $crate::cpu::simd::Level::Avx2 => return unsafe { avx2($($arg),*) },

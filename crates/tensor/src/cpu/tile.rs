@@ -1,12 +1,12 @@
 //! Products of small matrices whose result lives in registers: what `matmul.rs` and `attention.rs` are built of.
 //!
-//! A tile of the result, 12 x 32 numbers with AVX-512 and 6 x 16 with AVX2, stays in registers while the inner dimension
-//! runs. Each step of it loads one row of `b` (two vectors) and multiplies it by one number of each of the tile's rows of
-//! `a`, broadcast from wherever it lies: 24 multiply-adds for 14 loads, so that the multipliers never wait. Therefore
-//! `a` may have any strides and is never copied. `b` must have its columns side by side.
+//! A tile of the result, 12 x 32 numbers with AVX-512 and 6 x 16 with AVX2, stays in registers while the inner
+//! dimension runs. Each step of it loads one row of `b` (two vectors) and multiplies it by one number of each of the
+//! tile's rows of `a`, broadcast from wherever it lies: 24 multiply-adds for 14 loads, so that the multipliers never
+//! wait. Therefore `a` may have any strides and is never copied. `b` must have its columns side by side.
 //!
-//! Every element is summed over the inner dimension in order by one fused multiply-add a step, whatever tile it falls in:
-//! results do not depend on how a product is cut into tiles, or tiles are dealt to threads.
+//! Every element is summed over the inner dimension in order by one fused multiply-add per step, whatever tile it falls
+//! in: results do not depend on how a product is cut into tiles, or tiles are dealt to threads.
 
 use crate::cpu::library;
 use crate::cpu::simd::{Level, level};
@@ -81,8 +81,8 @@ pub(crate) fn product(
     a.check(m, k);
     b.check(k, n);
     match level() {
-        // SAFETY: `level` has seen the instructions on this processor; all three matrices lie inside their slices
-        // (checked above), and `dst` is borrowed mutably, so that it overlaps neither operand.
+        // SAFETY: `level` has seen the instructions on this CPU; all three matrices lie inside their slices (checked
+        // above), and `dst` is borrowed mutably, so that it overlaps neither operand.
         #[cfg(target_arch = "x86_64")]
         Level::Avx512 => unsafe { avx512::product((m, n, k), dst, stride, accumulate, alpha, a, b) },
         // SAFETY: as above.
@@ -99,8 +99,8 @@ pub(crate) fn product(
     }
 }
 
-/// Defines `product` for one instruction set. The module it is used in has `Vector`, `LANES`, the row counts of its tiles
-/// and the operations on vectors.
+/// Defines `product` for one instruction set. The module it is used in has `Vector`, `LANES`, the row counts of its
+/// tiles and the operations on vectors.
 #[cfg(target_arch = "x86_64")]
 macro_rules! tiles {
     ($features:literal, { $($remaining:pat => $rows:literal),* $(,)? }) => {
@@ -154,7 +154,7 @@ macro_rules! tiles {
         /// See [`super::product`].
         ///
         /// # Safety
-        /// The processor has the instructions, m, n and k are not 0, and the matrices lie inside their slices.
+        /// The CPU has the instructions, m, n and k are not 0, and the matrices lie inside their slices.
         #[target_feature(enable = $features)]
         pub(super) unsafe fn product(
             (m, n, k): (usize, usize, usize),
@@ -335,7 +335,7 @@ mod tests {
 
     type Product = fn((usize, usize, usize), &mut [f32], usize, bool, f32, View<'_>, Panels<'_>);
 
-    /// The product of every instruction set that this processor has, with its panel width.
+    /// The product of every instruction set that this CPU has, with its panel width.
     fn products() -> Vec<(usize, Product)> {
         #[cfg_attr(not(target_arch = "x86_64"), expect(unused_mut))]
         let mut all: Vec<(usize, Product)> = vec![(panel_width(), product)];
@@ -351,7 +351,7 @@ mod tests {
                 a: View<'_>,
                 b: Panels<'_>,
             ) {
-                // SAFETY: the processor has AVX2; the test's matrices lie inside their slices.
+                // SAFETY: the CPU has AVX2; the test's matrices lie inside their slices.
                 unsafe { avx2::product(mnk, dst, stride, add, alpha, a, b) }
             }
             all.push((2 * avx2::LANES, narrow));
@@ -375,9 +375,9 @@ mod tests {
                             want[i * (n + 2) + j] += 0.5 * sum;
                         }
                     }
-                    let turned: Vec<f32> = (0..m * k).map(|at| a[at % m * k + at / m]).collect();
+                    let transposed: Vec<f32> = (0..m * k).map(|at| a[at % m * k + at / m]).collect();
                     let panels = Panels { data: &b, row_stride: n, panel_stride: width };
-                    for a in [View::rows(&a, k), View::rows(&turned, m).t()] {
+                    for a in [View::rows(&a, k), View::rows(&transposed, m).t()] {
                         let mut dst = before.clone();
                         product((m, n, k), &mut dst, n + 2, true, 0.5, a, panels);
                         for (x, y) in dst.iter().zip(&want) {

@@ -43,7 +43,7 @@ fn scalar(
 /// Blocks of 8 x 8 in registers, the rest one by one.
 ///
 /// # Safety
-/// The processor has AVX2 and both matrices lie inside their slices.
+/// The CPU has AVX2 and both matrices lie inside their slices.
 #[cfg(target_arch = "x86_64")]
 #[allow(unsafe_code)]
 #[target_feature(enable = "avx2")]

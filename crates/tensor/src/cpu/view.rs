@@ -36,7 +36,7 @@ impl<'a> View<'a> {
         for row in self.data.chunks(self.row_stride).take(rows) {
             for line in row[..cols.min(row.len())].chunks(16) {
                 use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
-                // SAFETY: every x86-64 processor has the instruction, and it reads nothing.
+                // SAFETY: every x86-64 CPU has the instruction, and it reads nothing.
                 unsafe { _mm_prefetch::<_MM_HINT_T1>(line.as_ptr().cast()) };
             }
         }
@@ -74,8 +74,8 @@ impl Shared {
     /// The elements `start..start + len`.
     ///
     /// # Safety
-    /// The buffer given to [`Shared::new`] is still borrowed, and while the returned slice lives no other thread touches
-    /// an element of it that this thread writes.
+    /// The buffer given to [`Shared::new`] is still borrowed, and while the returned slice lives no other thread
+    /// touches an element of it that this thread writes.
     #[allow(unsafe_code, clippy::mut_from_ref)]
     pub(crate) unsafe fn slice(&self, start: usize, len: usize) -> &mut [f32] {
         assert!(start + len <= self.1, "a task reaches past its buffer");

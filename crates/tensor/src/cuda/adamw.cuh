@@ -11,17 +11,17 @@ __device__ __forceinline__ float updated(float value, float grad, float &m, floa
     return value * f.decay - f.rate * m / (sqrtf(v) * f.root + f.epsilon);
 }
 
-// A weight: f32, or bf16 with what rounding left in `low`. The bits of the f32 are those of the bf16 (rounded half up) times
-// 65,536 plus the signed low half, so that nothing is lost.
+// A weight: f32, or bf16 with what rounding left in `residual`. The bits of the f32 are those of the bf16 (rounded half
+// up) times 65,536 plus the signed residual, so that nothing is lost.
 __device__ __forceinline__ float load_weight(const float *value, const u16 *, u64 i) { return value[i]; }
-__device__ __forceinline__ float load_weight(const bf16 *value, const u16 *low, u64 i) {
-    return __uint_as_float(((u32)value[i].bits << 16) + (u32)(int)(short)low[i]);
+__device__ __forceinline__ float load_weight(const bf16 *value, const u16 *residual, u64 i) {
+    return __uint_as_float(((u32)value[i].bits << 16) + (u32)(int)(short)residual[i]);
 }
 __device__ __forceinline__ void store_weight(float *value, u16 *, u64 i, float x) { value[i] = x; }
-__device__ __forceinline__ void store_weight(bf16 *value, u16 *low, u64 i, float x) {
+__device__ __forceinline__ void store_weight(bf16 *value, u16 *residual, u64 i, float x) {
     u32 bits = __float_as_uint(x), high = (bits + 0x8000u) >> 16;
     value[i].bits = (u16)high;
-    low[i] = (u16)(bits - (high << 16));
+    residual[i] = (u16)(bits - (high << 16));
 }
 
 #define FACTORS                                                                                                          \

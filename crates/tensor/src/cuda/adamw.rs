@@ -13,15 +13,15 @@ const MOST_BLOCKS: u32 = 4096;
 /// Elements `range` of the weights and, for bf16, of what rounding left of them, and of the gradient.
 pub(super) fn weights<'a>(
     value: &'a Tensor,
-    low: Option<&'a Tensor>,
+    residual: Option<&'a Tensor>,
     grad: &'a Tensor,
     range: &Range<usize>,
 ) -> [Arg<'a>; 3] {
     let (element, at) = (value.dtype(), range.start);
-    assert_eq!(low.map(|l| (l.len(), l.dtype())), (element == Dtype::BF16).then_some((value.len(), Dtype::BF16)));
+    assert_eq!(residual.map(|l| (l.len(), l.dtype())), (element == Dtype::BF16).then_some((value.len(), Dtype::BF16)));
     assert!(range.end <= value.len() && value.len() == grad.len(), "{range:?} of {value:?} and {grad:?}");
-    let low = low.map_or(Arg::Null, |low| argument_at(low, Dtype::BF16, at));
-    [argument_at(value, element, at), low, argument_at(grad, Dtype::F32, at)]
+    let residual = residual.map_or(Arg::Null, |residual| argument_at(residual, Dtype::BF16, at));
+    [argument_at(value, element, at), residual, argument_at(grad, Dtype::F32, at)]
 }
 
 /// The numbers of an update, last among a kernel's arguments: elements, then factors.
@@ -33,14 +33,14 @@ pub(super) fn numbers<'a>(n: usize, step: &Step) -> impl Iterator<Item = Arg<'a>
 pub(crate) fn update(
     gpu: &Gpu,
     value: &mut Tensor,
-    low: Option<&mut Tensor>,
+    residual: Option<&mut Tensor>,
     grad: &Tensor,
     range: Range<usize>,
     moments: [Arg<'_>; 2],
     step: &Step,
 ) {
     let n = range.len();
-    let weights = weights(value, low.as_deref(), grad, &range);
+    let weights = weights(value, residual.as_deref(), grad, &range);
     let args: Vec<Arg<'_>> = weights.into_iter().chain(moments).chain(numbers(n, step)).collect();
     let grid = (blocks(n, THREADS).min(MOST_BLOCKS), THREADS, 0);
     gpu.launch_row(Module::new(Source::Adamw, value.dtype()), "adamw", grid, &args);

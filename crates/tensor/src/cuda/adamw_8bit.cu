@@ -10,9 +10,9 @@ __device__ __forceinline__ u32 nearest(const float *ends, float x) {
     return code;
 }
 
-// Moments of 8 bits: a block of 256 threads takes the 256 elements that share a scale. `tables`: levels and ends of the signed
-// code, then of the unsigned one, 256 each. r is the root of the second moment.
-extern "C" __global__ void adamw_8bit(element *__restrict__ value, u16 *__restrict__ low, const float *__restrict__ grad,
+// Moments of 8 bits: a block of 256 threads takes the 256 elements that share a scale. `tables`: levels and ends of the
+// signed code, then of the unsigned one, 256 each. r is the root of the second moment.
+extern "C" __global__ void adamw_8bit(element *__restrict__ value, u16 *__restrict__ residual, const float *__restrict__ grad,
                                       u8 *__restrict__ m_codes, float *__restrict__ m_scales, u8 *__restrict__ r_codes,
                                       float *__restrict__ r_scales, const float *__restrict__ tables, u64 n, FACTORS) {
     SHARED(memory);
@@ -28,7 +28,7 @@ extern "C" __global__ void adamw_8bit(element *__restrict__ value, u16 *__restri
         if (code & 128) m = -m;
         r = table[512 + r_codes[i]] * r_scales[blockIdx.x];
         float v = r * r;
-        store_weight(value, low, i, updated(load_weight(value, low, i), grad[i], m, v, f));
+        store_weight(value, residual, i, updated(load_weight(value, residual, i), grad[i], m, v, f));
         r = sqrtf(v);
     }
     float m_scale = block_max(fabsf(m), scratch), r_scale = block_max(r, scratch);

@@ -1,5 +1,5 @@
-//! Compiled kernels for all supported GPUs in one file, which a release carries inside: [`MAGIC`], then for each module its name,
-//! its architecture, a hash of its source and its code, each behind its length (u32, little-endian).
+//! Compiled kernels for all supported GPUs in one file, which a release carries inside: [`MAGIC`], then for each module
+//! its name, its architecture, a hash of its source and its code, each after its length (u32, little-endian).
 
 use super::compiler::source_hash;
 use super::kernels::Module;
@@ -12,7 +12,8 @@ const MAGIC: &[u8] = b"tunesmith kernels 1\n";
 /// What the library was built with; empty without an archive.
 static EMBEDDED: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/kernels.bin"));
 
-/// Architectures that archives have code for: Ampere, its small sisters, Ada, Hopper, Blackwell, and Blackwell's small sisters.
+/// Architectures that archives have code for: Ampere, its small sisters, Ada, Hopper, Blackwell, and Blackwell's small
+/// sisters.
 pub const ARCHITECTURES: [&str; 6] = ["sm_80", "sm_86", "sm_89", "sm_90a", "sm_100a", "sm_120"];
 
 /// Hash of the source, and the code.
@@ -41,10 +42,10 @@ impl Archive {
     pub fn parse(bytes: &'static [u8]) -> Result<Self, String> {
         let mut rest = bytes.strip_prefix(MAGIC).ok_or("it does not begin like an archive of kernels")?;
         let mut field = || -> Result<&'static [u8], String> {
-            let (len, behind) = rest.split_first_chunk::<4>().ok_or("it ends inside an entry")?;
+            let (len, after) = rest.split_first_chunk::<4>().ok_or("it ends inside an entry")?;
             let len = u32::from_le_bytes(*len) as usize;
-            let (field, behind) = behind.split_at_checked(len).ok_or("it ends inside an entry")?;
-            rest = behind;
+            let (field, after) = after.split_at_checked(len).ok_or("it ends inside an entry")?;
+            rest = after;
             Ok(field)
         };
         let mut archive = Self::default();

@@ -1,14 +1,14 @@
 // Causal attention over packed documents on tensor cores; contract in ops/attention.rs. After Dao, "FlashAttention-2"
-// (2023): scores live in registers only, and the backward pass makes them again from the kept sums of exponentials. The
+// (2023): scores live in registers only, and the backward pass recomputes them from the kept sums of exponentials. The
 // gradients of keys and of queries are two kernels, each with one owner for every output, so that nothing is added
 // atomically and the results are the same every time.
 //
-// Tiles are rows of a table that the launcher makes. 4 warps of 16 rows each. Shared rows are 16 bytes longer than a head, so
-// that the eight rows of a matrix lie in different banks.
+// Tiles are rows of a table that the launcher makes. 4 warps of 16 rows each. Shared rows are 16 bytes longer than a
+// head, so that the eight rows of a matrix lie in different banks.
 
 constexpr int D = HEAD_DIM, STRIDE = D + 8, THREADS = 128, TILE = 64;
-// Queries that the gradient of keys takes at a time: fewer where a head needs many registers, and on Blackwell, for which the
-// compiler keeps more of them. The launcher gives room for the most.
+// Queries that the gradient of keys takes at a time: fewer where a head needs many registers, and on Blackwell, for
+// which the compiler keeps more of them. The launcher gives room for the most.
 #if !defined(EMULATED) && __CUDA_ARCH__ >= 1000
 constexpr int TILE_Q = D > 96 ? 16 : D > 64 ? 32 : 64;
 #else
@@ -109,8 +109,8 @@ __device__ __forceinline__ u32 rows_of_warp(u32 count) {
     return count > first ? count - first : 0;
 }
 
-// A row of `tiles` is: first query, queries (up to TILE), first key, keys that the first query sees. A query sees one more than
-// the one before. `lse` [queries, heads].
+// A row of `tiles` is: first query, queries (up to TILE), first key, keys that the first query sees. A query sees one
+// more than the one before. `lse` [queries, heads].
 extern "C" __global__ void __launch_bounds__(THREADS)
 attention_forward(const bf16 *__restrict__ q, const bf16 *__restrict__ k, const bf16 *__restrict__ v,
                   const u32 *__restrict__ tiles, bf16 *__restrict__ o, float *__restrict__ lse, u32 heads, u32 kv_heads,
@@ -189,7 +189,7 @@ attention_forward(const bf16 *__restrict__ q, const bf16 *__restrict__ k, const 
     store_rows(o + ((u64)(first + warp * 16) * heads + head) * D, heads * D, sums, factors, rows_of_warp(count));
 }
 
-// delta [rows] = sum of o * d_o over a head: a warp a row of [rows, D].
+// delta [rows] = sum of o * d_o over a head: a warp per row of [rows, D].
 extern "C" __global__ void attention_delta(const bf16 *__restrict__ o, const bf16 *__restrict__ d_o,
                                            float *__restrict__ delta, u32 rows, u32 head_dim) {
     u32 row = (blockIdx.x * blockDim.x + threadIdx.x) / 32, lane = threadIdx.x % 32;
@@ -203,8 +203,8 @@ extern "C" __global__ void attention_delta(const bf16 *__restrict__ o, const bf1
     if (lane == 0) delta[row] = sum;
 }
 
-// Gradients of a tile of keys and values: a row of `tiles` is first key, keys (up to TILE), end of the document. Rows of
-// queries are those of keys.
+// Gradients of a tile of keys and values: a row of `tiles` is first key, keys (up to TILE), end of the document. Rows
+// of queries are those of keys.
 extern "C" __global__ void __launch_bounds__(THREADS)
 attention_backward_keys(const bf16 *__restrict__ q, const bf16 *__restrict__ k, const bf16 *__restrict__ v,
                         const float *__restrict__ lse, const float *__restrict__ delta, const bf16 *__restrict__ d_o,

@@ -3,7 +3,7 @@
 use super::arguments::argument;
 use super::gpu::{Arg, Buffer, Gpu, Launch};
 use super::kernels::{Module, Source};
-use crate::contract::{Heads, Segment};
+use crate::contract::{Heads, Qkv, Segment};
 use crate::{dtype::Dtype, tensor::Tensor};
 use std::sync::Arc;
 
@@ -43,8 +43,8 @@ fn rows_bytes(element: Dtype, rows: usize, head_dim: usize) -> usize {
     if element == Dtype::BF16 { rows * (head_dim + 8) * 2 } else { 0 }
 }
 
-/// Tiles of queries: first query, queries, first key, keys that the first query sees; those with most work first, so that
-/// short ones fill the end.
+/// Tiles of queries: first query, queries, first key, keys that the first query sees; those with most work first, so
+/// that short ones fill the end.
 fn query_tiles(segments: &[Segment]) -> Vec<[u32; 4]> {
     let mut tiles = Vec::new();
     for s in segments {
@@ -98,16 +98,8 @@ impl Call<'_> {
     }
 }
 
-pub(crate) fn forward(
-    gpu: &Arc<Gpu>,
-    q: &Tensor,
-    k: &Tensor,
-    v: &Tensor,
-    segments: &[Segment],
-    heads: Heads,
-    o: &mut Tensor,
-    lse: &mut Tensor,
-) {
+pub(crate) fn forward(gpu: &Arc<Gpu>, qkv: Qkv<'_>, o: &mut Tensor, lse: &mut Tensor) {
+    let Qkv { q, k, v, segments, heads } = qkv;
     let element = q.dtype();
     o.resize_like(q, q.shape());
     lse.resize_on(&q.device(), Dtype::F32, &[q.rows(), heads.num_heads]);
@@ -120,29 +112,22 @@ pub(crate) fn forward(
     call.launch("attention_forward", tiles.len(), heads.num_heads, shared, &args);
 }
 
-/// Bytes of what each row of the backward pass has in common: one f32 a head.
+/// Bytes of what each row of the backward pass has in common: one f32 per head.
 pub(super) fn delta_bytes(rows: usize, heads: Heads) -> usize {
     4 * rows * heads.num_heads
 }
 
+/// Gradients have their shapes already.
 pub(crate) fn backward(
     gpu: &Arc<Gpu>,
-    q: &Tensor,
-    k: &Tensor,
-    v: &Tensor,
+    qkv: Qkv<'_>,
     o: &Tensor,
     lse: &Tensor,
     d_o: &Tensor,
-    segments: &[Segment],
-    heads: Heads,
-    d_q: &mut Tensor,
-    d_k: &mut Tensor,
-    d_v: &mut Tensor,
+    [d_q, d_k, d_v]: [&mut Tensor; 3],
 ) {
+    let Qkv { q, k, v, segments, heads } = qkv;
     let (element, head_dim) = (q.dtype(), heads.head_dim);
-    d_q.resize_like(q, q.shape());
-    d_k.resize_like(k, k.shape());
-    d_v.resize_like(v, v.shape());
     let q_rows = q.rows();
     let rows = q_rows * heads.num_heads;
     let delta = gpu.allocate(delta_bytes(q_rows, heads));

@@ -1,12 +1,13 @@
-// Attention of a few new queries of one or several sequences over cached keys and values [rows, kv_heads, d]: the keys of a query
-// are divided among blocks, whose results are joined. A warp takes one key after the other for all query heads that share it, so that every key and
-// value is read once.
+// Attention of a few new queries of one or several sequences over cached keys and values [rows, kv_heads, d]: the keys
+// of a query are divided among blocks, whose results are joined. A warp takes one key after the other for all query
+// heads that share it, so that every key and value is read once.
 
 constexpr int MAX_GROUP = 8, MAX_PARTS = 4;
 
-// Partial results of `chunk` keys for query row blockIdx.z, key/value head blockIdx.y: for every head of the group the largest
-// score, the sum of exponentials and the sum of values, one after the other in `parts` [rows, heads, chunks, d + 2]. `table` has for
-// each query the row of its first key and how many keys it sees; a block behind the last of them writes an empty part.
+// Partial results of `chunk` keys for query row blockIdx.z, key/value head blockIdx.y: for every head of the group the
+// largest score, the sum of exponentials and the sum of values, one after the other in `parts` [rows, heads, chunks, d
+// + 2]. `table` has for each query the row of its first key and how many keys it sees; a block after the last of them
+// writes an empty part.
 extern "C" __global__ void __launch_bounds__(128)
 attention_decode(const element *__restrict__ q, const element *__restrict__ k, const element *__restrict__ v,
                  const u32 *__restrict__ table, float *__restrict__ parts, u32 chunk, u32 heads, u32 kv_heads, u32 d, float scale) {

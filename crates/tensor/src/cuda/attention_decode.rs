@@ -3,7 +3,7 @@
 use super::arguments::argument;
 use super::gpu::{Arg, Buffer, Gpu, Launch};
 use super::kernels::{Module, Source};
-use crate::contract::{Heads, Segment};
+use crate::contract::{Heads, Qkv, Segment};
 use crate::tensor::Tensor;
 use std::sync::Arc;
 
@@ -22,8 +22,8 @@ pub(crate) fn takes(segments: &[Segment], heads: Heads) -> bool {
     few && heads.group() <= LARGEST.0 && heads.head_dim <= LARGEST.1
 }
 
-/// Runs of [`CHUNK`] keys for queries that see up to `most`: in steps, so that a growing context seldom changes the launch. Blocks
-/// behind the last key have nothing to do.
+/// Runs of [`CHUNK`] keys for queries that see up to `most`: in steps, so that a growing context seldom changes the
+/// launch. Blocks after the last key have nothing to do.
 fn chunks(most: usize) -> usize {
     most.div_ceil(CHUNK).next_multiple_of(4)
 }
@@ -67,16 +67,8 @@ impl Seen {
     }
 }
 
-/// `o` [T, H·D] of the queries of `segments` over their rows of `k` and `v`; contract in `ops/attention.rs`.
-pub(crate) fn attention(
-    gpu: &Arc<Gpu>,
-    q: &Tensor,
-    k: &Tensor,
-    v: &Tensor,
-    segments: &[Segment],
-    heads: Heads,
-    o: &mut Tensor,
-) {
+/// `o` [T, H·D] of the queries of segments over their rows of k and v; contract in `ops/attention.rs`.
+pub(crate) fn attention(gpu: &Arc<Gpu>, Qkv { q, k, v, segments, heads }: Qkv<'_>, o: &mut Tensor) {
     assert!(takes(segments, heads), "{heads:?}");
     let table = query_rows(segments);
     let most = table.iter().map(|[_, seen]| *seen as usize).max().unwrap_or(0);

@@ -1,5 +1,6 @@
-// Attention in f32, for exact comparisons: the same tables and parameters as attention.cu, plain loops. A warp takes one row
-// after the other; its lanes share keys (or queries) for scores and elements of the head for sums. Heads of up to 256.
+// Attention in f32, for exact comparisons: the same tables and parameters as attention.cu, plain loops. A warp takes
+// one row after the other; its lanes share keys (or queries) for scores and elements of the head for sums. Heads of up
+// to 256.
 
 constexpr int TILE = 64, MAX_PARTS = 8;
 

@@ -29,7 +29,7 @@ pub struct Compiler {
     version: (i32, i32),
 }
 
-/// Options of every module. Divisions and roots are those of IEEE; subnormals are kept, as on the processor.
+/// Options of every module. Divisions and roots are those of IEEE; subnormals are kept, as on the CPU.
 const OPTIONS: [&str; 2] = ["--std=c++17", "-default-device"];
 
 impl Compiler {

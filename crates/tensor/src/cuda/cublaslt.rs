@@ -1,7 +1,8 @@
-//! Matrix products by cuBLASLt: bf16 or f32 operands, the latter as they are or, if asked for, rounded to TF32; sums in f32; the algorithm for a shape is asked for once.
+//! Matrix products by cuBLASLt: bf16 or f32 operands, the latter as they are or, if asked for, rounded to TF32; sums in
+//! f32; the algorithm for a shape is asked for once.
 //!
 //! cuBLASLt's matrices are column-major. A row-major matrix is the transpose of the column-major one with the same
-//! memory, so cᵀ = bᵀ aᵀ is asked for: the operands change places and nothing is copied.
+//! memory, so cᵀ = bᵀ aᵀ is asked for: the operands are exchanged and nothing is copied.
 
 use super::error::Error;
 use super::library::{Library, Search, functions};
@@ -161,8 +162,8 @@ impl CublasLt {
         let (a, b) = (product.a.address as *const c_void, product.b.address as *const c_void);
         let c = product.c.address;
         // SAFETY: the plan was made for these sizes, strides, types and alignments; `Gemm::check` has shown that the
-        // operands lie in their buffers; factors are f32 as the description says; the workspace has the size that is named
-        // and is used by one product after the other, since all run in one stream.
+        // operands lie in their buffers; factors are f32 as the description says; the workspace has the size that is
+        // named and is used by one product after the other, since all run in one stream.
         let status = unsafe {
             (self.api.matmul)(
                 *handle,
@@ -270,8 +271,8 @@ impl CublasLt {
     pub(super) fn close(&self) {
         let mut state = locked(&self.state);
         for (_, plan) in state.plans.drain() {
-            // SAFETY: layouts and description were created by this library and are not used again. That giving them back may
-            // fail costs their memory.
+            // SAFETY: layouts and description were created by this library and are not used again. That giving them
+            // back may fail costs their memory.
             unsafe {
                 plan.layouts.iter().for_each(|layout| {
                     (self.api.layout_destroy)(*layout);

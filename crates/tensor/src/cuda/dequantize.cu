@@ -1,5 +1,5 @@
-// Blocks of GGUF files and NF4: decoded to elements, or multiplied as they are; formats in quant.rs and nf4.rs. A thread decodes 8
-// elements that follow each other.
+// Blocks of GGUF files and NF4: dequantised to elements, or multiplied as they are; formats in quant.rs and nf4.rs. A
+// thread dequantises 8 elements that follow each other.
 
 __device__ __forceinline__ float half_at(const u8 *p) {
     u32 bits = p[0] | (u32)p[1] << 8, sign = (bits & 0x8000u) << 16, exponent = bits >> 10 & 31, mantissa = bits & 1023;
@@ -100,7 +100,8 @@ __device__ __forceinline__ void decode8(u32 kind, const u8 *b, u32 at, float (&y
     }
 }
 
-// A matrix of blocks [rows, cols]; rows of q and k in GGUF files are interleaved by head (`half_head` > 0 is half of a head's rows).
+// A matrix of blocks [rows, cols]; rows of q and k in GGUF files are interleaved by head (`half_head` > 0 is half of a
+// head's rows).
 struct Blocks {
     const u8 *bytes;
     u32 kind, block_len, block_bytes, cols, half_head;
@@ -149,8 +150,8 @@ __device__ __forceinline__ void dequantize(const Matrix &matrix, const u32 *inde
 
 constexpr int MOST_ROWS = 8;
 
-// y [m, rows] = or += alpha x [m, cols] wT for up to MOST_ROWS rows of x: a warp takes a row of the matrix, so that its bytes are
-// read once and the decoded row is never written. `y` is f32 with `as_float`.
+// y [m, rows] = or += alpha x [m, cols] wT for up to MOST_ROWS rows of x: a warp takes a row of the matrix, so that its
+// bytes are read once and the dequantised row is never written. `y` is f32 with `as_float`.
 template <class Matrix>
 __device__ __forceinline__ void multiply(const Matrix &matrix, const element *x, void *y, u32 rows, u32 m, u32 x_stride,
                                          u32 y_stride, float alpha, u32 accumulate, u32 as_float) {

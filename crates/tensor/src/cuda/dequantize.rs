@@ -1,4 +1,5 @@
-//! Quantised weights on the device, their decoding and their products with few rows; formats in `quant.rs` and `nf4.rs`.
+//! Quantised weights on the device, their dequantisation and their products with few rows; formats in `quant.rs` and
+//! `nf4.rs`.
 
 use super::gemm::Matrix;
 use super::gpu::{Arg, Buffer, Gpu};
@@ -79,7 +80,7 @@ impl DeviceWeight {
         &self.shape
     }
 
-    /// Type that products decode it to, that of the activations.
+    /// Type that products dequantise it to, that of the activations.
     pub(crate) fn element(&self) -> Dtype {
         self.element
     }
@@ -115,7 +116,7 @@ impl DeviceWeight {
     }
 }
 
-/// Which rows are decoded.
+/// Which rows are dequantised.
 #[derive(Clone, Copy)]
 enum Rows<'a> {
     /// The first and how many.
@@ -123,18 +124,18 @@ enum Rows<'a> {
     Listed(&'a Buffer),
 }
 
-/// Decodes `count` rows from `first` on to the start of `to`, as `element`.
+/// Dequantises `count` rows from `first` on to the start of `to`, as `element`.
 pub(crate) fn rows(gpu: &Gpu, w: &DeviceWeight, first: usize, count: usize, to: &Buffer, element: Dtype) {
     assert!(first + count <= w.shape[0], "rows {first} + {count} of {:?}", w.shape);
-    decode(gpu, w, Rows::Range(first, count), to, element);
+    dequantize(gpu, w, Rows::Range(first, count), to, element);
 }
 
-/// Decodes the rows `index` to `y` [N, cols], which has its shape.
+/// Dequantises the rows `index` to `y` [N, cols], which has its shape.
 pub(crate) fn listed_rows(gpu: &Arc<Gpu>, w: &DeviceWeight, index: &[u32], y: &Tensor) {
-    decode(gpu, w, Rows::Listed(&gpu.table(index)), y.device_buffer(), y.dtype());
+    dequantize(gpu, w, Rows::Listed(&gpu.table(index)), y.device_buffer(), y.dtype());
 }
 
-fn decode(gpu: &Gpu, w: &DeviceWeight, rows: Rows<'_>, to: &Buffer, element: Dtype) {
+fn dequantize(gpu: &Gpu, w: &DeviceWeight, rows: Rows<'_>, to: &Buffer, element: Dtype) {
     let cols = w.shape[1];
     let (index, first, count) = match rows {
         Rows::Range(first, count) => (Arg::Null, first, count),
@@ -149,7 +150,7 @@ fn decode(gpu: &Gpu, w: &DeviceWeight, rows: Rows<'_>, to: &Buffer, element: Dty
     launch(gpu, w, element, kernel, count * cols / 8, &args);
 }
 
-/// Rows of x that [`multiply`] takes: more are better multiplied with decoded tiles.
+/// Rows of x that [`multiply`] takes: more are better multiplied with dequantised tiles.
 pub(crate) const MOST_ROWS: usize = 8;
 
 /// `y` [rows, out] = or += `alpha` x wᵀ for up to [`MOST_ROWS`] rows of `x`, without decoding the matrix to memory.

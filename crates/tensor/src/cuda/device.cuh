@@ -1,5 +1,5 @@
 // What all kernels share: types, 16-byte accesses, reductions, and wrappers of PTX. Put in front of every source; built
-// by NVRTC for a device, or as C++ behind emulator.h.
+// by NVRTC for a device, or as C++ after emulator.h.
 
 typedef unsigned char u8;
 typedef unsigned short u16;
@@ -106,8 +106,8 @@ __device__ __forceinline__ float warp_max(float x) {
     return x;
 }
 
-// Sum over a block of up to 1,024 threads in one dimension, for all of them; `scratch` has a T for each warp. The order of
-// additions depends on the number of threads only.
+// Sum over a block of up to 1,024 threads in one dimension, for all of them; `scratch` has a T for each warp. The order
+// of additions depends on the number of threads only.
 template <class T> __device__ __forceinline__ T block_sum(T x, T *scratch) {
     x = warp_sum(x);
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;

@@ -82,7 +82,7 @@ const OUT_OF_MEMORY: i32 = 2;
 /// Of a stream: it does not wait for the default stream.
 const NON_BLOCKING: c_uint = 1;
 
-/// Of a record: calls that are no work of a stream, such as asking for memory, are allowed meanwhile.
+/// Of a capture: calls that are no work of a stream, such as allocations, are allowed meanwhile.
 const RELAXED: c_uint = 2;
 
 /// Of an event: it has no time.
@@ -124,15 +124,15 @@ pub(super) struct Driver {
 /// A loaded kernel and the shared memory that it may use.
 type Function = (Handle, usize);
 
-/// The stream of copies between the device and memory of the processor, and the event that makes it wait for the work.
+/// The stream of copies between the device and host memory, and the event that makes it wait for the work.
 #[derive(Clone, Copy)]
 struct Copies {
     stream: Handle,
     before: Handle,
 }
 
-/// What is held on the device. Freed memory is kept for the next buffer of that size: work is in one stream, so whatever
-/// still uses it is done before the next use begins.
+/// What is held on the device. Freed memory is kept for the next buffer of that size: work is in one stream, so
+/// whatever still uses it is done before the next use begins.
 #[derive(Default)]
 struct Memory {
     sizes: HashMap<u64, usize>,
@@ -140,7 +140,7 @@ struct Memory {
     held: usize,
     used: usize,
     peak: usize,
-    /// While work is recorded: what was freed since, for the record alone.
+    /// During capture: what was freed since, for the graph alone.
     recording: Option<BTreeMap<usize, Vec<u64>>>,
 }
 
@@ -304,7 +304,8 @@ impl Driver {
     fn release_free(&self, memory: &mut Memory) -> Result<(), Error> {
         for (size, addresses) in std::mem::take(&mut memory.free) {
             for address in addresses {
-                // SAFETY: the address came from the allocator and belongs to no buffer; freeing waits for work that uses it.
+                // SAFETY: the address came from the allocator and belongs to no buffer; freeing waits for work that
+                // uses it.
                 self.check("cuMemFree", unsafe { (self.api.memory_free)(address) })?;
                 memory.held -= size;
             }
@@ -328,7 +329,8 @@ impl Driver {
     #[allow(unsafe_code)]
     pub(super) fn upload(&self, to: u64, from: &[u8]) -> Result<(), Error> {
         let stream = self.enter()?;
-        // SAFETY: the caller has checked that the range lies in a buffer. Pageable memory is staged before the call returns.
+        // SAFETY: the caller has checked that the range lies in a buffer. Pageable memory is staged before the call
+        // returns.
         let status = unsafe { (self.api.copy_to_device)(to, from.as_ptr().cast(), from.len(), stream) };
         self.check("cuMemcpyHtoDAsync", status)
     }
@@ -369,7 +371,7 @@ impl Driver {
         Ok(address as u64)
     }
 
-    /// Gives memory of the processor back. Nothing useful can be done about failures.
+    /// Gives host memory back. Nothing useful can be done about failures.
     #[allow(unsafe_code)]
     pub(super) fn free_host(&self, address: u64) {
         if self.finish_copies().is_ok() {
@@ -411,11 +413,11 @@ impl Driver {
 
     /// The stream of copies, which waits for the work that was asked for up to now.
     #[allow(unsafe_code)]
-    fn copies_behind_work(&self) -> Result<*mut c_void, Error> {
+    fn copies_after_work(&self) -> Result<*mut c_void, Error> {
         let stream = self.enter()?;
         let Copies { stream: copies, before } = self.copies()?;
-        // SAFETY: both streams and the event are alive; a wait is for the event as it was recorded last, so that it may be
-        // recorded again.
+        // SAFETY: both streams and the event are alive; a wait is for the event as it was recorded last, so that it may
+        // be recorded again.
         self.check("cuEventRecord", unsafe { (self.api.event_record)(before.0, stream) })?;
         // SAFETY: as above.
         self.check("cuStreamWaitEvent", unsafe { (self.api.stream_wait)(copies.0, before.0, 0) })?;
@@ -424,16 +426,16 @@ impl Driver {
 
     #[allow(unsafe_code)]
     pub(super) fn copy_out(&self, to: u64, from: u64, bytes: usize) -> Result<(), Error> {
-        let copies = self.copies_behind_work()?;
-        // SAFETY: the caller has checked that both ranges lie in their buffers, and the memory of the processor is page-locked; whoever
+        let copies = self.copies_after_work()?;
+        // SAFETY: the caller has checked that both ranges lie in their buffers, and the host memory is pinned; whoever
         // uses either of them waits for an event.
         self.check("cuMemcpyDtoHAsync", unsafe { (self.api.copy_to_host)(to as *mut c_void, from, bytes, copies) })
     }
 
     #[allow(unsafe_code)]
     pub(super) fn copy_in(&self, to: u64, from: u64, bytes: usize) -> Result<(), Error> {
-        let copies = self.copies_behind_work()?;
-        // SAFETY: as for copies to the processor.
+        let copies = self.copies_after_work()?;
+        // SAFETY: as for copies to host memory.
         self.check("cuMemcpyHtoDAsync", unsafe { (self.api.copy_to_device)(to, from as *const c_void, bytes, copies) })
     }
 
@@ -460,9 +462,9 @@ impl Driver {
         self.check("cuStreamSynchronize", unsafe { (self.api.stream_synchronize)(stream.0) })
     }
 
-    /// From now on work is recorded.
+    /// From now on work is captured.
     #[allow(unsafe_code)]
-    pub(super) fn begin_record(&self) -> Result<(), Error> {
+    pub(super) fn begin_capture(&self) -> Result<(), Error> {
         let stream = self.enter()?;
         // SAFETY: the stream is alive.
         self.check("cuStreamBeginCapture", unsafe { (self.api.capture_begin)(stream, RELAXED) })?;
@@ -470,14 +472,14 @@ impl Driver {
         Ok(())
     }
 
-    /// Ends the record and makes it ready to run; also the memory that is its own.
+    /// Ends the capture and makes the graph ready to run; also the memory that is its own.
     #[allow(unsafe_code)]
-    pub(super) fn end_record(&self) -> (Result<u64, Error>, Vec<u64>) {
+    pub(super) fn end_capture(&self) -> (Result<u64, Error>, Vec<u64>) {
         let memory = locked(&self.memory).recording.take().unwrap_or_default().into_values().flatten().collect();
         let end = || {
             let stream = self.enter()?;
             let (mut graph, mut run) = (ptr::null_mut(), ptr::null_mut());
-            // SAFETY: the stream is alive and being recorded; the pointer is to a pointer that outlives the call.
+            // SAFETY: the stream is alive and being captured; the pointer is to a pointer that outlives the call.
             self.check("cuStreamEndCapture", unsafe { (self.api.capture_end)(stream, &mut graph) })?;
             // SAFETY: as above; the graph was just made.
             let status = unsafe { (self.api.graph_instantiate)(&mut run, graph, 0) };
@@ -492,7 +494,8 @@ impl Driver {
     #[allow(unsafe_code)]
     pub(super) fn run_graph(&self, graph: u64) -> Result<(), Error> {
         let stream = self.enter()?;
-        // SAFETY: graph and stream are alive, and so is the memory that the graph uses: its own, and what its key names.
+        // SAFETY: graph and stream are alive, and so is the memory that the graph uses: its own, and what its key
+        // names.
         self.check("cuGraphLaunch", unsafe { (self.api.graph_launch)(graph as *mut c_void, stream) })
     }
 
@@ -521,8 +524,8 @@ impl Driver {
         let [x, y, z] = call.grid;
         // SAFETY: the function is loaded in the current context; each pointer is to a value of at least the size of its
         // parameter (little-endian, so that smaller ones are its first bytes), copied before the call returns. That
-        // number, order and types of arguments are those of the kernel is tested by running every launcher on the emulator,
-        // which compares their number, and its results.
+        // number, order and types of arguments are those of the kernel is tested by running every launcher on the
+        // emulator, which compares their number, and its results.
         let status = unsafe {
             (self.api.launch)(
                 function.0,

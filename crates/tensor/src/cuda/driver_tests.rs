@@ -1,5 +1,5 @@
-//! The driver's back end against libraries that are made for the test: what is missing, too old or too small is an error with
-//! the way out, and what works is asked for in the right order.
+//! The driver's back end against libraries that are made for the test: what is missing, too old or too small is an
+//! error with the way out, and what works is asked for in the right order.
 #![cfg(target_os = "linux")]
 
 use super::gemm::{Gemm, Matrix};
@@ -73,7 +73,7 @@ int cuMemcpyDtoDAsync_v2(u64 to, u64 from, size_t n, void *s) { memmove((void *)
 int cuMemsetD8Async(u64 to, unsigned char byte, size_t n, void *s) { memset((void *)to, byte, n); return s != (void *)2; }
 int cuModuleLoadData(void **module, const void *image) { *module = (void *)3; return memcmp(image, "cubin for", 9); }
 int cuModuleGetFunction(void **f, void *module, const char *name) { *f = (void *)name; return module != (void *)3; }
-/* Launches that were recorded, and whether the stream is being recorded. */
+/* Launches that were captured, and whether the stream is being captured. */
 static struct { float *out, value, sizes, shared; } recorded[4];
 static int num_recorded, records;
 static void write(int i) {
@@ -389,24 +389,24 @@ fn journal(fakes: &Fakes) -> String {
     }
 }
 
-/// The first time work is asked for piece by piece, the second time it is recorded, and then the record runs.
+/// The first time work is launched kernel by kernel, the second time it is captured, and then replayed.
 #[test]
-fn work_is_recorded_when_it_comes_again() {
+fn work_is_captured_when_it_comes_again() {
     let (fakes, device) = whole("recorded", "0");
     let gpu = device.gpu().unwrap();
     let mut out = Tensor::zeros_on(&device, Dtype::F32, &[3]);
-    let mut recorded = crate::Recorded::default();
+    let mut captured = crate::CapturedGraph::default();
     for round in 0..4 {
         out.clear();
-        recorded.run(&device, vec![1], || {
-            // Memory that is given back meanwhile is not anybody else's while the record is there.
+        captured.run(&device, vec![1], || {
+            // Memory that is given back meanwhile is not anybody else's while the graph is there.
             drop(gpu.allocate(3000));
             launch(gpu, &out, [2, 1, 3], 5);
         });
-        assert_eq!((out.to_host().data(), recorded.is_recorded()), (&[0.5, 21_364.0, 5.0][..], round > 0));
+        assert_eq!((out.to_host().data(), captured.is_captured()), (&[0.5, 21_364.0, 5.0][..], round > 0));
     }
     let (used, _) = gpu.memory();
-    drop(recorded);
+    drop(captured);
     assert_eq!(gpu.memory().0, used - 4096);
     device.synchronize().unwrap();
     let record = "begin 2 2, end 2 0, destroy 20 0, run 21 2, ";

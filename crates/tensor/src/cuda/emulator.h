@@ -1,8 +1,8 @@
-// What a kernel of this folder needs to run as C++ on the processor: grid, block, shared memory, barriers, warp exchanges
-// and the wrappers that `device.cuh` puts around PTX. Each thread of a block is a fiber that runs until it must wait.
+// What a kernel of this folder needs to run as C++ on the CPU: grid, block, shared memory, barriers, warp exchanges and
+// the wrappers that `device.cuh` puts around PTX. Each thread of a block is a fiber that runs until it must wait.
 //
-// Stricter than a device: a barrier that a finished thread misses, lanes of a warp that meet in different operations, and
-// writes behind the shared memory that was asked for are errors.
+// Stricter than a device: a barrier that a finished thread misses, lanes of a warp that meet in different operations,
+// and writes past the end of the shared memory that was asked for are errors.
 #pragma once
 #include <cmath>
 #include <cstddef>
@@ -213,7 +213,7 @@ inline void run_block(size_t shared_bytes) {
         for (unsigned i = 0; i < threads; i++) fibers[i].state = READY;
     }
     for (unsigned i = 0; i < 64; i++) {
-        if (shared[shared_bytes + i] != GUARD) return fail("shared memory was written behind its end");
+        if (shared[shared_bytes + i] != GUARD) return fail("shared memory was written past its end");
     }
 }
 

@@ -1,7 +1,7 @@
-//! The back end of tests: kernels are compiled as C++ behind `emulator.h` and run on the processor.
+//! The back end of tests: kernels are compiled as C++ after `emulator.h` and run on the CPU.
 //!
-//! Memory is counted as a GPU's allocator counts it. New memory holds NaN, every buffer lies between guard zones that each launch checks, and shared memory has exactly the
-//! size that the launcher asks for.
+//! Memory is counted as a GPU's allocator counts it. New memory holds NaN, every buffer lies between guard zones that
+//! each launch checks, and shared memory has exactly the size that the launcher asks for.
 
 use super::error::Error;
 use super::kernels::Module;
@@ -17,7 +17,7 @@ use std::process::Command;
 use std::sync::{Arc, LazyLock, Mutex};
 
 const HEADER: &str = include_str!("emulator.h");
-/// Bytes of a guard zone, before and behind a buffer.
+/// Bytes of a guard zone, before and after a buffer.
 const ZONE: usize = 256;
 /// What memory and guard zones hold at first: NaN as f32 and as bf16.
 const POISON: u8 = 0xFF;
@@ -41,10 +41,10 @@ pub(super) struct Emulator {
     records: Mutex<Records>,
 }
 
-/// Work that was recorded.
+/// Captured work.
 #[derive(Default)]
 struct Records {
-    /// What is being recorded.
+    /// What is being captured.
     now: Option<Vec<Work>>,
     made: HashMap<u64, Vec<Work>>,
     last: u64,
@@ -59,8 +59,8 @@ enum Work {
     Fill { to: u64, byte: u8, bytes: usize },
 }
 
-/// Copies that were asked for and not done yet: they are done when they are waited for and not before, so that work which does not
-/// wait uses what is not there yet, and what is overwritten too early arrives wrong.
+/// Copies that were asked for and not done yet: they are done when they are waited for and not before, so that work
+/// which does not wait uses what is not there yet, and what is overwritten too early arrives wrong.
 #[derive(Default)]
 struct Copies {
     waiting: VecDeque<Copy>,
@@ -76,7 +76,7 @@ enum Copy {
 }
 
 impl Copies {
-    /// Does what waits, up to the last place where `event` was recorded.
+    /// Does what waits, up to the last point at which `event` was recorded.
     fn up_to(&mut self, event: u64) {
         let last = self.waiting.iter().rposition(|c| matches!(c, Copy::Event(e) if *e == event));
         self.first(last.map_or(0, |last| last + 1));
@@ -87,14 +87,15 @@ impl Copies {
     fn first(&mut self, count: usize) {
         for copy in self.waiting.drain(..count) {
             if let Copy::Bytes { to, from, bytes } = copy {
-                // SAFETY: the caller has checked that the ranges lie in their buffers, and `forget` has taken out those whose buffers are
-                // gone.
+                // SAFETY: the caller has checked that the ranges lie in their buffers, and `forget` has taken out those
+                // whose buffers are gone.
                 unsafe { std::ptr::copy_nonoverlapping(from as *const u8, to as *mut u8, bytes) };
             }
         }
     }
 
-    /// Takes out copies that use `bytes` bytes from `address` on, which are given back: they should have been waited for.
+    /// Takes out copies that use `bytes` bytes from `address` on, which are given back: they should have been waited
+    /// for.
     fn forget(&mut self, address: u64, bytes: usize) {
         let range = address..address + bytes as u64;
         let uses = |c: &Copy| matches!(c, Copy::Bytes { to, from, .. } if range.contains(to) || range.contains(from));
@@ -109,9 +110,9 @@ impl Copies {
 struct Memory {
     /// Sizes of buffers by their address.
     buffers: BTreeMap<u64, usize>,
-    /// Those of the processor.
+    /// Those in host memory.
     host: BTreeMap<u64, usize>,
-    /// While work is recorded: what was freed since, for the record alone.
+    /// During capture: what was freed since, for the graph alone.
     recording: Option<Vec<u64>>,
     used: usize,
     peak: usize,
@@ -197,7 +198,7 @@ impl Emulator {
     #[allow(unsafe_code)]
     fn check_guards(&self, call: &str) -> Result<(), Error> {
         for (address, bytes) in &locked(&self.memory).buffers {
-            for (side, start) in [("before", address - ZONE as u64), ("behind", address + *bytes as u64)] {
+            for (side, start) in [("before", address - ZONE as u64), ("after", address + *bytes as u64)] {
                 // SAFETY: buffers in the table are alive, and zones lie on either side of them.
                 let zone = unsafe { std::slice::from_raw_parts(start as *const u8, ZONE) };
                 if zone.iter().any(|b| *b != POISON) {
@@ -210,7 +211,7 @@ impl Emulator {
 
     #[allow(unsafe_code)]
     pub(super) fn upload(&self, to: u64, from: &[u8]) -> Result<(), Error> {
-        self.check_unrecorded("upload")?;
+        self.check_not_capturing("upload")?;
         // SAFETY: the caller has checked that the range lies in a buffer, which `from` cannot be part of.
         unsafe { std::ptr::copy_nonoverlapping(from.as_ptr(), to as *mut u8, from.len()) };
         Ok(())
@@ -218,7 +219,7 @@ impl Emulator {
 
     #[allow(unsafe_code)]
     pub(super) fn download(&self, from: u64, to: &mut [u8]) -> Result<(), Error> {
-        self.check_unrecorded("download")?;
+        self.check_not_capturing("download")?;
         // SAFETY: as for uploads.
         unsafe { std::ptr::copy_nonoverlapping(from as *const u8, to.as_mut_ptr(), to.len()) };
         Ok(())
@@ -305,7 +306,7 @@ impl Emulator {
         Ok(())
     }
 
-    /// Does `work`, or records it.
+    /// Does `work`, or captures it.
     fn ask(&self, work: Work) -> Result<(), Error> {
         match &mut locked(&self.records).now {
             Some(record) => record.push(work),
@@ -323,19 +324,19 @@ impl Emulator {
         }
     }
 
-    /// What goes between the processor and the device would be recorded with the processor's addresses of now.
-    fn check_unrecorded(&self, call: &str) -> Result<(), Error> {
+    /// What goes between host and device would be captured with the host addresses of now.
+    fn check_not_capturing(&self, call: &str) -> Result<(), Error> {
         let records = locked(&self.records).now.is_some();
-        if records { Err(failed(call, "it cannot be recorded")) } else { Ok(()) }
+        if records { Err(failed(call, "it cannot be captured")) } else { Ok(()) }
     }
 
-    pub(super) fn begin_record(&self) -> Result<(), Error> {
+    pub(super) fn begin_capture(&self) -> Result<(), Error> {
         locked(&self.records).now = Some(Vec::new());
         locked(&self.memory).recording = Some(Vec::new());
         Ok(())
     }
 
-    pub(super) fn end_record(&self) -> (Result<u64, Error>, Vec<u64>) {
+    pub(super) fn end_capture(&self) -> (Result<u64, Error>, Vec<u64>) {
         let memory = locked(&self.memory).recording.take().unwrap_or_default();
         let mut records = locked(&self.records);
         records.last += 1;
@@ -355,7 +356,7 @@ impl Emulator {
     }
 
     pub(super) fn note(&self, text: &str) {
-        locked(&self.copies).wrong = Some(failed("recording", text));
+        locked(&self.copies).wrong = Some(failed("capture", text));
     }
 
     pub(super) fn launch(&self, call: KernelCall) -> Result<(), Error> {
@@ -372,8 +373,8 @@ impl Emulator {
         let mut message = [0u8; 512];
         let block = [block, 1, 1];
         let loaded = locked(&loaded);
-        // SAFETY: all pointers outlive the call, and there are as many arguments as is said; the kernel itself is trusted
-        // as far as guard zones do not show that it should not be.
+        // SAFETY: all pointers outlive the call, and there are as many arguments as is said; the kernel itself is
+        // trusted as far as guard zones do not show that it should not be.
         unsafe {
             (loaded.run)(
                 name.as_ptr().cast(),

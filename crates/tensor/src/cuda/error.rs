@@ -10,7 +10,7 @@ pub enum Error {
     Missing {
         /// Its name, such as `libnvrtc`.
         library: &'static str,
-        /// Every place that was asked.
+        /// Every path that was tried.
         tried: Vec<String>,
         /// What a user can do.
         remedy: &'static str,
@@ -49,7 +49,7 @@ pub enum Error {
         /// Its minor number.
         minor: i32,
     },
-    /// The device has no room.
+    /// The device is out of memory.
     #[error(
         "the GPU has no room for another {bytes} bytes ({held} are held). Lower the batch, the sequence length or the \
          recompute level"
@@ -60,10 +60,8 @@ pub enum Error {
         /// Bytes that this program holds.
         held: usize,
     },
-    /// The processor's memory has no room that can be page-locked.
-    #[error(
-        "the processor's memory has no room for another {bytes} page-locked bytes. Leave something out of training.offload"
-    )]
+    /// Host memory has no room that can be pinned.
+    #[error("host memory has no room for another {bytes} page-locked bytes. Leave something out of training.offload")]
     OutOfHostMemory {
         /// Bytes that were asked for.
         bytes: usize,

@@ -17,12 +17,12 @@ pub struct Gpu {
     tables: Mutex<Vec<(Vec<u32>, Arc<Buffer>)>>,
     poisons: AtomicBool,
     pub(super) tf32: AtomicBool,
-    /// Bytes of page-locked memory of the processor.
+    /// Bytes of pinned host memory.
     pub(super) host_bytes: AtomicUsize,
-    /// Whether work is being recorded, what went wrong with it, and whether that happened before.
-    pub(super) records: AtomicBool,
-    pub(super) record_failure: Mutex<Option<Error>>,
-    pub(super) records_failed: AtomicBool,
+    /// Whether a graph is being captured, what went wrong with it, and whether that happened before.
+    pub(super) capturing: AtomicBool,
+    pub(super) capture_error: Mutex<Option<Error>>,
+    pub(super) capture_failed: AtomicBool,
 }
 
 /// Tables that are kept for further launches.
@@ -98,7 +98,7 @@ impl Gpu {
         Ok(Self::new(Backend::Driver(Box::new(driver::Driver::open(ordinal, options)?))))
     }
 
-    /// A device that runs the kernels on the processor, for tests; `folder` keeps what the C++ compiler made of them.
+    /// A device that runs the kernels on the CPU, for tests; `folder` keeps what the C++ compiler made of them.
     ///
     /// # Errors
     /// When `folder` cannot be written.
@@ -108,7 +108,7 @@ impl Gpu {
     }
 
     fn new(backend: Backend) -> Arc<Self> {
-        let [poisons, tf32, records, records_failed] = [(); 4].map(|()| AtomicBool::new(false));
+        let [poisons, tf32, capturing, capture_failed] = [(); 4].map(|()| AtomicBool::new(false));
         Arc::new(Self {
             backend,
             failure: OnceLock::new(),
@@ -116,9 +116,9 @@ impl Gpu {
             poisons,
             tf32,
             host_bytes: AtomicUsize::new(0),
-            records,
-            record_failure: Mutex::default(),
-            records_failed,
+            capturing,
+            capture_error: Mutex::default(),
+            capture_failed,
         })
     }
 
@@ -132,7 +132,8 @@ impl Gpu {
         backend!(self, memory())
     }
 
-    /// Bytes of the device that nobody holds, other programs included; `None` after a failure, and where there is no driver to ask.
+    /// Bytes of the device that nobody holds, other programs included; `None` after a failure, and where there is no
+    /// driver to ask.
     pub fn free_memory(&self) -> Option<usize> {
         self.attempt(|| backend!(self, free_memory())).flatten()
     }
@@ -147,8 +148,8 @@ impl Gpu {
         self.poisons.store(poisons, Ordering::Relaxed);
     }
 
-    /// Whether products of f32 matrices may round their factors to TF32 (10 bits behind the leading one instead of 23) from now on; sums
-    /// stay f32. Off at first. What is no product of matrices, attention among it, stays exact.
+    /// Whether products of f32 matrices may round their factors to TF32 (10 bits after the leading one instead of 23)
+    /// from now on; sums stay f32. Off at first. What is no product of matrices, attention among it, stays exact.
     pub fn set_tf32(&self, tf32: bool) {
         self.tf32.store(tf32, Ordering::Relaxed);
     }
@@ -167,15 +168,16 @@ impl Gpu {
         if self.failure.get().is_some() {
             return None;
         }
-        if self.records.load(Ordering::Relaxed) {
-            // What cannot be recorded is done without a record.
-            let mut failure = locked(&self.record_failure);
+        if self.capturing.load(Ordering::Relaxed) {
+            // What cannot be captured is done as it is.
+            let mut failure = locked(&self.capture_error);
             return if failure.is_some() { None } else { f().map_err(|e| *failure = Some(e)).ok() };
         }
         f().map_err(|e| self.failure.set(e)).ok()
     }
 
-    /// New memory of `bytes` bytes whose content is not defined; none for 0. After a failure, a buffer that nothing will use.
+    /// New memory of `bytes` bytes whose content is not defined; none for 0. After a failure, a buffer that nothing
+    /// will use.
     pub(crate) fn allocate(self: &Arc<Self>, bytes: usize) -> Buffer {
         let address = if bytes == 0 { None } else { self.attempt(|| backend!(self, allocate(bytes))) };
         let address = address.unwrap_or(0);

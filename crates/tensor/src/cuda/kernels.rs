@@ -1,4 +1,4 @@
-//! The kernels: one module a source file, built for each type of element that is used.
+//! The kernels: one module per source file, built for each type of element that is used.
 
 use crate::dtype::Dtype;
 

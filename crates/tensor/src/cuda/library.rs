@@ -1,8 +1,8 @@
 //! Finding NVIDIA's libraries. None is needed to build or to start this program: they are searched, and opened by their
 //! path, when a GPU is asked for, and what is missing is an error that says what to do.
 //!
-//! cudarc's own look-up is not used: it panics when a library is missing, knows the file names of one CUDA release only,
-//! and does not look into Python's wheels. Its types and constants are.
+//! cudarc's own look-up is not used: it panics when a library is missing, knows the file names of one CUDA release
+//! only, and does not look into Python's wheels. Its types and constants are.
 
 use super::error::Error;
 use libloading::Library as Opened;
@@ -89,13 +89,13 @@ impl Search {
     /// Opens `library`, of major version `newest` or older where that matters.
     ///
     /// # Errors
-    /// [`Error::Missing`] with every place that was asked.
+    /// [`Error::Missing`] with every path that was tried.
     #[allow(unsafe_code)]
     pub(super) fn open(&self, library: Library, newest: u32) -> Result<(Opened, PathBuf), Error> {
         let mut tried = Vec::new();
         for candidate in self.candidates(library, newest) {
-            // SAFETY: the file has the name of one of NVIDIA's libraries and is where the user, the system's loader, the
-            // toolkit or a wheel put it; running its initialisers is what loading it means.
+            // SAFETY: the file has the name of one of NVIDIA's libraries and is where the user, the system's loader,
+            // the toolkit or a wheel put it; running its initialisers is what loading it means.
             match unsafe { Opened::new(&candidate) } {
                 Ok(opened) => return Ok((opened, candidate)),
                 // A file that is there and cannot be loaded is worth its reason.
@@ -129,8 +129,8 @@ impl Search {
     }
 }
 
-/// `nvidia/*/lib` below the site-packages of the Python environment at `root`, sorted, so that the choice among several is
-/// the same every time.
+/// `nvidia/*/lib` below the site-packages of the Python environment at `root`, sorted, so that the choice among several
+/// is the same every time.
 fn wheel_folders(root: &Path) -> Vec<PathBuf> {
     let entries = |folder: PathBuf| {
         let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
@@ -165,8 +165,8 @@ macro_rules! functions {
             pub(super) fn load(library: libloading::Library, path: &std::path::Path) -> Result<Self, crate::cuda::error::Error> {
                 Ok(Self {
                     $( $field: {
-                        // SAFETY: the signature is that of NVIDIA's documentation; status codes are taken as plain integers,
-                        // so that one this program does not know is no undefined behaviour.
+                        // SAFETY: the signature is that of NVIDIA's documentation; status codes are taken as plain
+                        // integers, so that one this program does not know is no undefined behaviour.
                         let found = unsafe { library.get::<unsafe extern "C" fn($($arg),*) -> i32>($symbol.as_bytes()) };
                         *found.map_err(|_| crate::cuda::error::Error::TooOld {
                             library: $library.name(),

@@ -1,7 +1,8 @@
-//! Matrix products of linear layers; contract in `ops/linear.rs`. An adapter's product comes first and the layer's own is added to it
-//! (`beta` = 1). The own product reads what is there while its sums are being made, so that the adapter costs no pass over the output
-//! but the writing of its own product; and what is rounded to bf16 between the two is the smaller one. A quantised weight is decoded a
-//! tile of rows at a time store memory that is used again, or multiplied as it is where few rows go through it.
+//! Matrix products of linear layers; contract in `ops/linear.rs`. An adapter's product comes first and the layer's own
+//! is added to it (`beta` = 1). The own product reads what is there while its sums are being made, so that the adapter
+//! costs no pass over the output but the writing of its own product; and what is rounded to bf16 between the two is the
+//! smaller one. A quantised weight is dequantised a tile of rows at a time into memory that is reused, or multiplied as
+//! it is where few rows go through it.
 
 use super::arguments::argument;
 use super::dequantize;
@@ -12,7 +13,8 @@ use crate::contract::{Adapter, Store};
 use crate::{dtype::Dtype, tensor::Tensor, weight::Weight};
 use std::sync::Arc;
 
-/// Elements of a quantised weight that are decoded at a time: large enough for whole products, small beside the weights.
+/// Elements of a quantised weight that are dequantised at a time: large enough for whole products, small beside the
+/// weights.
 pub(super) const TILE: usize = 1 << 25;
 
 /// The rows of a matrix tensor.
@@ -25,7 +27,7 @@ pub(crate) fn beta(store: Store) -> f32 {
     if store == Store::Accumulate { 1.0 } else { 0.0 }
 }
 
-/// Calls `f(first row, rows, decoded rows)` for the whole of a dense weight, or tile by tile.
+/// Calls `f(first row, rows, dequantised rows)` for the whole of a dense weight, or tile by tile.
 fn tiles(gpu: &Arc<Gpu>, w: &Weight, element: Dtype, mut f: impl FnMut(usize, usize, Matrix<'_>)) {
     let (rows, cols) = (w.rows(), w.cols());
     match w {
@@ -43,7 +45,8 @@ fn tiles(gpu: &Arc<Gpu>, w: &Weight, element: Dtype, mut f: impl FnMut(usize, us
     }
 }
 
-/// `y` [T, out] from row `first` on = or += `alpha` x wᵀ + the adapter's product, for `rows` rows of x from row `first_x` on.
+/// `y` [T, out] from row `first` on = or += `alpha` x wᵀ + the adapter's product, for `rows` rows of x from row
+/// `first_x` on.
 pub(crate) fn forward(
     gpu: &Arc<Gpu>,
     x: Matrix<'_>,
@@ -67,18 +70,19 @@ pub(crate) fn forward(
     }
 }
 
-/// `c` [rows, n] = or += the adapter's product, `outer` as `turned` gives it; what the layer's own product then does to `c`.
+/// `c` [rows, n] = or += the adapter's product, `outer` as `transpose` gives it; what the layer's own product then does
+/// to `c`.
 fn adapted(
     gpu: &Gpu,
     rows: usize,
     n: usize,
     adapter: Option<Adapter<'_>>,
-    turned: impl FnOnce(Matrix<'_>) -> Matrix<'_>,
+    transpose: impl FnOnce(Matrix<'_>) -> Matrix<'_>,
     c: Matrix<'_>,
     store: Store,
 ) -> Store {
     let Some(Adapter { inner, outer, scale }) = adapter else { return store };
-    let (a, b) = (matrix(inner), turned(matrix(outer)));
+    let (a, b) = (matrix(inner), transpose(matrix(outer)));
     gpu.gemm(&Gemm { m: rows, n, k: inner.cols(), alpha: scale, a, b, beta: beta(store), c });
     Store::Accumulate
 }

@@ -1,7 +1,8 @@
-// Softmax cross-entropy over rows of logits; contract in ops/linear_cross_entropy.rs. One block a row.
+// Softmax cross-entropy over rows of logits; contract in ops/linear_cross_entropy.rs. One block per row.
 
-// loss [rows], and unless d_logits is null the gradient times `scale` and the row's weight (1 where `weights` [rows] is null) in
-// the place of the logits: d_logits [rows, vocab] begins where they do, and each of its rows where that of the logits does.
+// loss [rows], and unless d_logits is null the gradient times `scale` and the row's weight (1 where `weights` [rows] is
+// null) in the place of the logits: d_logits [rows, vocab] begins where they do, and each of its rows where that of the
+// logits does.
 extern "C" __global__ void __launch_bounds__(1024)
 cross_entropy(const float *logits, const u32 *__restrict__ targets, float smoothing, float scale,
               const float *__restrict__ weights, element *d_logits, float *__restrict__ loss, u32 vocab) {
@@ -51,7 +52,8 @@ cross_entropy(const float *logits, const u32 *__restrict__ targets, float smooth
     }
 }
 
-// Columns `ids` [n] of x, whose rows lie `stride` elements apart: y [rows, width], of whose rows the first n elements are written.
+// Columns `ids` [n] of x, whose rows lie `stride` elements apart: y [rows, width], of whose rows the first n elements
+// are written.
 extern "C" __global__ void head_columns(const element *__restrict__ x, u64 stride, const u32 *__restrict__ ids,
                                         element *__restrict__ y, u32 rows, u32 n, u32 width) {
     u64 i = (u64)blockIdx.x * blockDim.x + threadIdx.x;

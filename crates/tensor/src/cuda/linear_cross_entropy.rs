@@ -1,5 +1,5 @@
-//! Head and cross-entropy in chunks of rows; contract in `ops/linear_cross_entropy.rs`. Logits are f32 whatever the element is:
-//! the loss of a vocabulary of 128,000 would not survive bf16.
+//! Head and cross-entropy in chunks of rows; contract in `ops/linear_cross_entropy.rs`. Logits are f32 whatever the
+//! element is: the loss of a vocabulary of 128,000 would not survive bf16.
 
 use super::arguments::{argument, argument_at};
 use super::gemm::Matrix;

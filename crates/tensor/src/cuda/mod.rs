@@ -1,11 +1,11 @@
 //! The second device: NVIDIA GPUs through the driver's interface.
 //!
 //! An operation's launcher (`<op>.rs`) checks sizes, chooses grid and block, and calls `Gpu::launch`; its kernels
-//! (`<op>.cu`) lie beside it and are compiled at first use. Launchers do not know whether a GPU is behind them: tests put
-//! the [`emulator`] there, which compiles the same sources as C++.
+//! (`<op>.cu`) lie beside it and are compiled at first use. Launchers do not know which back end runs them: tests use
+//! the [`emulator`], which compiles the same sources as C++.
 //!
-//! The device works behind the program's back, so operations do not return errors: the first failure is kept, everything
-//! after it does nothing, and [`Gpu::synchronize`] reports it.
+//! The device works asynchronously, so operations do not return errors: the first failure is kept, everything after it
+//! does nothing, and [`Gpu::synchronize`] reports it.
 
 pub mod archive;
 pub(crate) mod arguments;

@@ -1,13 +1,14 @@
-//! Memory of the processor that a GPU copies to and from beside its work: what does not fit on the GPU waits there.
+//! Host memory that a GPU copies to and from beside its work: what does not fit on the GPU waits there.
 //!
-//! Copies go through a stream of their own. Each begins when all work that was asked for before it is done, and the copies
-//! are done in their order; work that needs what was copied, or writes where a copy reads, has to wait for an [`Event`].
+//! Copies go through a stream of their own. Each begins when all work that was asked for before it is done, and the
+//! copies are done in their order; work that needs what was copied, or writes where a copy reads, has to wait for an
+//! [`Event`].
 
 use super::gpu::{Buffer, Gpu, backend};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-/// Page-locked memory of the processor, given back when it is dropped. Its content is not defined at first.
+/// Pinned host memory, given back when it is dropped. Its content is not defined at first.
 pub(crate) struct HostBuffer {
     gpu: Arc<Gpu>,
     /// 0 after a failure.
@@ -23,7 +24,7 @@ pub(crate) struct Event {
 }
 
 impl Gpu {
-    /// Page-locked memory of `bytes` bytes.
+    /// Pinned memory of `bytes` bytes.
     pub(crate) fn allocate_host(self: &Arc<Self>, bytes: usize) -> HostBuffer {
         let address = if bytes == 0 { None } else { self.attempt(|| backend!(self, allocate_host(bytes))) };
         if address.is_some() {
@@ -32,7 +33,7 @@ impl Gpu {
         HostBuffer { gpu: self.clone(), address: address.unwrap_or(0), bytes }
     }
 
-    /// Bytes of page-locked memory that are held for this device.
+    /// Bytes of pinned memory that are held for this device.
     pub fn host_memory(&self) -> usize {
         self.host_bytes.load(Ordering::Relaxed)
     }

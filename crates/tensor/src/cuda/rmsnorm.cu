@@ -1,4 +1,4 @@
-// RMSNorm; contract in ops/rmsnorm.rs. One block a row; d is a multiple of WIDTH.
+// RMSNorm; contract in ops/rmsnorm.rs. One block per row; d is a multiple of WIDTH.
 
 extern "C" __global__ void rmsnorm_forward(const element *__restrict__ x, const element *__restrict__ weight, float eps,
                                            element *__restrict__ y, float *__restrict__ rstd, u32 d) {
@@ -60,8 +60,8 @@ extern "C" __global__ void rmsnorm_backward(const element *__restrict__ x, const
     }
 }
 
-// d_weight [d] (f32) += column sums of d_y * x * rstd. A block takes 32 columns; its warps share the rows, and their sums are
-// added in order.
+// d_weight [d] (f32) += column sums of d_y * x * rstd. A block takes 32 columns; its warps share the rows, and their
+// sums are added in order.
 extern "C" __global__ void rmsnorm_weight_gradient(const element *__restrict__ x, const float *__restrict__ rstd,
                                                    const element *__restrict__ d_y, float *__restrict__ d_weight,
                                                    u32 rows, u32 d) {

@@ -10,8 +10,8 @@ extern "C" __global__ void rope_angles(const u32 *__restrict__ positions, const 
     sines[i] = sinf(angle);
 }
 
-// Turns every head of x [tokens, heads, 2 * half] in place. A thread takes `pack` pairs: WIDTH where that divides half a head,
-// else 1.
+// Rotates every head of x [tokens, heads, 2 * half] in place. A thread takes `pack` pairs: WIDTH where that divides
+// half a head, else 1.
 extern "C" __global__ void rope_rotate(element *__restrict__ x, const float *__restrict__ cosines,
                                        const float *__restrict__ sines, float direction, u32 tokens, u32 heads, u32 half,
                                        u32 pack) {

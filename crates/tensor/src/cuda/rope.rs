@@ -23,7 +23,7 @@ pub(crate) fn angles(gpu: &Arc<Gpu>, positions: &[u32], frequencies: &[f32], cos
     gpu.launch_threads(Module::new(Source::Rope, Dtype::F32), "rope_angles", tokens * half, &args);
 }
 
-/// Turns `x` [T, heads · D] in place; `direction` is 1 or −1.
+/// Rotates `x` [T, heads · D] in place; `direction` is 1 or −1.
 pub(crate) fn rotate(gpu: &Gpu, x: &mut Tensor, cos: &Tensor, sin: &Tensor, direction: f32) {
     let (element, tokens, half) = (x.dtype(), x.rows(), cos.cols());
     let (width, heads) = (16 / element.bytes(), x.cols() / (2 * half));

@@ -1,5 +1,5 @@
-// Choosing tokens from rows of logits [rows, vocab] (f32). What is added up is counts and weights in fixed point: integers, so that
-// the order of additions does not matter.
+// Choosing tokens from rows of logits [rows, vocab] (f32). What is added up is counts and weights in fixed point:
+// integers, so that the order of additions does not matter.
 
 // Divides or multiplies the logits of ids that occurred before; `entries` [n, 2] has row and id, none twice.
 extern "C" __global__ void penalise(float *__restrict__ logits, const u32 *__restrict__ entries,
@@ -87,8 +87,8 @@ struct Candidates {
         return block_sum(sum, scratch);
     }
 
-    // The first candidates, in the order of falling logits and then rising ids, that together reach `target`: key of the last of
-    // them, and which of those with this key it is, from 1 on. Returns the weight of all of them.
+    // The first candidates, in the order of falling logits and then rising ids, that together reach `target`: key of
+    // the last of them, and which of those with this key it is, from 1 on. Returns the weight of all of them.
     __device__ u64 prefix(u64 target, bool counts, u32 &key, u64 &equals) const {
         key = 0;
         for (int bit = 31; bit >= 0; bit--) {
@@ -129,8 +129,8 @@ sample(const float *__restrict__ logits, const Draw *__restrict__ draws, u32 *__
     for (u32 i = threadIdx.x; i < vocab; i += blockDim.x) best = fmaxf(best, row[i] / draw.temperature);
     if (threadIdx.x == 0) *count = 0;
     float largest = block_max(best, (float *)scratch);
-    // A key that at least top_k tokens reach and few others do: the top_k-th of the largest of the threads. Without top_k, what is so
-    // unlikely that its weight is 0 is left out.
+    // A key that at least top_k tokens reach and few others do: the top_k-th of the largest of the threads. Without
+    // top_k, what is so unlikely that its weight is 0 is left out.
     u32 floor = 0;
     if (draw.top_k == 0 || draw.top_k >= vocab) {
         floor = order(largest - 28.0f);

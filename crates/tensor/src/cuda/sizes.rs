@@ -24,15 +24,16 @@ pub fn unsupported(dtype: Dtype, hidden_size: usize, intermediate_size: usize, h
 /// Bytes that cuBLASLt's products work in, from the first one on.
 pub const PRODUCTS: usize = cublaslt::WORKSPACE;
 
-/// Bytes that the driver keeps for loaded code, the kernels of this program and those of cuBLASLt that are used. An assumption on the
-/// safe side: the driver decides, and its allocator gives out pages of 2 MiB besides.
+/// Bytes that the driver keeps for loaded code, the kernels of this program and those of cuBLASLt that are used. An
+/// assumption on the safe side: the driver decides, and its allocator gives out pages of 2 MiB besides.
 pub const MODULES: usize = 256 << 20;
 
-/// Bytes that a context takes before anything is allocated, as `nvidia-smi` shows them for the process. An assumption on the safe
-/// side, not measured: GPUs and drivers differ.
+/// Bytes that a context takes before anything is allocated, as `nvidia-smi` shows them for the process. An assumption
+/// on the safe side, not measured: GPUs and drivers differ.
 pub const CONTEXT: usize = 512 << 20;
 
-/// Bytes of the process's own memory that the driver and the libraries take. An assumption on the safe side, not measured.
+/// Bytes of the process's own memory that the driver and the libraries take. An assumption on the safe side, not
+/// measured.
 pub const HOST: usize = 512 << 20;
 
 /// Bytes of the tables that launches have sent and that are kept, when they are of up to `tokens` numbers each.
@@ -40,8 +41,8 @@ pub fn tables(tokens: usize) -> usize {
     TABLES_KEPT * allocated(4 * tokens)
 }
 
-/// Bytes of the decoded part of a quantised matrix of `elements` elements while it is multiplied.
-pub fn decoded(elements: usize, dtype: Dtype) -> usize {
+/// Bytes of the dequantised part of a quantised matrix of `elements` elements while it is multiplied.
+pub fn dequantized(elements: usize, dtype: Dtype) -> usize {
     allocated(elements.min(linear::TILE) * dtype.bytes())
 }
 
@@ -55,8 +56,8 @@ pub fn decoding(rows: usize, num_keys: usize, heads: Heads) -> usize {
     allocated(attention_decode::parts_bytes(rows, num_keys, heads))
 }
 
-/// Whether a quantised matrix is decoded to multiply `rows` rows.
-pub fn decodes(rows: usize) -> bool {
+/// Whether a quantised matrix is dequantised to multiply `rows` rows.
+pub fn dequantizes(rows: usize) -> bool {
     rows > dequantize::MOST_ROWS
 }
 
@@ -65,7 +66,8 @@ pub fn norm(tensors: usize) -> usize {
     allocated(grad_norm::norm_bytes(tensors))
 }
 
-/// Bytes of head and loss for `n` tokens over a vocabulary of `vocab`: losses, and logits of a chunk, whose gradient takes their place.
+/// Bytes of head and loss for `n` tokens over a vocabulary of `vocab`: losses, and logits of a chunk, whose gradient
+/// takes their place.
 pub fn loss(n: usize, vocab: usize, head_trains: bool) -> usize {
     allocated(4 * n) + allocated(4 * linear_cross_entropy::chunk_rows(n, vocab, head_trains) * vocab)
 }

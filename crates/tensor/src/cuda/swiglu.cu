@@ -3,7 +3,7 @@
 #define EACH_PACK(n)                                                                                                     \
     for (u64 i = ((u64)blockIdx.x * blockDim.x + threadIdx.x) * WIDTH; i < (n); i += (u64)gridDim.x * blockDim.x * WIDTH)
 
-// What is left behind the last whole pack is taken one by one; `n` elements in all.
+// What is left after the last whole pack is taken one by one; `n` elements in all.
 #define IS_WHOLE(i, n) ((i) + WIDTH <= (n))
 
 __device__ __forceinline__ void load_some(const element *from, u64 i, u64 n, float (&to)[WIDTH]) {

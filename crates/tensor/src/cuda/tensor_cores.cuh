@@ -25,7 +25,8 @@ __device__ __forceinline__ void mma(float (&d)[4], const u32 (&a)[4], const u32 
 }
 
 #ifdef EMULATED
-// Lanes 8i to 8i + 7 point at the rows of 8 by 8 matrix i. A row is read when its lane arrives, as the instruction does.
+// Lanes 8i to 8i + 7 point at the rows of 8 by 8 matrix i. A row is read when its lane arrives, as the instruction
+// does.
 inline void load_matrices(u32 (&r)[4], const bf16 *row, bool transposed) {
     struct Row { u16 x[8]; } mine;
     memcpy(&mine, row, 16);
@@ -43,8 +44,8 @@ inline void load_matrices(u32 (&r)[4], const bf16 *row, bool transposed) {
 }
 #endif
 
-// Four 8 by 8 matrices from shared memory: lane 8i + j points at row j of matrix i. A lane gets elements 2t and 2t + 1 of
-// row g of each.
+// Four 8 by 8 matrices from shared memory: lane 8i + j points at row j of matrix i. A lane gets elements 2t and 2t + 1
+// of row g of each.
 __device__ __forceinline__ void ldmatrix(u32 (&r)[4], const bf16 *row) {
 #ifdef EMULATED
     load_matrices(r, row, false);
@@ -70,7 +71,7 @@ __device__ __forceinline__ void ldmatrix_transposed(u32 (&r)[4], const bf16 *row
 #endif
 }
 
-// 16 bytes from global to shared memory behind the thread's back; zeros instead when `valid` is false.
+// 16 bytes from global to shared memory asynchronously; zeros instead when `valid` is false.
 __device__ __forceinline__ void copy_async(bf16 *to, const bf16 *from, bool valid) {
 #ifdef EMULATED
     if (valid) memcpy(to, from, 16); else memset(to, 0, 16);

@@ -25,12 +25,12 @@ fn the_emulator_sees_what_is_wrong() {
     };
     let [lab, other] = labs(4);
     let [third, _] = labs(4);
-    assert!(launch(&lab, 4, 6).contains("shared memory was written behind its end"));
+    assert!(launch(&lab, 4, 6).contains("shared memory was written past its end"));
     assert!(launch(&other, 32, 5).contains("5 arguments where it has 6"));
     assert_eq!(launch(&third, 32, 6), "");
     // A failure stays, and what comes after it does nothing.
     let x = third.up(&Tensor::zeros(&[8]));
-    assert!(launch(&third, 4, 6).contains("behind its end") && third.device.synchronize().is_err());
+    assert!(launch(&third, 4, 6).contains("past its end") && third.device.synchronize().is_err());
     assert_eq!(x.to_host().data(), [0.0; 8]);
 }
 

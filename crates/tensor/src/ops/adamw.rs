@@ -16,17 +16,24 @@ pub fn update(value: &mut Tensor, grad: &Tensor, m: &mut Tensor, v: &mut Tensor,
     cpu::adamw::update(value.data_mut(), grad.data(), m.data_mut(), v.data_mut(), step);
 }
 
-/// As [`update`], of weights in bf16 on a GPU whose f32 values are kept in two halves: `value` is the upper one, and `low` (16
-/// bits an element) is what rounding left, so that steps too small for bf16 add up.
+/// As [`update`], of a bf16 weight on a GPU whose f32 master weight is `value` plus its `residual` (16 bits per
+/// element), so that steps too small for bf16 add up ([`Tensor::split_master`]).
 ///
 /// # Panics
-/// When the tensors are on the processor.
-pub fn update_split(value: &mut Tensor, low: &mut Tensor, grad: &Tensor, m: &mut Tensor, v: &mut Tensor, step: &Step) {
+/// When the tensors are on the CPU.
+pub fn update_split(
+    value: &mut Tensor,
+    residual: &mut Tensor,
+    grad: &Tensor,
+    m: &mut Tensor,
+    v: &mut Tensor,
+    step: &Step,
+) {
     assert!(value.len() == grad.len() && value.len() == m.len() && value.len() == v.len());
     assert!(step.number > 0, "updates count from 1");
     let Some(gpu) = value.gpu().cloned() else { panic!("{value:?} must be on a GPU") };
     let moments = [&*m, v].map(|t| argument(t, Dtype::F32));
-    cuda::adamw::update(&gpu, value, Some(low), grad, 0..grad.len(), moments, step);
+    cuda::adamw::update(&gpu, value, Some(residual), grad, 0..grad.len(), moments, step);
 }
 
 #[cfg(test)]

@@ -1,12 +1,12 @@
-//! AdamW with moments of one byte an element (Dettmers, Lewis, Shleifer and Zettlemoyer, "8-bit optimizers via block-wise
-//! quantization", 2022): each block of [`BLOCK`] elements has a scale, and its elements are stored in the dynamic code of
-//! Dettmers, "8-bit approximations for parallelism in deep learning" (2016), whose steps are finest relative to the largest
-//! elements and which reaches down over seven decades.
+//! AdamW with moments of one byte per element (Dettmers, Lewis, Shleifer and Zettlemoyer, "8-bit optimizers via
+//! block-wise quantization", 2022): each block of [`BLOCK`] elements has a scale, and its elements are stored in the
+//! dynamic code of Dettmers, "8-bit approximations for parallelism in deep learning" (2016), whose steps are finest
+//! relative to the largest elements and which reaches down over seven decades.
 //!
 //! Three things differ from the paper. The second moment is stored as its root, which is what a step is divided by and
 //! spreads over half as many decades. A root that is not 0 is never stored as 0: dividing by it would make a step that
-//! explodes, while the smallest code makes one that is merely too short. And the code of the first moment is a sign and 7
-//! bits of magnitude, so that the largest element of a block is exact whatever its sign.
+//! explodes, while the smallest code makes one that is merely too short. And the code of the first moment is a sign and
+//! 7 bits of magnitude, so that the largest element of a block is exact whatever its sign.
 
 use crate::cuda::gpu::{Arg, Buffer, Gpu};
 pub use crate::moments::{BLOCK, Moment, Sign};
@@ -30,7 +30,7 @@ impl DeviceMoment {
         Self { codes: gpu.upload(codes), scales: gpu.upload(scales), len: codes.len(), sign: *sign }
     }
 
-    /// A copy on the processor.
+    /// A copy in host memory.
     pub fn to_host(&self) -> Moment {
         let mut moment = Moment::zeros(self.len, self.sign);
         self.codes.read(0, &mut moment.codes);
@@ -39,10 +39,10 @@ impl DeviceMoment {
     }
 }
 
-/// [`update`] on a GPU; `low` as in [`crate::ops::adamw::update_split`].
+/// [`update`] on a GPU; `residual` as in [`crate::ops::adamw::update_split`].
 pub fn update_on_device(
     value: &mut Tensor,
-    low: Option<&mut Tensor>,
+    residual: Option<&mut Tensor>,
     grad: &Tensor,
     m: &mut DeviceMoment,
     r: &mut DeviceMoment,
@@ -52,11 +52,11 @@ pub fn update_on_device(
     assert!((m.sign, r.sign) == (Sign::Signed, Sign::Unsigned) && step.number > 0, "updates count from 1");
     let gpu = m.codes.gpu().clone();
     let moments = [&m.codes, &m.scales, &r.codes, &r.scales].map(|b| Arg::Buffer(b, 0));
-    cuda::adamw_8bit::update(&gpu, value, low, grad, 0..grad.len(), moments, step);
+    cuda::adamw_8bit::update(&gpu, value, residual, grad, 0..grad.len(), moments, step);
 }
 
-/// Updates `value`, its first moment `m` (signed) and the root `r` of its second moment (unsigned), all of one length, with
-/// `grad`.
+/// Updates `value`, its first moment `m` (signed) and the root `r` of its second moment (unsigned), all of one length,
+/// with `grad`.
 pub fn update(value: &mut Tensor, grad: &Tensor, m: &mut Moment, r: &mut Moment, step: &Step) {
     assert!(value.len() == grad.len() && value.len() == m.codes.len() && value.len() == r.codes.len());
     assert!((m.sign, r.sign) == (Sign::Signed, Sign::Unsigned) && step.number > 0, "updates count from 1");
@@ -66,14 +66,14 @@ pub fn update(value: &mut Tensor, grad: &Tensor, m: &mut Moment, r: &mut Moment,
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::moments::{encode, levels};
+    use crate::moments::{levels, quantize};
     use crate::ops::adamw;
     use crate::rng::Rng;
 
-    fn encoded(values: &[f32], sign: Sign) -> Moment {
+    fn quantized(values: &[f32], sign: Sign) -> Moment {
         let mut moment = Moment::zeros(values.len(), sign);
         let blocks = values.chunks(BLOCK).zip(moment.codes.chunks_mut(BLOCK)).zip(&mut moment.scales);
-        blocks.for_each(|((values, codes), scale)| *scale = encode(values, sign, codes));
+        blocks.for_each(|((values, codes), scale)| *scale = quantize(values, sign, codes));
         moment
     }
 
@@ -90,8 +90,8 @@ mod tests {
             values.extend(levels.windows(2).flat_map(|w| [w[0], 0.5 * (w[0] + w[1])]));
             for block in values[1..].chunks(BLOCK - 1) {
                 let block = [&[1.0], block].concat();
-                let decoded = encoded(&block, sign).decode();
-                for (x, y) in block.iter().zip(decoded) {
+                let dequantized = quantized(&block, sign).dequantize();
+                for (x, y) in block.iter().zip(dequantized) {
                     let nearest = levels.iter().map(|l| (l - x).abs()).fold(f32::INFINITY, f32::min);
                     let smallest = sign == Sign::Unsigned && y == levels[1];
                     assert!((x - y).abs() <= 1.0001 * nearest + 1e-12 || smallest, "{sign:?} {x} became {y}");
@@ -106,23 +106,23 @@ mod tests {
         let mut values = rng.normals(3 * BLOCK + 17, 1e-3);
         values[5] = -40.0;
         values[BLOCK..2 * BLOCK].fill(0.0);
-        let moment = encoded(&values, Sign::Signed);
-        let decoded = moment.decode();
+        let moment = quantized(&values, Sign::Signed);
+        let dequantized = moment.dequantize();
         assert_eq!(moment.scales.len(), 4);
-        assert_eq!(decoded[5], -40.0);
-        assert!(decoded[BLOCK..2 * BLOCK].iter().all(|x| *x == 0.0));
+        assert_eq!(dequantized[5], -40.0);
+        assert!(dequantized[BLOCK..2 * BLOCK].iter().all(|x| *x == 0.0));
         // A large element spoils its own block only: elsewhere the error stays below the widest step of the code.
-        for (x, y) in values[2 * BLOCK..].iter().zip(&decoded[2 * BLOCK..]) {
+        for (x, y) in values[2 * BLOCK..].iter().zip(&dequantized[2 * BLOCK..]) {
             assert!((x - y).abs() <= 0.0072 * moment.scales[2].max(moment.scales[3]), "{x} {y}");
         }
-        assert_eq!(encoded(&decoded, Sign::Signed), moment, "decoding and encoding again changes nothing");
+        assert_eq!(quantized(&dequantized, Sign::Signed), moment, "decoding and encoding again changes nothing");
     }
 
     #[test]
     fn a_small_root_is_not_zero() {
-        let moment = encoded(&[1.0, 1e-12, 0.0], Sign::Unsigned);
-        let decoded = moment.decode();
-        assert!(decoded[0] == 1.0 && decoded[1] > 0.0 && decoded[2] == 0.0, "{decoded:?}");
+        let moment = quantized(&[1.0, 1e-12, 0.0], Sign::Unsigned);
+        let dequantized = moment.dequantize();
+        assert!(dequantized[0] == 1.0 && dequantized[1] > 0.0 && dequantized[2] == 0.0, "{dequantized:?}");
     }
 
     #[test]

@@ -1,5 +1,6 @@
-//! AdamW on a GPU whose moments wait in the processor's memory: they come piece by piece, are brought up to date, and go back, while
-//! the next piece is on its way. What is computed is what [`super::adamw`] and [`super::adamw_8bit`] compute, to the bit.
+//! AdamW on a GPU with moments offloaded to host memory: they are copied to the GPU in pieces, updated, and copied
+//! back, while the next piece is on its way. What is computed is what [`super::adamw`] and [`super::adamw_8bit`]
+//! compute, to the bit.
 
 use crate::cuda::gpu::{Arg, Buffer, Gpu};
 use crate::cuda::offload::{Event, HostBuffer};
@@ -10,10 +11,11 @@ use crate::{contract::Step, tensor::Tensor};
 use std::ops::Range;
 use std::sync::Arc;
 
-/// Elements whose moments are on the GPU at a time: large enough for the whole speed of the bus, small beside everything else.
+/// Elements whose moments are on the GPU at a time: large enough for the whole speed of the bus, small beside
+/// everything else.
 const PIECE: usize = 1 << 23;
 
-/// Moments of a tensor of a GPU, in page-locked memory of the processor.
+/// Moments of a tensor of a GPU, in pinned host memory.
 #[derive(Debug)]
 pub struct OffloadedMoments {
     memory: HostBuffer,
@@ -21,12 +23,14 @@ pub struct OffloadedMoments {
     bits8: bool,
 }
 
-/// Bytes of an element of each part: the first moment and the second, or codes of both. Scales of blocks come behind codes.
+/// Bytes of an element of each part: the first moment and the second, or codes of both. Scales of blocks come after
+/// codes.
 fn element_bytes(bits8: bool) -> usize {
     if bits8 { 1 } else { 4 }
 }
 
-/// Where the four parts begin that the moments of `len` elements have: both moments, and with 8 bits the scales of both; then the end.
+/// Where the four parts begin that the moments of `len` elements have: both moments, and with 8 bits the scales of
+/// both; then the end.
 fn layout(len: usize, bits8: bool) -> [usize; 5] {
     let scales = if bits8 { 4 * len.div_ceil(BLOCK) } else { 0 };
     let moment = element_bytes(bits8) * len;
@@ -63,7 +67,7 @@ impl OffloadedMoments {
         Self::new(gpu, m.codes.len(), true, [&m.codes, &r.codes, m_scales, r_scales])
     }
 
-    /// Bytes of the processor's memory for the moments of `len` elements.
+    /// Bytes of host memory for the moments of `len` elements.
     pub fn bytes(len: usize, bits8: bool) -> usize {
         layout(len, bits8)[4]
     }
@@ -117,13 +121,13 @@ impl OffloadedMoments {
     }
 }
 
-/// One tensor to be brought up to date.
+/// One tensor to be updated.
 #[derive(Debug)]
 pub struct Update<'a> {
     /// The weights, on a GPU.
     pub value: &'a mut Tensor,
-    /// What rounding left of them, where they are bf16 ([`Tensor::split`]).
-    pub low: Option<&'a mut Tensor>,
+    /// Residual of their f32 master weights, where they are bf16 ([`Tensor::split_master`]).
+    pub residual: Option<&'a mut Tensor>,
     /// Their gradient.
     pub grad: &'a Tensor,
     /// Their moments.
@@ -132,17 +136,17 @@ pub struct Update<'a> {
     pub step: Step,
 }
 
-/// The places on the GPU that pieces of moments come to: two, so that one can be on its way while the other is in use.
+/// Buffers on the GPU for pieces of moments: two, so that one can be on its way while the other is in use.
 #[derive(Debug)]
 pub struct Pieces {
-    places: [Piece; 2],
+    buffers: [Piece; 2],
     /// Elements of a piece, whole blocks.
     elements: usize,
 }
 
 impl Default for Pieces {
     fn default() -> Self {
-        Self { places: Default::default(), elements: PIECE }
+        Self { buffers: Default::default(), elements: PIECE }
     }
 }
 
@@ -167,10 +171,10 @@ impl Drop for Piece {
     }
 }
 
-/// Brings all of `updates` up to date.
+/// Does all of `updates`.
 ///
 /// # Panics
-/// When a tensor is on the processor, or lengths differ.
+/// When a tensor is on the CPU, or lengths differ.
 pub fn update(updates: &mut [Update<'_>], pieces: &mut Pieces) {
     let elements = pieces.elements;
     let whole = |(i, u): (usize, &Update<'_>)| {
@@ -201,23 +205,23 @@ pub fn update(updates: &mut [Update<'_>], pieces: &mut Pieces) {
             None => panic!("{:?} must be on a GPU", updates[*i].value),
         };
         if k == 0 {
-            fetch(&mut pieces.places[0], updates[*i].moments, range, &gpu);
+            fetch(&mut pieces.buffers[0], updates[*i].moments, range, &gpu);
         }
         if let Some((next, range)) = jobs.get(k + 1) {
-            fetch(&mut pieces.places[(k + 1) % 2], updates[*next].moments, range, &gpu);
+            fetch(&mut pieces.buffers[(k + 1) % 2], updates[*next].moments, range, &gpu);
         }
-        let piece = &mut pieces.places[k % 2];
+        let piece = &mut pieces.buffers[k % 2];
         let (Some(memory), Some(arrived)) = (&piece.memory, &piece.arrived) else { continue };
         arrived.wait();
-        let Update { value, low, grad, moments, step } = &mut updates[*i];
+        let Update { value, residual, grad, moments, step } = &mut updates[*i];
         let parts = moments.parts(range);
-        let low = low.as_deref_mut();
+        let residual = residual.as_deref_mut();
         if moments.bits8 {
             let [m, r, m_scales, r_scales] = parts.map(|(_, there, _)| Arg::Buffer(memory, there));
-            adamw_8bit::update(&gpu, value, low, grad, range.clone(), [m, m_scales, r, r_scales], step);
+            adamw_8bit::update(&gpu, value, residual, grad, range.clone(), [m, m_scales, r, r_scales], step);
         } else {
             let [m, v, ..] = parts.map(|(_, there, _)| Arg::Buffer(memory, there));
-            adamw::update(&gpu, value, low, grad, range.clone(), [m, v], step);
+            adamw::update(&gpu, value, residual, grad, range.clone(), [m, v], step);
         }
         for (here, there, bytes) in parts {
             moments.memory.copy_out(here, memory, there, bytes);
@@ -244,8 +248,8 @@ mod tests {
         let up = |x: &Tensor| match lab.dtype {
             Dtype::F32 => (lab.up(x), None),
             Dtype::BF16 => {
-                let (upper, low) = x.split(&lab.device);
-                (upper, Some(low))
+                let (upper, residual) = x.split_master(&lab.device);
+                (upper, Some(residual))
             }
         };
         values.iter().map(up).collect()
@@ -272,23 +276,23 @@ mod tests {
                         let grad = lab.random(&[n], 0.1);
                         lab.up_f32(&grad)
                     });
-                    for (i, (value, low)) in here.iter_mut().enumerate() {
-                        match (bits8, low) {
-                            (true, low) => {
+                    for (i, (value, residual)) in here.iter_mut().enumerate() {
+                        match (bits8, residual) {
+                            (true, residual) => {
                                 let [m, r] = &mut bits[i];
-                                adamw_8bit::update_on_device(value, low.as_mut(), &grads[i], m, r, &step(number));
+                                adamw_8bit::update_on_device(value, residual.as_mut(), &grads[i], m, r, &step(number));
                             }
                             (false, None) => adamw::update(value, &grads[i], &mut m[i], &mut v[i], &step(number)),
-                            (false, Some(low)) => {
-                                adamw::update_split(value, low, &grads[i], &mut m[i], &mut v[i], &step(number));
+                            (false, Some(residual)) => {
+                                adamw::update_split(value, residual, &grads[i], &mut m[i], &mut v[i], &step(number));
                             }
                         }
                     }
                     let weights = offloaded.iter_mut().zip(&grads).zip(&moments);
                     let mut updates: Vec<Update<'_>> = weights
-                        .map(|(((value, low), grad), moments)| Update {
+                        .map(|(((value, residual), grad), moments)| Update {
                             value,
-                            low: low.as_mut(),
+                            residual: residual.as_mut(),
                             grad,
                             moments,
                             step: step(number),
@@ -296,12 +300,12 @@ mod tests {
                         .collect();
                     update(&mut updates, &mut pieces);
                 }
-                for (i, (value, low)) in here.iter().enumerate() {
-                    let all = |value: &Tensor, low: &Option<Tensor>| match low {
-                        Some(low) => value.join(low),
+                for (i, (value, residual)) in here.iter().enumerate() {
+                    let all = |value: &Tensor, residual: &Option<Tensor>| match residual {
+                        Some(residual) => value.join_master(residual),
                         None => value.to_host(),
                     };
-                    assert_eq!(all(value, low).data(), all(&offloaded[i].0, &offloaded[i].1).data(), "tensor {i}");
+                    assert_eq!(all(value, residual).data(), all(&offloaded[i].0, &offloaded[i].1).data(), "tensor {i}");
                     if bits8 {
                         let [m, r] = &bits[i];
                         assert_eq!(moments[i].to_8bit(), (m.to_host(), r.to_host()), "tensor {i}");
@@ -311,7 +315,7 @@ mod tests {
                         assert_eq!(v_back.data(), v[i].to_host().data(), "tensor {i}");
                     }
                 }
-                let held: usize = pieces.places.iter().map(|p| p.memory.as_ref().map_or(0, Buffer::bytes)).sum();
+                let held: usize = pieces.buffers.iter().map(|p| p.memory.as_ref().map_or(0, Buffer::bytes)).sum();
                 assert!(held > 0 && held <= Pieces::bytes(512, bits8), "{held}");
                 drop(pieces);
                 lab.device.synchronize().unwrap();

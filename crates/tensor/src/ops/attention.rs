@@ -1,7 +1,7 @@
 //! Causal scaled dot-product attention with grouped heads over independent segments:
 //! o = softmax(q kᵀ / √D, causal) v, for each segment and query head; query head h reads key/value head h / (H / K).
 
-pub use crate::contract::{Heads, Segment};
+pub use crate::contract::{Heads, Qkv, Segment};
 use crate::tensor::Tensor;
 use crate::{cpu, cuda};
 
@@ -15,7 +15,7 @@ pub fn shared_bytes(tokens: usize, heads: Heads) -> usize {
     cpu::attention::partial_bytes(&Segment::documents(&[tokens]), heads)
 }
 
-fn check(q: &Tensor, k: &Tensor, v: &Tensor, segments: &[Segment], heads: Heads) {
+fn check(Qkv { q, k, v, segments, heads }: Qkv<'_>) {
     assert!(heads.num_kv_heads > 0 && heads.num_heads.is_multiple_of(heads.num_kv_heads), "{heads:?}");
     assert_eq!(q.cols(), heads.q_cols());
     assert!(k.cols() == heads.kv_cols() && v.cols() == heads.kv_cols());
@@ -28,71 +28,44 @@ fn check(q: &Tensor, k: &Tensor, v: &Tensor, segments: &[Segment], heads: Heads)
     assert_eq!(next, q.rows(), "segments cover all queries");
 }
 
-/// `o` [T, H·D] from `q` [T, H·D] and `k`, `v` [S, K·D]; `lse` [T, H] (log of the sum of exponentials of each row of
-/// scores) is kept for the backward pass.
-pub fn forward(
-    q: &Tensor,
-    k: &Tensor,
-    v: &Tensor,
-    segments: &[Segment],
-    heads: Heads,
-    o: &mut Tensor,
-    lse: &mut Tensor,
-) {
-    check(q, k, v, segments, heads);
+/// `o` [T, H·D] = attention; `lse` [T, H] (log of the sum of exponentials of each row of scores) is kept for the
+/// backward pass.
+pub fn forward(qkv: Qkv<'_>, o: &mut Tensor, lse: &mut Tensor) {
+    check(qkv);
+    let Qkv { q, heads, .. } = qkv;
     if let Some(gpu) = q.gpu() {
-        return cuda::attention::forward(gpu, q, k, v, segments, heads, o, lse);
+        return cuda::attention::forward(gpu, qkv, o, lse);
     }
     o.resize_like(q, q.shape());
     lse.resize_like(q, &[q.rows(), heads.num_heads]);
-    cpu::attention::forward(q.data(), k.data(), v.data(), segments, heads, o.data_mut(), lse.data_mut());
+    cpu::attention::forward(qkv, o.data_mut(), lse.data_mut());
 }
 
-/// As [`forward`] without what a backward pass needs: for new tokens of one or several sequences over cached keys and values.
-pub fn forward_cached(q: &Tensor, k: &Tensor, v: &Tensor, segments: &[Segment], heads: Heads, o: &mut Tensor) {
-    if let Some(gpu) = q.gpu().filter(|_| cuda::attention_decode::takes(segments, heads)) {
-        check(q, k, v, segments, heads);
-        return cuda::attention_decode::attention(gpu, q, k, v, segments, heads, o);
+/// As [`forward`] without what a backward pass needs: for new tokens of one or several sequences over cached keys and
+/// values.
+pub fn forward_cached(qkv: Qkv<'_>, o: &mut Tensor) {
+    if let Some(gpu) = qkv.q.gpu().filter(|_| cuda::attention_decode::takes(qkv.segments, qkv.heads)) {
+        check(qkv);
+        return cuda::attention_decode::attention(gpu, qkv, o);
     }
-    forward(q, k, v, segments, heads, o, &mut Tensor::default());
+    forward(qkv, o, &mut Tensor::default());
 }
 
-/// `d_q` [T, H·D], `d_k`, `d_v` [T, K·D] = gradients for `d_o` [T, H·D]. Segments must have as many queries as keys and
-/// cover all rows (training has no cache).
-pub fn backward(
-    q: &Tensor,
-    k: &Tensor,
-    v: &Tensor,
-    o: &Tensor,
-    lse: &Tensor,
-    d_o: &Tensor,
-    segments: &[Segment],
-    heads: Heads,
-    d_q: &mut Tensor,
-    d_k: &mut Tensor,
-    d_v: &mut Tensor,
-) {
-    check(q, k, v, segments, heads);
+/// `[d_q, d_k, d_v]` of the shapes of q, k and v = gradients for `d_o` [T, H·D]; `o` and `lse` are what [`forward`]
+/// left. Segments must have as many queries as keys and cover all rows (training has no cache).
+pub fn backward(qkv: Qkv<'_>, o: &Tensor, lse: &Tensor, d_o: &Tensor, gradients: [&mut Tensor; 3]) {
+    check(qkv);
+    let Qkv { q, k, v, segments, .. } = qkv;
     assert!(segments.iter().all(|s| s.queries == s.keys) && k.rows() == q.rows(), "training has no cache");
-    if let Some(gpu) = q.gpu() {
-        return cuda::attention::backward(gpu, q, k, v, o, lse, d_o, segments, heads, d_q, d_k, d_v);
-    }
+    let [d_q, d_k, d_v] = gradients;
     d_q.resize_like(q, q.shape());
     d_k.resize_like(k, k.shape());
     d_v.resize_like(v, v.shape());
-    cpu::attention::backward(
-        q.data(),
-        k.data(),
-        v.data(),
-        o.data(),
-        lse.data(),
-        d_o.data(),
-        segments,
-        heads,
-        d_q.data_mut(),
-        d_k.data_mut(),
-        d_v.data_mut(),
-    );
+    if let Some(gpu) = q.gpu() {
+        return cuda::attention::backward(gpu, qkv, o, lse, d_o, [d_q, d_k, d_v]);
+    }
+    let gradients = [d_q, d_k, d_v].map(Tensor::data_mut);
+    cpu::attention::backward(qkv, o.data(), lse.data(), d_o.data(), gradients);
 }
 
 #[cfg(test)]
@@ -141,9 +114,15 @@ mod tests {
         let [q, d_o] = [(); 2].map(|_| random(&mut rng, 11, 24));
         let [k, v] = [(); 2].map(|_| random(&mut rng, 11, 12));
         let (mut o, mut lse) = (Tensor::default(), Tensor::default());
-        forward(&q, &k, &v, &segments, heads, &mut o, &mut lse);
+        forward(Qkv { q: &q, k: &k, v: &v, segments: &segments, heads }, &mut o, &mut lse);
         let (mut d_q, mut d_k, mut d_v) = (Tensor::default(), Tensor::default(), Tensor::default());
-        backward(&q, &k, &v, &o, &lse, &d_o, &segments, heads, &mut d_q, &mut d_k, &mut d_v);
+        backward(
+            Qkv { q: &q, k: &k, v: &v, segments: &segments, heads },
+            &o,
+            &lse,
+            &d_o,
+            [&mut d_q, &mut d_k, &mut d_v],
+        );
         let [q64, k64, v64] = [&q, &k, &v].map(|t| to_f64(t.data()));
         let loss = |q: &[f64], k: &[f64], v: &[f64]| weighted(&naive(q, k, v, &segments, heads), d_o.data());
         check_gradient("d_q", q.data(), d_q.data(), 1e-5, |x| loss(x, &k64, &v64));
@@ -160,7 +139,7 @@ mod tests {
             let [k, v] = [(); 2].map(|_| random(&mut rng, num_keys + 3, 8));
             let segments = [Segment { queries: 0..num_queries, keys: 2..num_keys + 2 }];
             let (mut o, mut lse) = (Tensor::default(), Tensor::default());
-            forward(&q, &k, &v, &segments, heads, &mut o, &mut lse);
+            forward(Qkv { q: &q, k: &k, v: &v, segments: &segments, heads }, &mut o, &mut lse);
             let want = naive(&to_f64(q.data()), &to_f64(k.data()), &to_f64(v.data()), &segments, heads);
             check_close("o", o.data(), &want, 1e-5);
         }
@@ -178,9 +157,15 @@ mod tests {
             let d_o = random(&mut rng, n, qc);
             let segments = Segment::documents(&[n]);
             let (mut o, mut lse) = (Tensor::default(), Tensor::default());
-            forward(&q, &k, &v, &segments, heads, &mut o, &mut lse);
+            forward(Qkv { q: &q, k: &k, v: &v, segments: &segments, heads }, &mut o, &mut lse);
             let (mut d_q, mut d_k, mut d_v) = (Tensor::default(), Tensor::default(), Tensor::default());
-            backward(&q, &k, &v, &o, &lse, &d_o, &segments, heads, &mut d_q, &mut d_k, &mut d_v);
+            backward(
+                Qkv { q: &q, k: &k, v: &v, segments: &segments, heads },
+                &o,
+                &lse,
+                &d_o,
+                [&mut d_q, &mut d_k, &mut d_v],
+            );
             let [q64, k64, v64, g64] = [&q, &k, &v, &d_o].map(|t| to_f64(t.data()));
             check_close("o", o.data(), &naive(&q64, &k64, &v64, &segments, heads), 1e-5);
             let (mut wq, mut wk, mut wv) = (vec![0.0; n * qc], vec![0.0; n * kc], vec![0.0; n * kc]);
@@ -222,12 +207,12 @@ mod tests {
             let mut rng = Rng::new(seed, 0);
             let [q, k, v] = [(); 3].map(|_| random(&mut rng, total, 8));
             let (mut o, mut lse) = (Tensor::default(), Tensor::default());
-            forward(&q, &k, &v, &Segment::documents(&lengths), heads, &mut o, &mut lse);
+            forward(Qkv { q: &q, k: &k, v: &v, segments: &Segment::documents(&lengths), heads }, &mut o, &mut lse);
             let mut start = 0;
             for n in lengths {
                 let cut = |t: &Tensor| Tensor::from_slice(&[n, 8], &t.data()[start * 8..(start + n) * 8]);
                 let (mut alone, mut l) = (Tensor::default(), Tensor::default());
-                forward(&cut(&q), &cut(&k), &cut(&v), &Segment::documents(&[n]), heads, &mut alone, &mut l);
+                forward(Qkv { q: &cut(&q), k: &cut(&k), v: &cut(&v), segments: &Segment::documents(&[n]), heads }, &mut alone, &mut l);
                 prop_assert_eq!(alone.data(), &o.data()[start * 8..(start + n) * 8]);
                 start += n;
             }

@@ -1,6 +1,6 @@
-//! One new token of each of several sequences on a GPU: its key and value go to a row of the cache, and it attends to the rows of its
-//! sequence. Which rows these are lies at one address from token to token, so that a pass can be recorded
-//! ([`crate::Recorded`]).
+//! One new token of each of several sequences on a GPU: its key and value go to a row of the cache, and it attends to
+//! the rows of its sequence. Which rows these are lies at one address from token to token, so that a pass can be
+//! captured ([`crate::CapturedGraph`]).
 
 use crate::contract::{Heads, Segment};
 use crate::cuda::attention_decode::{self, Seen};
@@ -8,19 +8,19 @@ use crate::cuda::gpu::Buffer;
 use crate::cuda::rows;
 use crate::tensor::Tensor;
 
-/// Where new tokens go, and what they see.
+/// Cache slot (a row) of each new token, and what it sees.
 #[derive(Debug, Default)]
-pub struct Places {
+pub struct SlotMapping {
     index: Option<Buffer>,
     seen: Option<Seen>,
 }
 
-impl Places {
-    /// Sets the rows `index` [T] of the cache that the new tokens take and the `segments` of their attention, where `like` is; says
-    /// whether there is a kernel for them ([`crate::ops::attention::forward_cached`] takes the others).
+impl SlotMapping {
+    /// Sets the slots `index` [T] of the cache that the new tokens take and the `segments` of their attention, where
+    /// `like` is; says whether there is a kernel for them ([`crate::ops::attention::forward_cached`] takes the others).
     ///
     /// # Panics
-    /// When `like` is on the processor.
+    /// When `like` is on the CPU.
     pub fn set(&mut self, like: &Tensor, index: &[u32], segments: &[Segment], heads: Heads) -> bool {
         let Some(gpu) = like.gpu() else { panic!("{like:?} must be on a GPU") };
         if !attention_decode::takes(segments, heads) {

@@ -1,10 +1,10 @@
 //! Attention of a few new tokens over the cached keys and values of one sequence (grouped heads, causal):
 //! o = softmax(q kᵀ / √D) v, where the last of T queries sees all keys, the one before all but the last, and so on.
 //!
-//! Reading the cache is what this costs, so keys and values may be kept in f16, and each is read once for all query heads that
-//! share it. A long context is cut into runs of [`RUN`] keys that threads work on independently; their partial results are
-//! merged in order ("Flash-Decoding for long-context inference", Dao et al., 2023), so the result does not depend on the
-//! number of threads.
+//! Reading the cache is what this costs, so keys and values may be kept in f16, and each is read once for all query
+//! heads that share it. A long context is cut into runs of [`RUN`] keys that threads work on independently; their
+//! partial results are merged in order ("Flash-Decoding for long-context inference", Dao et al., 2023), so the result
+//! does not depend on the number of threads.
 
 pub use crate::kv::{Element, KeyValues};
 use crate::{cpu, team};
@@ -58,7 +58,7 @@ pub fn forward<E: Element>(q: &Tensor, cache: &KeyValues<E>, num_keys: usize, o:
 mod tests {
     use super::*;
     use crate::contract::Heads;
-    use crate::ops::attention::{Segment, forward as reference};
+    use crate::ops::attention::{Qkv, Segment, forward as reference};
     use crate::rng::Rng;
     use half::f16;
 
@@ -86,7 +86,8 @@ mod tests {
                 forward(&q, &cache, num_keys, &mut o, &mut scratch);
                 let (mut want, mut lse) = (Tensor::default(), Tensor::default());
                 let segments = [Segment { queries: 0..num_rows, keys: 0..num_keys }];
-                reference(&q, &rounded::<E>(&k), &rounded::<E>(&v), &segments, heads, &mut want, &mut lse);
+                let (k, v) = (rounded::<E>(&k), rounded::<E>(&v));
+                reference(Qkv { q: &q, k: &k, v: &v, segments: &segments, heads }, &mut want, &mut lse);
                 for (a, b) in o.data().iter().zip(want.data()) {
                     assert!((a - b).abs() < 2e-6, "{heads:?} {num_rows} {num_keys}: {a} {b}");
                 }

@@ -1,6 +1,6 @@
-//! Inverted dropout: y = x · mask / (1 − p). The mask is a function of (seed, stream, row, column), so it is never stored: the
-//! backward pass makes it again, every device draws the same one, and rows that are taken in several parts get what they
-//! would have got together.
+//! Inverted dropout: y = x · mask / (1 − p). The mask is a function of (seed, stream, row, column), so it is never
+//! stored: the backward pass recomputes it, every device draws the same one, and rows that are taken in several parts
+//! get what they would have got together.
 
 pub use crate::contract::Mask;
 use crate::tensor::Tensor;

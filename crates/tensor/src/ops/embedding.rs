@@ -16,7 +16,7 @@ pub fn forward(table: &Weight, ids: &[u32], x: &mut Tensor) {
     cpu::embedding::forward(table, ids, x);
 }
 
-/// As [`forward`], where the table may be on the processor and `x` on a GPU: its rows are sent there, in `dtype`.
+/// As [`forward`], where the table may be on the CPU and `x` on a GPU: its rows are sent there, in `dtype`.
 ///
 /// # Panics
 /// When an id is not below V, or the table is on another GPU.
@@ -40,7 +40,8 @@ pub fn backward(d_x: &Tensor, ids: &[u32], d_table: &mut Tensor) {
     cpu::embedding::backward(d_x.data(), ids.iter().copied().zip(0..), d_table);
 }
 
-/// `d_rows` [n, d] += `d_x` [T, d] where `ids` [T] is one of `rows` [n], which ascend: the gradient of a part of the table.
+/// `d_rows` [n, d] += `d_x` [T, d] where `ids` [T] is one of `rows` [n], which ascend: the gradient of a part of the
+/// table.
 pub fn backward_rows(d_x: &Tensor, ids: &[u32], rows: &[u32], d_rows: &mut Tensor) {
     assert_eq!((d_x.rows(), d_x.cols(), rows.len()), (ids.len(), d_rows.cols(), d_rows.rows()));
     let found = ids.iter().zip(0..).filter_map(|(id, t)| Some((rows.binary_search(id).ok()? as u32, t)));

@@ -1,7 +1,7 @@
 //! Linear layer with an optional bias and an optional LoRA pair:
 //! y = x Wᵀ + bias + s · (dropout(x) Aᵀ) Bᵀ (Hu et al., "LoRA", 2021). Weights are stored [out, in], A [r, in], B [out, r].
 
-pub use crate::contract::{Adapter, Store, Store as Into};
+pub use crate::contract::{Adapter, Store};
 pub use crate::cpu::linear::PANEL;
 use crate::cpu::matmul::{gemm, matmul_nt};
 use crate::cpu::view::View;
@@ -10,8 +10,8 @@ use crate::cuda::linear::{self as on_gpu, beta, matrix};
 use crate::{cpu, cuda};
 use crate::{dtype::Dtype, tensor::Tensor, weight::Weight};
 
-/// `y` [T, out] = or += `alpha` · `x` [T, in] · `w` [out, in]ᵀ. A packed weight is decoded panel by panel, a strip of output
-/// columns each.
+/// `y` [T, out] = or += `alpha` · `x` [T, in] · `w` [out, in]ᵀ. A packed weight is dequantised panel by panel, a strip
+/// of output columns each.
 pub fn forward(x: &Tensor, w: &Weight, alpha: f32, y: &mut Tensor, store: Store) {
     assert_eq!(w.cols(), x.cols(), "x {:?} against weight {:?}", x.shape(), w.shape());
     prepare(y, x, w.rows(), store);
@@ -41,7 +41,8 @@ pub fn forward_adapted(x: &Tensor, w: &Weight, adapter: Adapter<'_>, y: &mut Ten
     cpu::linear::forward(x.data(), w, 1.0, Some(adapter), y.data_mut(), store);
 }
 
-/// Gradient of the input: `d_x` [T, in] = or += `alpha` · `d_y` [T, out] · `w` [out, in]; a packed weight as in [`forward`].
+/// Gradient of the input: `d_x` [T, in] = or += `alpha` · `d_y` [T, out] · `w` [out, in]; a packed weight as in
+/// [`forward`].
 pub fn input_gradient(d_y: &Tensor, w: &Weight, alpha: f32, d_x: &mut Tensor, store: Store) {
     assert_eq!(w.rows(), d_y.cols(), "d_y {:?} against weight {:?}", d_y.shape(), w.shape());
     prepare(d_x, d_y, w.cols(), store);
@@ -232,17 +233,17 @@ mod tests {
         }
     }
 
-    /// Products over a packed weight are those over its decoded form, both ways, for one row and for many, in one panel and
-    /// in several.
+    /// Products over a packed weight are those over its dequantised form, both ways, for one row and for many, in one
+    /// panel and in several.
     #[test]
-    fn packed_equals_decoded() {
+    fn packed_equals_dequantised() {
         let mut rng = Rng::new(8, 0);
         for (t, n, k) in [(1, 96, 64), (7, 96, 64), (5, PANEL / 512 + 3, 512)] {
             let dense = Tensor::from_slice(&[n, k], &rng.normals(n * k, 0.5));
             let bytes: Vec<u8> = dense.data().iter().flat_map(|x| half::bf16::from_f32(*x).to_le_bytes()).collect();
             let blocks = Packed::from_blocks([n, k], BlockType::BF16, Bytes::Owned(bytes), None);
             for packed in [blocks, Packed::nf4(&dense, true)] {
-                let decoded = packed.to_tensor();
+                let dequantized = packed.to_tensor();
                 let weight = Weight::Packed(packed);
                 let x = Tensor::from_slice(&[t, k], &rng.normals(t * k, 1.0));
                 let d_y = Tensor::from_slice(&[t, n], &rng.normals(t * n, 1.0));
@@ -250,11 +251,11 @@ mod tests {
                 let (mut want_y, mut want_d_x) = (Tensor::default(), Tensor::default());
                 forward(&x, &weight, 1.0, &mut y, Store::Overwrite);
                 forward(&x, &weight, 0.5, &mut y, Store::Accumulate);
-                matmul(&x, &decoded, 1.5, &mut want_y, Store::Overwrite);
+                matmul(&x, &dequantized, 1.5, &mut want_y, Store::Overwrite);
                 check_close("y", y.data(), &to_f64(want_y.data()), 1e-5);
                 input_gradient(&d_y, &weight, 1.0, &mut d_x, Store::Overwrite);
                 input_gradient(&d_y, &weight, 0.5, &mut d_x, Store::Accumulate);
-                matmul_input_gradient(&d_y, &decoded, 1.5, &mut want_d_x, Store::Overwrite);
+                matmul_input_gradient(&d_y, &dequantized, 1.5, &mut want_d_x, Store::Overwrite);
                 check_close("d_x", d_x.data(), &to_f64(want_d_x.data()), 1e-5);
             }
         }

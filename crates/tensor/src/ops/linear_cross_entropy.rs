@@ -1,6 +1,6 @@
 //! Output head and cross-entropy in one op, chunk by chunk, so that the logits [N, V] never exist as a whole:
-//! loss_n = (1 − ε) · (logsumexp(z_n) − z_n[target]) + ε · (logsumexp(z_n) − mean(z_n)) with z = h Wᵀ and label smoothing ε.
-//! The gradients are those of scale · Σ w_n · loss_n, with a weight w_n for each row.
+//! loss_n = (1 − ε) · (logsumexp(z_n) − z_n[target]) + ε · (logsumexp(z_n) − mean(z_n)) with z = h Wᵀ and label
+//! smoothing ε. The gradients are those of scale · Σ w_n · loss_n, with a weight w_n for each row.
 
 pub use crate::contract::{Gradients, HeadRows};
 use crate::cpu::linear;
@@ -10,9 +10,9 @@ use crate::{cpu, cuda};
 /// Numbers of a chunk of logits, at most: 128 MB.
 const CHUNK: usize = 1 << 25;
 
-/// Rows of logits that exist at a time, for a vocabulary of `vocab`: the more of them, the fewer times the head is read and
-/// packed and its gradient is added to (512 instead of 256 made a step's head 1.08 times as fast at 49,152 entries), and the
-/// larger the buffer (rows x V x 4 bytes).
+/// Rows of logits that exist at a time, for a vocabulary of `vocab`: the more of them, the fewer times the head is read
+/// and packed and its gradient is added to (512 instead of 256 made a step's head 1.08 times as fast at 49,152
+/// entries), and the larger the buffer (rows x V x 4 bytes).
 pub fn chunk_rows(vocab: usize) -> usize {
     let fitting = CHUNK / vocab.max(1);
     [512, 256, 128].into_iter().find(|rows| *rows <= fitting).unwrap_or(64)
@@ -38,7 +38,8 @@ pub fn forward(h: &Tensor, w: &Weight, targets: &[u32], smoothing: f32, scratch:
     run(h, w, targets, smoothing, scratch, loss, None);
 }
 
-/// As [`forward`], and the gradients of `scale` · Σ weight · loss in the same pass over the chunks. `loss` itself stays unweighted.
+/// As [`forward`], and the gradients of `scale` · Σ weight · loss in the same pass over the chunks. `loss` itself stays
+/// unweighted.
 pub fn forward_backward(
     h: &Tensor,
     w: &Weight,

@@ -1,11 +1,11 @@
 //! Linear layers that go together in generation: y = or += α · x Wᵀ for several (x, W, y) at once.
 //!
-//! With few rows, reading the weights is what a product costs: each weight is read once for all rows, and all products of a
-//! call are one parallel loop, so that those that do not depend on each other (q, k and v; gate and up) cost one hand-over to
-//! other threads.
+//! With few rows, reading the weights is what a product costs: each weight is read once for all rows, and all products
+//! of a call are one parallel loop, so that those that do not depend on each other (q, k and v; gate and up) cost one
+//! hand-over to other threads.
 //!
-//! Weights that are kept as integers ([`Weight::to_integers`]) multiply x rounded to 8 bits, in blocks with a scale of their
-//! own; x is rounded once for all products that read it.
+//! Weights that are kept as integers ([`Weight::to_integers`]) multiply x rounded to 8 bits, in blocks with a scale of
+//! their own; x is rounded once for all products that read it.
 
 use crate::cpu::matmul::FEW_ROWS;
 use crate::cpu::view::Shared;
@@ -26,7 +26,7 @@ pub struct Product<'a> {
     /// y [T, out].
     pub y: &'a mut Tensor,
     /// What happens to what is in y.
-    pub into: Store,
+    pub store: Store,
 }
 
 /// True when `rows` rows are few: products then read weights row by row, as one loop.
@@ -42,24 +42,24 @@ pub fn forward(products: &mut [Product<'_>], rounded: &mut Int8Rows) {
     // On a GPU each product is a launch of its own.
     let few = products.iter().all(|p| are_few(p.x.rows()) && p.x.gpu().is_none());
     let (mut inputs, mut integers, mut others) = (Vec::new(), Vec::new(), Vec::new());
-    for Product { x, weight, alpha, y, into } in products {
+    for Product { x, weight, alpha, y, store } in products {
         if let Some(weights) = weight.integers() {
             assert_eq!(*alpha, 1.0, "a factor on a product with integers");
-            linear::prepare(y, x, weights.rows(), *into);
+            linear::prepare(y, x, weights.rows(), *store);
             inputs.push(*x);
-            integers.push(packed_int::Product { weights, y: y.data_mut(), store: *into });
+            integers.push(packed_int::Product { weights, y: y.data_mut(), store: *store });
         } else if few && !matches!(weight, Weight::Int8(_)) {
-            others.push(Product { x, weight, alpha: *alpha, y, into: *into });
+            others.push(Product { x, weight, alpha: *alpha, y, store: *store });
         } else {
-            linear::forward(x, weight, *alpha, y, *into);
+            linear::forward(x, weight, *alpha, y, *store);
         }
     }
     let mut rest = &mut integers[..];
     for together in inputs.chunk_by(|a, b| std::ptr::eq(*a, *b)) {
-        let (outputs, behind) = rest.split_at_mut(together.len());
+        let (outputs, after) = rest.split_at_mut(together.len());
         rounded.quantize(together[0], GGUF_BLOCK);
         packed_int::multiply(rounded, outputs);
-        rest = behind;
+        rest = after;
     }
     if !others.is_empty() {
         few_rows(&mut others);
@@ -81,10 +81,10 @@ fn few_rows(products: &mut [Product<'_>]) {
     for p in products {
         let (n, k) = (p.weight.rows(), p.x.cols());
         assert_eq!(k, p.weight.cols(), "x {:?} against weight {:?}", p.x.shape(), p.weight.shape());
-        linear::prepare(p.y, p.x, n, p.into);
+        linear::prepare(p.y, p.x, n, p.store);
         let first = num_tasks;
         num_tasks += n.div_ceil(strip(k));
-        plans.push((first, p.x, p.weight, p.alpha, p.into == Store::Accumulate, Shared::new(p.y.data_mut())));
+        plans.push((first, p.x, p.weight, p.alpha, p.store == Store::Accumulate, Shared::new(p.y.data_mut())));
     }
     team::for_each(num_tasks, |task| {
         let Some((first, x, weight, alpha, accumulate, y)) = plans.iter().rfind(|plan| plan.0 <= task) else { return };
@@ -93,7 +93,8 @@ fn few_rows(products: &mut [Product<'_>]) {
         let rows = start..(start + strip(k)).min(n);
         let multiply = |w: &[f32]| {
             for i in 0..x.rows() {
-                // SAFETY: the task's columns of row i: tasks of one product have different columns, products different y.
+                // SAFETY: the task's columns of row i: tasks of one product have different columns, products different
+                // y.
                 let y = unsafe { y.slice(i * n + rows.start, rows.len()) };
                 cpu::products::rows(x.row(i), w, *alpha, *accumulate, y);
             }
@@ -102,9 +103,9 @@ fn few_rows(products: &mut [Product<'_>]) {
             Weight::Dense(w) => multiply(&w.data()[rows.start * k..rows.end * k]),
             Weight::Int8(_) | Weight::Device(_) => unreachable!("`forward` keeps these for `linear::forward`"),
             Weight::Packed(w) => {
-                let mut decoded = vec![0.0; rows.len() * k];
-                w.decode_rows(rows.clone(), &mut decoded);
-                multiply(&decoded);
+                let mut dequantized = vec![0.0; rows.len() * k];
+                w.dequantize_rows(rows.clone(), &mut dequantized);
+                multiply(&dequantized);
             }
         }
     });
@@ -128,8 +129,8 @@ mod tests {
             let (mut y, mut sum) = (Tensor::default(), before.clone());
             forward(
                 &mut [
-                    Product { x: &x, weight: &a, alpha: 1.0, y: &mut y, into: Store::Overwrite },
-                    Product { x: &z, weight: &b, alpha: -2.0, y: &mut sum, into: Store::Accumulate },
+                    Product { x: &x, weight: &a, alpha: 1.0, y: &mut y, store: Store::Overwrite },
+                    Product { x: &z, weight: &b, alpha: -2.0, y: &mut sum, store: Store::Accumulate },
                 ],
                 &mut Int8Rows::default(),
             );
@@ -156,9 +157,9 @@ mod tests {
             let mut rounded = Int8Rows::default();
             forward(
                 &mut [
-                    Product { x: &x, weight: &weights[0], alpha: 1.0, y: &mut a, into: Store::Overwrite },
-                    Product { x: &x, weight: &weights[1], alpha: 1.0, y: &mut b, into: Store::Overwrite },
-                    Product { x: &z, weight: &weights[2], alpha: 1.0, y: &mut sum, into: Store::Accumulate },
+                    Product { x: &x, weight: &weights[0], alpha: 1.0, y: &mut a, store: Store::Overwrite },
+                    Product { x: &x, weight: &weights[1], alpha: 1.0, y: &mut b, store: Store::Overwrite },
+                    Product { x: &z, weight: &weights[2], alpha: 1.0, y: &mut sum, store: Store::Accumulate },
                 ],
                 &mut rounded,
             );
@@ -169,8 +170,8 @@ mod tests {
                 rounded.quantize(x, GGUF_BLOCK);
                 rounded.dequantize(&mut x_rounded);
                 let mut want = start.cloned().unwrap_or_default();
-                let into = if start.is_some() { Store::Accumulate } else { Store::Overwrite };
-                linear::forward(&x_rounded, weight, 1.0, &mut want, into);
+                let store = if start.is_some() { Store::Accumulate } else { Store::Overwrite };
+                linear::forward(&x_rounded, weight, 1.0, &mut want, store);
                 for (a, b) in y.data().iter().zip(want.data()) {
                     assert!((a - b).abs() < 1e-4, "{a} {b}");
                 }

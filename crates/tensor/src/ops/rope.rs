@@ -1,5 +1,5 @@
-//! Rotary position embedding in the half-split form of Hugging Face (Su et al., "RoFormer", 2021): within a head of size D,
-//! (x[i], x[i + D/2]) turns by the angle position · frequency[i].
+//! Rotary position embedding in the half-split form of Hugging Face (Su et al., "RoFormer", 2021): within a head of
+//! size D, (x[i], x[i + D/2]) rotates by the angle position · frequency[i].
 
 use crate::{cpu, cuda};
 use crate::{device::Device, dtype::Dtype, tensor::Tensor};
@@ -22,13 +22,13 @@ impl Angles {
         [self.cos.address(), self.sin.address()]
     }
 
-    /// Fills the table for `positions` [T] and inverse `frequencies` [D/2] (radians a position). The angle is rounded to f32
-    /// before its sine is taken, as the reference implementation does.
+    /// Fills the table for `positions` [T] and inverse `frequencies` [D/2] (radians per position). The angle is rounded
+    /// to f32 before its sine is taken, as the reference implementation does.
     pub fn fill(&mut self, positions: &[u32], frequencies: &[f32]) {
         self.fill_on(&Device::Cpu, positions, frequencies);
     }
 
-    /// As [`Angles::fill`], where the tensors are that will be turned.
+    /// As [`Angles::fill`], where the tensors are that will be rotated.
     pub fn fill_on(&mut self, device: &Device, positions: &[u32], frequencies: &[f32]) {
         let shape = [positions.len(), frequencies.len()];
         self.cos.resize_on(device, Dtype::F32, &shape);
@@ -46,12 +46,12 @@ impl Angles {
     }
 }
 
-/// Turns each head of `x` [T, heads · D] in place.
+/// Rotates each head of `x` [T, heads · D] in place.
 pub fn forward(x: &mut Tensor, angles: &Angles) {
     rotate(x, angles, 1.0);
 }
 
-/// The transpose of a rotation is the rotation back: turns `d_x` [T, heads · D] in place.
+/// The transpose of a rotation is the rotation back: rotates `d_x` [T, heads · D] in place.
 pub fn backward(d_x: &mut Tensor, angles: &Angles) {
     rotate(d_x, angles, -1.0);
 }

@@ -1,10 +1,11 @@
 //! Choosing the next token from logits: the most likely one, or a draw among the most likely ones.
 //!
-//! A draw takes the tokens in the order of falling logits (equals: rising ids), cuts the list off behind the first k (`top_k`), the
-//! first that together reach a share of the probability of these (`top_p`; Holtzman et al., "The curious case of neural text
-//! degeneration", 2020) and the last that is likely enough beside the first (`min_p`), and takes the one at which the sum of
-//! probabilities passes `uniform` times that of all that are left. A GPU does the same in fixed point (2⁻⁴⁰ of the most likely
-//! token): for the same logits it draws the same token, but where the number falls onto the border between two.
+//! A draw takes the tokens in the order of falling logits (equals: rising ids), cuts the list off after the first k
+//! (`top_k`), the first that together reach a share of the probability of these (`top_p`; Holtzman et al., "The curious
+//! case of neural text degeneration", 2020) and the last that is likely enough beside the first (`min_p`), and takes
+//! the one at which the sum of probabilities passes `uniform` times that of all that are left. A GPU does the same in
+//! fixed point (2⁻⁴⁰ of the most likely token): for the same logits it draws the same token, but where the number falls
+//! onto the border between two.
 
 pub use crate::contract::{Choice, Draw};
 pub use crate::cpu::sample::{Scratch, largest, row};

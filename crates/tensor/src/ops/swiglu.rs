@@ -13,7 +13,7 @@ pub fn forward(gate: &Tensor, up: &Tensor, y: &mut Tensor) {
     cpu::swiglu::forward(gate.data(), up.data(), y.data_mut());
 }
 
-/// `gate` and `up` [T, f] become their own gradients for `d_y` [T, f]: nothing needs them any more behind this.
+/// `gate` and `up` [T, f] become their own gradients for `d_y` [T, f]: nothing needs them after this.
 pub fn backward(gate: &mut Tensor, up: &mut Tensor, d_y: &Tensor) {
     assert!(gate.shape() == d_y.shape() && up.shape() == d_y.shape());
     if let Some(gpu) = d_y.gpu() {

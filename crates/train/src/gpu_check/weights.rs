@@ -4,7 +4,7 @@ use super::{BF16_BOUND, Check, F32_BOUND, Lab, Size};
 use crate::Result;
 use crate::selftest::{of_largest, worst};
 use tunesmith_tensor::ops::adamw_8bit::{self, DeviceMoment, Moment, Sign};
-use tunesmith_tensor::ops::linear::{self, Into};
+use tunesmith_tensor::ops::linear::{self, Store};
 use tunesmith_tensor::ops::sample::{self, Choice, Draw, Scratch};
 use tunesmith_tensor::ops::{adamw, embedding};
 use tunesmith_tensor::quant::BlockType;
@@ -57,9 +57,9 @@ impl Lab<'_> {
             let run = |w: &Weight, x: &[Tensor]| {
                 let [mut rows, mut few, mut all, mut d_x] = [(); 4].map(|()| Tensor::default());
                 embedding::forward(w, &ids, &mut rows);
-                linear::forward(&x[0], w, 1.0, &mut few, Into::Overwrite);
-                linear::forward(&x[1], w, 1.0, &mut all, Into::Overwrite);
-                linear::input_gradient(&x[2], w, 1.0, &mut d_x, Into::Overwrite);
+                linear::forward(&x[0], w, 1.0, &mut few, Store::Overwrite);
+                linear::forward(&x[1], w, 1.0, &mut all, Store::Overwrite);
+                linear::input_gradient(&x[2], w, 1.0, &mut d_x, Store::Overwrite);
                 [rows, few, all, d_x]
             };
             let want = run(&decoded, &inputs);
@@ -117,7 +117,7 @@ impl Lab<'_> {
             let (mut upper, mut low) = match self.dtype {
                 Dtype::F32 => (start.to_device(self.device, Dtype::F32), None),
                 Dtype::BF16 => {
-                    let (upper, low) = start.split(self.device);
+                    let (upper, low) = start.split_master(self.device);
                     (upper, Some(low))
                 }
             };
@@ -151,7 +151,7 @@ impl Lab<'_> {
                     }
                 }
             }
-            let got = low.as_ref().map_or_else(|| upper.to_host(), |low| upper.join(low));
+            let got = low.as_ref().map_or_else(|| upper.to_host(), |low| upper.join_master(low));
             self.device.synchronize()?;
             let error = of_largest(got.data(), value.data());
             // A sum rounded otherwise may fall on the other side of a code's end.

@@ -25,9 +25,9 @@ pub(super) fn products(observe: &mut dyn FnMut(Check)) {
         let of = |weight: &Weight| {
             let mut found = [(); 4].map(|()| Tensor::default());
             let [many, single, d_x, rows] = &mut found;
-            linear::forward(&x, weight, 0.5, many, linear::Into::Overwrite);
-            linear::forward(&one, weight, 1.0, single, linear::Into::Overwrite);
-            linear::input_gradient(&d_y, weight, 1.0, d_x, linear::Into::Overwrite);
+            linear::forward(&x, weight, 0.5, many, linear::Store::Overwrite);
+            linear::forward(&one, weight, 1.0, single, linear::Store::Overwrite);
+            linear::input_gradient(&d_y, weight, 1.0, d_x, linear::Store::Overwrite);
             embedding::forward(weight, &[95, 0, 7], rows);
             found
         };
@@ -63,13 +63,13 @@ pub(super) fn integers(observe: &mut dyn FnMut(Check)) {
                 (packed, numbers)
             }
         };
-        let (mut rows, mut rounded) = (Int8Rows::new(), Tensor::default());
+        let (mut rows, mut rounded) = (Int8Rows::default(), Tensor::default());
         let (mut got, mut want) = (Tensor::default(), Tensor::default());
         let mut errors = Vec::new();
         for num_rows in [9, 1] {
-            packed.forward(&normal(&[num_rows, SHAPE[1]], 1), &mut rows, &mut got, linear::Into::Overwrite);
+            packed.forward(&normal(&[num_rows, SHAPE[1]], 1), &mut rows, &mut got, linear::Store::Overwrite);
             rows.dequantize(&mut rounded);
-            linear::matmul(&rounded, &numbers, 1.0, &mut want, linear::Into::Overwrite);
+            linear::matmul(&rounded, &numbers, 1.0, &mut want, linear::Store::Overwrite);
             errors.push(of_largest(got.data(), want.data()));
         }
         observe(Check {

@@ -187,11 +187,11 @@ fn peaks() -> Result<Peaks> {
     let one = rayon::ThreadPoolBuilder::new().num_threads(1).build();
     let one = one.map_err(|e| Error::Failure(format!("cannot start a thread: {e}")))?;
     let (a, b, mut c) = (random(&[SQUARE, SQUARE]), random(&[SQUARE, SQUARE]), Tensor::default());
-    let mut product = || best(|| linear::matmul(black_box(&a), &b, 1.0, &mut c, linear::Into::Overwrite));
+    let mut product = || best(|| linear::matmul(black_box(&a), &b, 1.0, &mut c, linear::Store::Overwrite));
     let gflops = |seconds: f64| 2.0 * (SQUARE as f64).powi(3) / seconds / 1e9;
     let (all_s, one_s) = (product(), one.install(&mut product));
     let int8 = Weight::Int8(Int8Weight::new(&b, false));
-    let mut product = || best(|| linear::forward(black_box(&a), &int8, 1.0, &mut c, linear::Into::Overwrite));
+    let mut product = || best(|| linear::forward(black_box(&a), &int8, 1.0, &mut c, linear::Store::Overwrite));
     let (all_int8, one_int8) = (product(), one.install(&mut product));
     let memory = Tensor::zeros(&[READ / 4]);
     // Sums of bits: as many bytes as the memory gives, whatever the instruction set.
@@ -292,7 +292,7 @@ impl<'a> Step<'a> {
     /// Seconds and operations of a step for linear layers of shapes [out, in]: y = x Wᵀ and the gradient of x, with the
     /// products of an adapter that join them, or where all weights train the gradient of W.
     fn linear(&self, shapes: &[(usize, usize)]) -> (f64, f64) {
-        use linear::Into::Overwrite;
+        use linear::Store::Overwrite;
         let (mut seconds, mut flops) = (0.0, 0.0);
         for &(n_out, n_in) in shapes {
             let (mut x, mut y) = (random(&[self.t, n_in]), random(&[self.t, n_out]));
@@ -326,8 +326,8 @@ impl<'a> Step<'a> {
             let [mut xa, mut d_xa] = [(); 2].map(|()| Tensor::default());
             let (mut d_a, mut d_b) = (Tensor::zeros(a.shape()), Tensor::zeros(b.shape()));
             seconds += best(|| {
-                linear::matmul(black_box(&x), &a, 1.0, &mut xa, linear::Into::Overwrite);
-                linear::matmul_input_gradient(black_box(&d_y), &b, 1.0, &mut d_xa, linear::Into::Overwrite);
+                linear::matmul(black_box(&x), &a, 1.0, &mut xa, linear::Store::Overwrite);
+                linear::matmul_input_gradient(black_box(&d_y), &b, 1.0, &mut d_xa, linear::Store::Overwrite);
                 linear::matmul_weight_gradient(&d_y, &xa, 1.0, &mut d_b);
                 linear::matmul_weight_gradient(&d_xa, &x, 1.0, &mut d_a);
             });
@@ -344,10 +344,22 @@ impl<'a> Step<'a> {
             [heads.q_cols(), heads.kv_cols(), heads.kv_cols(), heads.q_cols()].map(|cols| random(&[self.t, cols]));
         let segments = Segment::documents(&self.documents);
         let [mut o, mut lse, mut d_q, mut d_k, mut d_v] = [(); 5].map(|()| Tensor::default());
-        let forward = best(|| attention::forward(black_box(&q), &k, &v, &segments, heads, &mut o, &mut lse));
+        let forward = best(|| {
+            attention::forward(
+                attention::Qkv { q: black_box(&q), k: &k, v: &v, segments: &segments, heads },
+                &mut o,
+                &mut lse,
+            )
+        });
         let backward = best(|| {
             let (d_q, d_k, d_v) = (&mut d_q, &mut d_k, &mut d_v);
-            attention::backward(black_box(&q), &k, &v, &o, &lse, &d_o, &segments, heads, d_q, d_k, d_v);
+            attention::backward(
+                attention::Qkv { q: black_box(&q), k: &k, v: &v, segments: &segments, heads },
+                &o,
+                &lse,
+                &d_o,
+                [d_q, d_k, d_v],
+            );
         });
         // A product over the visible half of the scores.
         let seen: usize = self.documents.iter().map(|n| n * (n + 1) / 2).sum();

@@ -1,8 +1,8 @@
-//! All tests of this crate once more at each instruction set below the best one of this processor, so that the paths that
-//! other processors take are run here.
+//! All tests of this crate once more at each instruction set below the best one of this CPU, so that the paths that
+//! other CPUs take are run here.
 //!
-//! A level holds for a process, as it does in the program: each is tried in a child that runs this test binary. The level
-//! travels as `--skip simd-level=NAME`, an argument that the test harness takes and that fits no test.
+//! A level holds for a process, as it does in the program: each is tried in a child that runs this test binary. The
+//! level travels as `--skip simd-level=NAME`, an argument that the test harness takes and that fits no test.
 
 use super::{Level, best};
 use std::process::Command;
@@ -32,7 +32,7 @@ fn every_test_passes_at_every_level() {
     let best = LEVELS.iter().position(|level| *level == best()).unwrap();
     for level in &LEVELS[..best] {
         let argument = format!("{ARGUMENT}{}", level.name());
-        // Kernels of GPUs do not depend on the processor.
+        // Kernels of GPUs do not depend on the CPU.
         let arguments = ["--skip", &argument, "--skip", "cuda::"];
         let tests = Command::new(std::env::current_exe().unwrap()).args(arguments).output().unwrap();
         let said = String::from_utf8_lossy(&tests.stdout);

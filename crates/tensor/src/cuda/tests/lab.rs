@@ -1,5 +1,5 @@
-//! What tests of launchers share: a device in one precision, inputs that it can hold, and comparisons. [`parity`] runs one body on
-//! the CPU and on every other device, and compares what it hands over.
+//! What tests of launchers share: a device in one precision, inputs that it can hold, and comparisons. [`parity`] runs
+//! one body on the CPU and on every other device, and compares what it hands over.
 
 use crate::cuda::gpu::Gpu;
 use crate::rng::Rng;

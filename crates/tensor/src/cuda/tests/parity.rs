@@ -4,7 +4,7 @@ use super::lab::{Lab, parity};
 use crate::cuda::dequantize;
 use crate::cuda::kernels::Source;
 use crate::ops::adamw_8bit::{BLOCK, DeviceMoment, Moment, Sign};
-use crate::ops::attention::{Heads, Segment};
+use crate::ops::attention::{Heads, Qkv, Segment};
 use crate::ops::linear::{Adapter, Store};
 use crate::ops::linear_cross_entropy::{Gradients, HeadRows};
 use crate::ops::sample::{Choice, Draw, Scratch};
@@ -109,8 +109,14 @@ mod bodies {
         let [q, d_o] = [(); 2].map(|()| lab.input(&[n, heads.q_cols()], 1.0));
         let [k, v] = [(); 2].map(|()| lab.input(&[n, heads.kv_cols()], 1.0));
         let [mut o, mut lse, mut d_q, mut d_k, mut d_v] = [(); 5].map(|()| Tensor::default());
-        attention::forward(&q, &k, &v, &segments, heads, &mut o, &mut lse);
-        attention::backward(&q, &k, &v, &o, &lse, &d_o, &segments, heads, &mut d_q, &mut d_k, &mut d_v);
+        attention::forward(Qkv { q: &q, k: &k, v: &v, segments: &segments, heads }, &mut o, &mut lse);
+        attention::backward(
+            Qkv { q: &q, k: &k, v: &v, segments: &segments, heads },
+            &o,
+            &lse,
+            &d_o,
+            [&mut d_q, &mut d_k, &mut d_v],
+        );
         for (what, t) in [("o", &o), ("lse", &lse), ("d_q", &d_q), ("d_k", &d_k), ("d_v", &d_v)] {
             lab.output(&format!("{what} of {heads:?} over {lengths:?}"), t, 2e-6);
         }
@@ -140,7 +146,7 @@ mod bodies {
         let q = lab.input(&[num_queries, heads.q_cols()], 1.0);
         let [k, v] = [(); 2].map(|()| lab.input(&[rows + 3, heads.kv_cols()], 1.0));
         let mut o = Tensor::default();
-        attention::forward_cached(&q, &k, &v, &segments, heads, &mut o);
+        attention::forward_cached(Qkv { q: &q, k: &k, v: &v, segments: &segments, heads }, &mut o);
         lab.output(&format!("{heads:?}, {sequences:?}"), &o, 2e-6);
     }
 
@@ -318,13 +324,13 @@ mod bodies {
             if lab.dtype == Dtype::F32 || lab.device.gpu().is_none() {
                 return Self(lab.up_f32(&start), None);
             }
-            let (upper, residual) = start.split(&lab.device);
-            assert_eq!(upper.join(&residual).data(), start.data(), "no bit is lost");
+            let (upper, residual) = start.split_master(&lab.device);
+            assert_eq!(upper.join_master(&residual).data(), start.data(), "no bit is lost");
             Self(upper, Some(residual))
         }
 
         fn whole(&self) -> Tensor {
-            let whole = self.1.as_ref().map_or_else(|| self.0.to_host(), |residual| self.0.join(residual));
+            let whole = self.1.as_ref().map_or_else(|| self.0.to_host(), |residual| self.0.join_master(residual));
             // The upper half is the nearest bf16.
             for (a, b) in self.0.to_host().data().iter().zip(whole.data()) {
                 assert!((a - b).abs() <= b.abs() / 256.0, "{a} {b}");

@@ -1,109 +1,109 @@
-//! Activations of a GPU that wait in the processor's memory between the forward and the backward pass.
+//! Activation offloading: inputs of blocks in pinned host memory between the forward and the backward pass.
 
 use crate::cuda::offload::{Event, HostBuffer};
 use crate::tensor::Tensor;
 
-/// Tensors under numbers, put in ascending order and taken out in descending order. Two at a time are on the GPU, one with an even and
-/// one with an odd number: while the device works with one, the other is on its way.
+/// Tensors under numbers, put in ascending order and taken out in descending order. Two at a time are on the GPU, one
+/// with an even and one with an odd number: while the device works with one, the other is on its way.
 #[derive(Debug, Default)]
-pub struct Parked {
-    places: [Place; 2],
-    waiting: Vec<Waiting>,
+pub struct OffloadedActivations {
+    slots: [Slot; 2],
+    offloaded: Vec<Offloaded>,
 }
 
-/// Where tensors are on the GPU.
+/// A tensor on the GPU.
 #[derive(Debug, Default)]
-struct Place {
+struct Slot {
     tensor: Tensor,
-    /// Number of the tensor that is here.
+    /// Number of the tensor.
     holds: Option<usize>,
-    under_way: Option<Way>,
+    copying: Option<Direction>,
     /// Is reached when the last copy from or to here is done.
     copied: Option<Event>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Way {
+enum Direction {
     Out,
     In,
 }
 
-/// A tensor in the processor's memory.
+/// A tensor in host memory.
 #[derive(Debug)]
-struct Waiting {
+struct Offloaded {
     memory: HostBuffer,
     shape: Vec<usize>,
 }
 
-impl Parked {
+impl OffloadedActivations {
     /// Keeps a copy of `x` under number `i`.
     ///
     /// # Panics
-    /// When `x` is on the processor, or the tensor before it was never put.
+    /// When `x` is on the CPU, or the tensor before it was never offloaded.
     pub fn put(&mut self, i: usize, x: &Tensor) {
         let Some(gpu) = x.gpu() else { panic!("{x:?} must be on a GPU") };
-        assert!(i <= self.waiting.len(), "number {i} behind {} others", self.waiting.len());
+        assert!(i <= self.offloaded.len(), "number {i} after {} others", self.offloaded.len());
         let bytes = x.len() * x.dtype().bytes();
-        if i == self.waiting.len() {
-            self.waiting.push(Waiting { memory: gpu.allocate_host(bytes), shape: Vec::new() });
+        if i == self.offloaded.len() {
+            self.offloaded.push(Offloaded { memory: gpu.allocate_host(bytes), shape: Vec::new() });
         }
-        let place = &mut self.places[i % 2];
-        place.settle();
-        place.tensor.assign(x);
-        place.holds = Some(i);
-        let Waiting { memory, shape } = &mut self.waiting[i];
+        let slot = &mut self.slots[i % 2];
+        slot.settle();
+        slot.tensor.assign(x);
+        slot.holds = Some(i);
+        let Offloaded { memory, shape } = &mut self.offloaded[i];
         if memory.bytes() < bytes {
             *memory = gpu.allocate_host(bytes);
         }
         shape.clear();
         shape.extend_from_slice(x.shape());
-        memory.copy_out(0, place.tensor.device_buffer(), 0, bytes);
-        place.copied.get_or_insert_with(|| gpu.event()).record();
-        place.under_way = Some(Way::Out);
+        memory.copy_out(0, slot.tensor.device_buffer(), 0, bytes);
+        slot.copied.get_or_insert_with(|| gpu.event()).record();
+        slot.copying = Some(Direction::Out);
     }
 
-    /// Begins to bring tensor `i` back, unless it is there: beside the work that is asked for next.
+    /// Begins to copy tensor `i` back, unless it is on the GPU: beside the work that is asked for next.
     ///
     /// # Panics
-    /// When it was never put.
+    /// When it was never offloaded.
     pub fn fetch(&mut self, i: usize) {
-        let place = &mut self.places[i % 2];
-        if place.holds == Some(i) {
+        let slot = &mut self.slots[i % 2];
+        if slot.holds == Some(i) {
             return;
         }
-        place.settle();
-        let Waiting { memory, shape } = &self.waiting[i];
-        place.tensor.resize(shape);
-        memory.copy_in(0, place.tensor.device_buffer(), 0, place.tensor.len() * place.tensor.dtype().bytes());
-        if let Some(event) = &place.copied {
+        slot.settle();
+        let Offloaded { memory, shape } = &self.offloaded[i];
+        slot.tensor.resize(shape);
+        memory.copy_in(0, slot.tensor.device_buffer(), 0, slot.tensor.len() * slot.tensor.dtype().bytes());
+        if let Some(event) = &slot.copied {
             event.record();
         }
-        (place.holds, place.under_way) = (Some(i), Some(Way::In));
+        (slot.holds, slot.copying) = (Some(i), Some(Direction::In));
     }
 
     /// Tensor `i`: what is asked for next waits until it is there.
     ///
     /// # Panics
-    /// When it was never put.
+    /// When it was never offloaded.
     pub fn get(&mut self, i: usize) -> &Tensor {
         self.fetch(i);
-        let place = &mut self.places[i % 2];
-        if place.under_way == Some(Way::In) {
-            place.settle();
+        let slot = &mut self.slots[i % 2];
+        if slot.copying == Some(Direction::In) {
+            slot.settle();
         }
-        &place.tensor
+        &slot.tensor
     }
 
     /// Bytes on the GPU.
     pub fn num_bytes(&self) -> usize {
-        self.places.iter().map(|place| place.tensor.capacity_bytes()).sum()
+        self.slots.iter().map(|slot| slot.tensor.capacity_bytes()).sum()
     }
 }
 
-impl Place {
+impl Slot {
     /// What is asked for next waits for the copy from or to here.
     fn settle(&mut self) {
-        if self.under_way.take().is_some()
+        if self.copying.take().is_some()
             && let Some(event) = &self.copied
         {
             event.wait();
@@ -111,7 +111,7 @@ impl Place {
     }
 }
 
-impl Drop for Place {
+impl Drop for Slot {
     /// Memory of the GPU that is given back may be used again at once.
     fn drop(&mut self) {
         self.settle();
@@ -126,29 +126,29 @@ mod tests {
     #[test]
     fn what_was_put_comes_back() {
         for mut lab in labs(31) {
-            let mut parked = Parked::default();
+            let mut activations = OffloadedActivations::default();
             // The second time is longer, the third shorter; numbers are an even and an odd count.
             for (count, rows) in [(5, 3), (4, 7), (6, 2), (1, 2)] {
                 let tensors: Vec<Tensor> = (0..count).map(|_| lab.random(&[rows, 8], 1.0)).collect();
                 let mut stream = Tensor::default();
                 for (i, x) in tensors.iter().enumerate() {
                     stream.assign(&lab.up(x));
-                    parked.put(i, &stream);
+                    activations.put(i, &stream);
                 }
                 for (i, x) in tensors.iter().enumerate().rev() {
-                    lab.close("parked", parked.get(i), x, 0.0);
+                    lab.close("offloaded", activations.get(i), x, 0.0);
                     if i >= 2 {
-                        parked.fetch(i - 2);
+                        activations.fetch(i - 2);
                     }
                 }
             }
             let gpu = lab.device.gpu().unwrap().clone();
-            let waiting: usize = parked.waiting.iter().map(|w| w.memory.bytes()).sum();
-            assert_eq!((gpu.host_memory(), waiting > 0), (waiting, true));
-            assert_eq!(parked.num_bytes(), 2 * 7 * 8 * lab.dtype.bytes());
+            let offloaded: usize = activations.offloaded.iter().map(|w| w.memory.bytes()).sum();
+            assert_eq!((gpu.host_memory(), offloaded > 0), (offloaded, true));
+            assert_eq!(activations.num_bytes(), 2 * 7 * 8 * lab.dtype.bytes());
             let x = lab.random(&[2, 8], 1.0);
-            parked.put(0, &lab.up(&x));
-            drop(parked);
+            activations.put(0, &lab.up(&x));
+            drop(activations);
             assert_eq!(gpu.host_memory(), 0);
             lab.device.synchronize().unwrap();
         }
